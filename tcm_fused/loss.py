@@ -1,0 +1,289 @@
+"""`tcm_loss` and `TCMLoss`: what users call."""
+
+import math
+import numbers
+from typing import Any, Literal, NamedTuple, overload
+
+import torch
+from torch import Tensor, nn
+
+from tcm_fused import ops
+
+_PRECISIONS = ("auto", "fp32", "fp16")
+
+
+class TCMStats(NamedTuple):
+    """What the loss saw, as 0-d tensors on its device; reading one as a number waits for the device, making it does not.
+
+    Pairs are ordered: (i, j) and (j, i) count as two.
+    """
+
+    count_plus: Tensor  # int64, hard positive pairs n+
+    count_minus: Tensor  # int64, hard negative pairs n-
+    violation_plus: Tensor  # mean of m+ - s over them, 0 if there are none
+    violation_minus: Tensor  # mean of s - m- over them, 0 if there are none
+
+
+@overload
+def tcm_loss(
+    embeddings: Tensor,
+    labels: Tensor,
+    ref_emb: Tensor | None = None,
+    ref_labels: Tensor | None = None,
+    *,
+    margin_plus: float = ...,
+    margin_minus: float = ...,
+    lambda_plus: float = ...,
+    lambda_minus: float = ...,
+    row_offset: int | None = ...,
+    precision: str = ...,
+    backend: str = ...,
+    return_stats: Literal[False] = ...,
+) -> Tensor: ...
+
+
+@overload
+def tcm_loss(
+    embeddings: Tensor,
+    labels: Tensor,
+    ref_emb: Tensor | None = None,
+    ref_labels: Tensor | None = None,
+    *,
+    margin_plus: float = ...,
+    margin_minus: float = ...,
+    lambda_plus: float = ...,
+    lambda_minus: float = ...,
+    row_offset: int | None = ...,
+    precision: str = ...,
+    backend: str = ...,
+    return_stats: Literal[True],
+) -> tuple[Tensor, TCMStats]: ...
+
+
+def tcm_loss(
+    embeddings: Tensor,
+    labels: Tensor,
+    ref_emb: Tensor | None = None,
+    ref_labels: Tensor | None = None,
+    *,
+    margin_plus: float = 0.9,
+    margin_minus: float = 0.5,
+    lambda_plus: float = 1.0,
+    lambda_minus: float = 1.0,
+    row_offset: int | None = None,
+    precision: str = "auto",
+    backend: str = "auto",
+    return_stats: bool = False,
+) -> Tensor | tuple[Tensor, TCMStats]:
+    r"""Threshold-Consistent Margin loss, fused: one pass over the pairs, O(N D) memory, any batch size.
+
+    With cosine similarity s_ij of rows i and columns j,
+
+        L = lambda+ / n+ * sum_{H+} (m+ - s_ij)  +  lambda- / n- * sum_{H-} (s_ij - m-)
+
+        H+ = {(i, j): same label,       s_ij <= m+},  n+ = |H+|
+        H- = {(i, j): different labels, s_ij >= m-},  n- = |H-|
+
+    A side without a hard pair adds 0. Without a reference set the columns are the rows and a row is never
+    paired with itself. A row with a negative label takes part in no pair and is not looked at (padding, an
+    unfilled memory slot). A zero row has similarity 0 to all and gradient 0. If any other embedding is not
+    finite, loss and gradient are NaN.
+
+    Args:
+        embeddings: [N, D], float16, bfloat16, float32 or float64, of any scale; N may be 0.
+        labels: [N], any integer dtype.
+        ref_emb: [M, D], the columns, in the dtype of `embeddings` (under autocast any); it gets its gradient
+            if it requires one.
+        ref_labels: [M], labels of `ref_emb`.
+        margin_plus: m+, positives up to this similarity are hard. Any finite number.
+        margin_minus: m-, negatives from this similarity on are hard. Any finite number.
+        lambda_plus: weight of the positives' term, at least 0.
+        lambda_minus: weight of the negatives' term, at least 0.
+        row_offset: the column of `ref_emb` that is row 0 itself: pairs (i, row_offset + i) are left out. None:
+            no row is among the columns.
+        precision: the least precision of the products: "fp32", "fp16", or "auto", which is that of the input
+            and the user's `torch.set_float32_matmul_precision`. On a CPU 16-bit input is always worked in
+            float32, and float64 in float64.
+        backend: "auto", "cpu", "cuda", "triton" or "torch". One asked for by name runs or raises.
+        return_stats: also return a `TCMStats`.
+
+    Returns:
+        The loss, a scalar of float64 for float64 input and float32 otherwise; with `return_stats` the pair
+        (loss, stats).
+
+    Raises:
+        TypeError: an argument is of the wrong type or dtype.
+        ValueError: shapes, devices or values do not fit.
+        RuntimeError: the backend asked for is not available; the message says why and what to do.
+
+    Source: Zhang et al., Threshold-Consistent Margin Loss for Open-World Deep Metric Learning, ICLR 2024,
+    section 4 (arXiv 2307.04047).
+
+    Example:
+        >>> x = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.8, 0.6]])
+        >>> loss, stats = tcm_loss(x, torch.tensor([0, 0, 1]), return_stats=True)
+        >>> round(loss.item(), 4), stats.count_plus.item(), stats.count_minus.item()
+        (0.68, 2, 4)
+    """
+    _check_choice("precision", precision, _PRECISIONS)
+    _check_choice("backend", backend, ("auto", *ops.BACKENDS))
+    for name, value in (("margin_plus", margin_plus), ("margin_minus", margin_minus)):
+        _check_number(name, value)
+    for name, value in (("lambda_plus", lambda_plus), ("lambda_minus", lambda_minus)):
+        _check_number(name, value, least=0.0)
+    _check_set("embeddings", embeddings, "labels", labels)
+    device = embeddings.device
+    if ref_emb is None and ref_labels is None:
+        if row_offset not in (None, 0):
+            raise ValueError(f"row_offset={row_offset} needs ref_emb; without it the rows are the columns, from 0 on")
+    elif ref_emb is None or ref_labels is None:
+        given, missing = ("ref_labels", "ref_emb") if ref_emb is None else ("ref_emb", "ref_labels")
+        raise ValueError(f"{given} came without {missing}; give both or neither")
+    else:
+        _check_set("ref_emb", ref_emb, "ref_labels", ref_labels)
+        _check_reference(embeddings, ref_emb, row_offset)
+        ref_labels = _int64(ref_labels, "ref_labels")
+
+    operator = ops.choose(backend, device.type)
+    dtype = torch.float64 if embeddings.dtype == torch.float64 else torch.float32
+    x = embeddings.to(dtype)  # the gradient is scaled in this dtype and cast back last, so fp16 loss scaling works
+    ref_x = None if ref_emb is None else ref_emb.to(dtype)
+    grad = torch.is_grad_enabled()
+    loss, _, _, penalty, count = operator(
+        x,
+        _int64(labels, "labels"),
+        ref_x,
+        ref_labels,
+        row_offset,
+        float(margin_plus),
+        float(margin_minus),
+        float(lambda_plus),
+        float(lambda_minus),
+        grad and x.requires_grad,
+        grad and ref_x is not None and ref_x.requires_grad,
+    )
+    if not return_stats:
+        return loss
+    violation = (penalty / count.clamp_min(1)).to(loss.dtype)
+    return loss, TCMStats(count[0], count[1], violation[0], violation[1])
+
+
+class TCMLoss(nn.Module):
+    """`tcm_loss` as a module, called like pytorch-metric-learning's `ThresholdConsistentMarginLoss`.
+
+    Arguments: those of `tcm_loss`; they are checked at the first call.
+
+    Example:
+        >>> criterion = TCMLoss(margin_plus=0.9, margin_minus=0.5)
+        >>> embeddings = torch.randn(8, 4, requires_grad=True)
+        >>> criterion(embeddings, torch.arange(8) % 2).backward()
+    """
+
+    def __init__(
+        self,
+        margin_plus: float = 0.9,
+        margin_minus: float = 0.5,
+        lambda_plus: float = 1.0,
+        lambda_minus: float = 1.0,
+        precision: str = "auto",
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.margin_plus = margin_plus
+        self.margin_minus = margin_minus
+        self.lambda_plus = lambda_plus
+        self.lambda_minus = lambda_minus
+        self.precision = precision
+        self.backend = backend
+
+    def forward(
+        self,
+        embeddings: Tensor,
+        labels: Tensor,
+        indices_tuple: None = None,
+        ref_emb: Tensor | None = None,
+        ref_labels: Tensor | None = None,
+    ) -> Tensor:
+        """The loss of `embeddings` [N, D] and `labels` [N], against `ref_emb` [M, D] and `ref_labels` [M] if given.
+
+        `indices_tuple` must be None: the loss finds its hard pairs itself.
+        """
+        if indices_tuple is not None:
+            raise ValueError("indices_tuple must be None: TCM finds its hard pairs itself; leave the miner out")
+        return tcm_loss(
+            embeddings,
+            labels,
+            ref_emb,
+            ref_labels,
+            margin_plus=self.margin_plus,
+            margin_minus=self.margin_minus,
+            lambda_plus=self.lambda_plus,
+            lambda_minus=self.lambda_minus,
+            precision=self.precision,
+            backend=self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"margin_plus={self.margin_plus}, margin_minus={self.margin_minus}, lambda_plus={self.lambda_plus}, "
+            f"lambda_minus={self.lambda_minus}, precision={self.precision!r}, backend={self.backend!r}"
+        )
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is not known; choose one of {', '.join(map(repr, choices))}")
+
+
+def _check_number(name: str, value: Any, least: float = -math.inf) -> None:
+    if not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not math.isfinite(value) or value < least:
+        raise ValueError(f"{name} must be finite{f' and at least {least:g}' if math.isfinite(least) else ''}, got {value}")
+
+
+def _check_set(name: str, x: Any, labels_name: str, labels: Any) -> None:
+    """x [N, D] floating, labels [N] of integers, on one device."""
+    for argument, value in ((name, x), (labels_name, labels)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{argument} must be a torch.Tensor, got {type(value).__name__}")
+    if not x.is_floating_point():
+        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
+    if labels.is_floating_point() or labels.is_complex():
+        raise TypeError(f"{labels_name} must have an integer dtype, got {labels.dtype}; use {labels_name}.long()")
+    if x.ndim != 2 or x.shape[1] == 0:
+        raise ValueError(f"{name} must have shape [N, D] with D at least 1, got {list(x.shape)}")
+    if labels.ndim != 1 or labels.shape[0] != x.shape[0]:
+        raise ValueError(
+            f"{labels_name} must have shape [{x.shape[0]}], one label for each row of {name}, got {list(labels.shape)}"
+        )
+    if labels.device != x.device:
+        raise ValueError(f"{labels_name} are on {labels.device}, {name} on {x.device}; move them to one device")
+
+
+def _check_reference(embeddings: Tensor, ref_emb: Tensor, row_offset: Any) -> None:
+    if ref_emb.shape[1] != embeddings.shape[1]:
+        raise ValueError(f"ref_emb has D={ref_emb.shape[1]}, embeddings have D={embeddings.shape[1]}; they must agree")
+    if ref_emb.device != embeddings.device:
+        raise ValueError(f"ref_emb is on {ref_emb.device}, embeddings on {embeddings.device}; move them to one device")
+    if ref_emb.dtype != embeddings.dtype and not torch.is_autocast_enabled(embeddings.device.type):
+        raise TypeError(f"ref_emb is {ref_emb.dtype}, embeddings are {embeddings.dtype}; cast one, or use autocast")
+    if row_offset is None:
+        return
+    if not isinstance(row_offset, int) or isinstance(row_offset, bool):
+        raise TypeError(f"row_offset must be an int or None, got {type(row_offset).__name__}")
+    last = ref_emb.shape[0] - embeddings.shape[0]
+    if not 0 <= row_offset <= last:
+        raise ValueError(
+            f"row_offset={row_offset} puts the {embeddings.shape[0]} rows outside the {ref_emb.shape[0]} columns of "
+            f"ref_emb; it must be from 0 to {last}"
+            if last >= 0
+            else f"row_offset={row_offset} needs every row among the columns, but ref_emb has {ref_emb.shape[0]} rows "
+            f"and embeddings have {embeddings.shape[0]}; use row_offset=None"
+        )
+
+
+def _int64(labels: Tensor, name: str) -> Tensor:
+    if labels.dtype == torch.uint64 and bool((labels.view(torch.int64) < 0).any()):
+        raise ValueError(f"{name} must be below 2**63")
+    return labels.to(torch.int64)

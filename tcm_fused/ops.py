@@ -1,0 +1,125 @@
+"""The operator: schema, shapes, autograd and choice of backend. The only file that knows backends.
+
+Two operators share one schema. `tcm_fused::fused` is the kernel that the extension registers for a
+device; `tcm_fused::blocked` is plain PyTorch and runs anywhere. Both return the gradient with the
+loss (one pass over the pairs), so that backward is a multiplication.
+"""
+
+import warnings
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tcm_fused.reference import tcm_blocked, wide_dtype
+
+try:
+    import tcm_fused._C as _C
+except ImportError as error:  # not swallowed: `why_unavailable` tells it
+    _IMPORT_ERROR: str | None = str(error)
+else:
+    _IMPORT_ERROR = None
+
+BACKENDS = ("cpu", "cuda", "triton", "torch")
+
+_LIBRARY = torch.library.Library("tcm_fused", "FRAGMENT")
+# x [N, D], y [N] int64, ref_x [M, D], ref_y [M] int64; without a reference set the rows are the columns.
+# penalty [2] and count [2]: hard positives, hard negatives. A gradient not asked for is empty.
+_SCHEMA = (
+    "(Tensor x, Tensor y, Tensor? ref_x, Tensor? ref_y, int? row_offset, float margin_plus, float margin_minus, "
+    "float lambda_plus, float lambda_minus, bool grad_x, bool grad_ref) "
+    "-> (Tensor loss, Tensor grad_x, Tensor grad_ref, Tensor penalty, Tensor count)"
+)
+
+
+def _fake(
+    x: Tensor, y: Tensor, ref_x: Tensor | None, ref_y: Tensor | None, *options: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    *_, grad_x, grad_ref = options
+    return (
+        x.new_empty(()),
+        x.new_empty(x.shape if grad_x else 0),
+        x.new_empty(ref_x.shape if grad_ref and ref_x is not None else 0),
+        x.new_empty(2, dtype=wide_dtype(x)),
+        x.new_empty(2, dtype=torch.int64),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, grad_x, grad_ref, penalty, count = output
+    ctx.save_for_backward(grad_x, grad_ref)
+    ctx.mark_non_differentiable(grad_x, grad_ref, penalty, count)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    if grad_loss is None:
+        return (None,) * 11
+    scale = _OnceDifferentiable.apply if torch.is_grad_enabled() else torch.mul
+    saved_x, saved_ref = ctx.saved_tensors
+    grad_x = scale(saved_x, grad_loss) if ctx.needs_input_grad[0] else None
+    grad_ref = scale(saved_ref, grad_loss) if ctx.needs_input_grad[2] else None
+    return (grad_x, None, grad_ref) + (None,) * 8
+
+
+class _OnceDifferentiable(torch.autograd.Function):
+    """A product whose own gradient is an error: the saved gradient is a constant only to first order."""
+
+    @staticmethod
+    def forward(ctx: Any, saved: Tensor, grad_loss: Tensor) -> Tensor:
+        return saved * grad_loss
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise RuntimeError(
+            "tcm_loss has no second derivative (it was differentiated with create_graph=True and then once more); "
+            "for double backward use tcm_fused.reference.tcm_reference, which is plain autograd"
+        )
+
+
+for _name in ("fused", "blocked"):
+    _LIBRARY.define(_name + _SCHEMA)
+    torch.library.register_fake(f"tcm_fused::{_name}", _fake, lib=_LIBRARY)
+    torch.library.register_autograd(f"tcm_fused::{_name}", _backward, setup_context=_setup_context, lib=_LIBRARY)
+_LIBRARY.impl("blocked", tcm_blocked, "CompositeExplicitAutograd")
+
+
+def build_info() -> dict[str, Any] | None:
+    """What the extension was built with, or None where it is not built."""
+    return None if _IMPORT_ERROR else _C.build_info()
+
+
+@cache
+def why_unavailable(backend: str) -> str | None:
+    """None if the backend can run in this process, else the reason and the remedy."""
+    if backend == "torch":
+        return None
+    if backend == "triton":
+        return "this version has no Triton kernels; use backend='torch'"
+    if _IMPORT_ERROR is not None:
+        return (
+            f"the C++ extension could not be imported ({_IMPORT_ERROR}); build it with "
+            "`pip install --no-build-isolation .` or use backend='torch'"
+        )
+    if backend == "cuda":
+        return "this version has no CUDA kernels; use backend='torch'"
+    return None
+
+
+@cache
+def choose(backend: str, device_type: str) -> Any:
+    """The operator that runs `backend` on tensors of `device_type`; RuntimeError if none does."""
+    if backend == "auto":
+        reason = why_unavailable(device_type) if device_type in BACKENDS else f"no kernel for device '{device_type}'"
+        if reason is not None:
+            warnings.warn(f"tcm_fused runs its slower PyTorch fallback on '{device_type}': {reason}", stacklevel=3)
+        return torch.ops.tcm_fused.fused.default if reason is None else torch.ops.tcm_fused.blocked.default
+    reason = why_unavailable(backend)
+    if reason is not None:
+        raise RuntimeError(f"backend={backend!r} is not available: {reason}")
+    if backend == "torch":
+        return torch.ops.tcm_fused.blocked.default
+    if backend != device_type:
+        raise RuntimeError(f"backend={backend!r} needs tensors on device '{backend}', embeddings are on '{device_type}'")
+    return torch.ops.tcm_fused.fused.default

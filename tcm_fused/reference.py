@@ -1,0 +1,145 @@
+"""The loss in plain PyTorch: the definition, which everything else is checked against, and a blocked
+form of it in O(N D) memory, which runs on any device."""
+
+import torch
+from torch import Tensor
+
+EPS = 1e-12  # smallest norm a row is divided by
+BLOCK = 1024  # rows and columns of one similarity tile of the blocked form
+
+
+def tcm_reference(
+    embeddings: Tensor,
+    labels: Tensor,
+    ref_emb: Tensor | None = None,
+    ref_labels: Tensor | None = None,
+    *,
+    margin_plus: float = 0.9,
+    margin_minus: float = 0.5,
+    lambda_plus: float = 1.0,
+    lambda_minus: float = 1.0,
+    row_offset: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The definition of the TCM loss, with every pair written out: O(N M) memory, differentiable by autograd.
+
+    Arguments, shapes and meaning as in `tcm_fused.tcm_loss`; nothing is validated.
+
+    Returns:
+        loss [], penalty [2] (sums over hard positives, hard negatives) and count [2] int64 (n+, n-).
+    """
+    if ref_emb is None or ref_labels is None:
+        ref_emb, ref_labels, row_offset = embeddings, labels, 0
+    rows, columns = labels >= 0, ref_labels >= 0  # those that take part
+    x_hat = _unit(torch.where(rows[:, None], embeddings, 0))
+    ref_hat = _unit(torch.where(columns[:, None], ref_emb, 0))
+    s = x_hat @ ref_hat.T
+    pair = rows[:, None] & columns
+    if row_offset is not None:
+        index = torch.arange(max(s.shape), device=s.device)
+        pair &= index[: s.shape[0], None] + row_offset != index[: s.shape[1]]
+    same = labels[:, None] == ref_labels
+    hard = torch.stack([pair & same & (s <= margin_plus), pair & ~same & (s >= margin_minus)])
+    violation = torch.stack([margin_plus - s, s - margin_minus])
+    penalty = torch.where(hard, violation, 0).sum((1, 2))
+    count = hard.sum((1, 2))
+    weight = torch.tensor([lambda_plus, lambda_minus], dtype=s.dtype, device=s.device)
+    loss = (weight * penalty / count.clamp_min(1)).sum()
+    non_finite = (x_hat.sum() + ref_hat.sum()) * 0  # 0, or NaN if any embedding that takes part is not finite
+    return loss * (1 + non_finite), penalty.detach(), count
+
+
+def _unit(x: Tensor) -> Tensor:
+    """x^ [N, D]: rows of x over max(|row|, EPS); a zero row stays zero and passes no gradient on."""
+    norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+    return torch.where(norm == 0, 0, x / norm.clamp_min(EPS))
+
+
+def tcm_blocked(
+    x: Tensor,
+    y: Tensor,
+    ref_x: Tensor | None,
+    ref_y: Tensor | None,
+    row_offset: int | None,
+    margin_plus: float,
+    margin_minus: float,
+    lambda_plus: float,
+    lambda_minus: float,
+    grad_x: bool,
+    grad_ref: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The same loss tile by tile, with its gradient: O(N D + M D) memory, no wait for the device.
+
+    The loss is piecewise linear in s, so the sums of the gradient, G+ = M+ X^ and G- = M- X^, need
+    no counts: they are taken while the penalties are, and scaled at the end.
+
+    Arguments and results: the operator of `tcm_fused.ops`.
+    """
+    if ref_x is None or ref_y is None:  # rows are columns: each row's sum also stands for its column's
+        loss, grad_x_half, grad_none, penalty, count = tcm_blocked(
+            x, y, x, y, 0, margin_plus, margin_minus, lambda_plus, lambda_minus, grad_x, False
+        )
+        return loss, 2 * grad_x_half, grad_none, penalty, count
+    wide = wide_dtype(x)
+    rows, columns = y >= 0, ref_y >= 0
+    x_hat, x_norm = _unit_and_norm(x, rows)
+    ref_hat, ref_norm = _unit_and_norm(ref_x, columns)
+    penalty = torch.zeros(2, dtype=wide, device=x.device)
+    count = torch.zeros(2, dtype=torch.int64, device=x.device)
+    g_rows = [torch.zeros_like(x_hat) for _ in range(2 if grad_x else 0)]  # G+, G-
+    g_columns = [torch.zeros_like(ref_hat) for _ in range(2 if grad_ref else 0)]
+    for i in range(0, x.shape[0], BLOCK):
+        block_rows = slice(i, min(i + BLOCK, x.shape[0]))
+        for j in range(0, ref_x.shape[0], BLOCK):
+            block_columns = slice(j, min(j + BLOCK, ref_x.shape[0]))
+            s = x_hat[block_rows] @ ref_hat[block_columns].T
+            pair = rows[block_rows, None] & columns[block_columns]
+            if row_offset is not None:
+                own = torch.arange(i, block_rows.stop, device=x.device) + row_offset
+                pair &= own[:, None] != torch.arange(j, block_columns.stop, device=x.device)
+            same = y[block_rows, None] == ref_y[block_columns]
+            hard_plus = pair & same & (s <= margin_plus)
+            hard_minus = pair & ~same & (s >= margin_minus)
+            for side, (hard, violation) in enumerate([(hard_plus, margin_plus - s), (hard_minus, s - margin_minus)]):
+                penalty[side] += torch.where(hard, violation, 0).sum(dtype=wide)
+                count[side] += hard.sum()
+                mask = hard.to(s.dtype)
+                if grad_x:
+                    g_rows[side][block_rows] += mask @ ref_hat[block_columns]
+                if grad_ref:
+                    g_columns[side][block_columns] += mask.T @ x_hat[block_rows]
+    finite = torch.isfinite(x_hat).all() & torch.isfinite(ref_hat).all()
+    weight = torch.tensor([lambda_plus, lambda_minus], dtype=wide, device=x.device) / count.clamp_min(1)
+    weight = torch.where(finite, weight, torch.nan)
+    return (
+        (weight * penalty).sum().to(x.dtype),
+        _project(weight, g_rows, x_hat, x_norm) if grad_x else x.new_empty(0),
+        _project(weight, g_columns, ref_hat, ref_norm) if grad_ref else x.new_empty(0),
+        penalty,
+        count,
+    )
+
+
+def wide_dtype(x: Tensor) -> torch.dtype:
+    """The dtype penalties are summed in: float64, but for MPS, which has none."""
+    return torch.float32 if x.device.type == "mps" else torch.float64
+
+
+def _unit_and_norm(x: Tensor, takes_part: Tensor) -> tuple[Tensor, Tensor]:
+    """x^ [N, D] and |x| [N, 1], with no overflow on the way; rows that take no part count as zero."""
+    x = torch.where(takes_part[:, None], x, 0)
+    peak = x.abs().amax(dim=1, keepdim=True)
+    peak = torch.where(peak > 0, peak, 1)
+    norm = torch.linalg.vector_norm(x / peak, dim=1, keepdim=True)  # in units of peak
+    return torch.where(peak * norm < EPS, x / EPS, x / peak / norm), peak * norm
+
+
+def _project(weight: Tensor, g: list[Tensor], x_hat: Tensor, norm: Tensor) -> Tensor:
+    """dL/dx = (g - (g . x^) x^) / max(|x|, EPS) with g = w- G- - w+ G+; 0 for a zero row.
+
+    Below EPS the divisor is a constant, so nothing is projected away.
+    """
+    g_plus, g_minus = g
+    total = weight[1].to(x_hat.dtype) * g_minus - weight[0].to(x_hat.dtype) * g_plus
+    along = (total * x_hat).sum(dim=1, keepdim=True)
+    total -= torch.where(norm < EPS, 0, along) * x_hat
+    return torch.where(norm == 0, 0 * total, total / norm.clamp_min(EPS))
