@@ -1,0 +1,176 @@
+"""What the benchmarks measure: batches of a known density of hard pairs, the ways to compute the loss on them,
+and honest readings of time and peak memory."""
+
+import ctypes
+import pickle
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tcm_fused import tcm_loss
+
+MARGIN_PLUS = 0.9  # the defaults of tcm_fused and of pytorch-metric-learning; each lambda is 1
+MARGIN_MINUS = 0.5
+CENTRES = 4096  # two rows share a centre, and so are a hard pair, with probability 1 / CENTRES
+
+# cos^2 between a row and the direction common to all: the mean similarity of the batch.
+_MEAN_SIMILARITY = {"half": MARGIN_MINUS, "all": 0.75}
+
+
+def make_batch(n: int, d: int, hard: str = "few", seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Embeddings [n, d] float32 of uneven norms and labels [n] int64: classes of four rows, in shuffled order.
+
+    `hard` sets how many of the negatives have s >= 0.5. Hard pairs lie anywhere, in no block of the matrix.
+
+        none   random directions: s is about normal around 0 with deviation 1 / sqrt(d). None at d = 128 and up
+               (5.7 deviations); at d = 64 about 1e-5 of the pairs stray over the margin
+        few    rows drawn to one of 4096 random centres, whatever their label: 2.4e-4 of the pairs, at any n
+        half   a common direction at 45 degrees to every row: s is symmetric around 0.5
+        all    a common direction, closer: s is 0.75 +- 0.25 / sqrt(d)
+
+    All positives have s <= 0.9, so each of them is hard.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    noise = F.normalize(torch.randn(n, d, generator=generator))
+    if hard == "none":
+        x_hat = noise
+    elif hard == "few":
+        centres = F.normalize(torch.randn(CENTRES, d, generator=generator))
+        mine = torch.randint(CENTRES, (n,), generator=generator)
+        x_hat = 0.7**0.5 * centres[mine] + 0.3**0.5 * noise  # s is 0.7 within a centre
+    elif hard in _MEAN_SIMILARITY:
+        # Noise orthogonal to the common direction, of one length: no row is harder than another.
+        common = F.normalize(torch.randn(1, d, generator=generator))
+        noise = F.normalize(noise - (noise @ common.T) * common)
+        share = _MEAN_SIMILARITY[hard]
+        x_hat = share**0.5 * common + (1 - share) ** 0.5 * noise
+    else:
+        raise ValueError(f"hard={hard!r} is not known; choose one of 'none', 'few', 'half', 'all'")
+    length = 0.5 + torch.rand(n, 1, generator=generator)
+    labels = (torch.arange(n) // 4)[torch.randperm(n, generator=generator)]
+    return x_hat * length, labels
+
+
+def eager_tcm(x: Tensor, labels: Tensor, ref_x: Tensor | None = None, ref_labels: Tensor | None = None) -> Tensor:
+    """The loss as one would write it in PyTorch: one product, boolean masks, autograd; O(N M) memory."""
+    x_hat = F.normalize(x)
+    if ref_x is None or ref_labels is None:
+        s = x_hat @ x_hat.T
+        same = labels[:, None] == labels
+        positive = same & ~torch.eye(len(x), dtype=torch.bool, device=x.device)
+    else:
+        s = x_hat @ F.normalize(ref_x).T
+        same = labels[:, None] == ref_labels
+        positive = same
+    hard_plus = positive & (s <= MARGIN_PLUS)
+    hard_minus = ~same & (s >= MARGIN_MINUS)
+    loss_plus = torch.where(hard_plus, MARGIN_PLUS - s, 0).sum() / hard_plus.sum().clamp_min(1)
+    loss_minus = torch.where(hard_minus, s - MARGIN_MINUS, 0).sum() / hard_minus.sum().clamp_min(1)
+    return loss_plus + loss_minus
+
+
+def compiled_tcm(x: Tensor, labels: Tensor, ref_x: Tensor | None = None, ref_labels: Tensor | None = None) -> Tensor:
+    """`eager_tcm` through torch.compile, compiled at its first call and for each new shape."""
+    return _compiled()(x, labels, ref_x, ref_labels)
+
+
+def pml_tcm(x: Tensor, labels: Tensor) -> Tensor:
+    """pytorch-metric-learning's `ThresholdConsistentMarginLoss`: gathers both rows of every pair, O(N^2 D) memory."""
+    return _pml()(x, labels)
+
+
+PEERS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "tcm_fused": tcm_loss,
+    "eager": eager_tcm,
+    "torch.compile": compiled_tcm,
+    "pytorch-metric-learning": pml_tcm,
+}
+
+
+@cache
+def _compiled() -> Callable[..., Tensor]:
+    return torch.compile(eager_tcm, fullgraph=True)
+
+
+@cache
+def _pml() -> Any:
+    from pytorch_metric_learning.losses import ThresholdConsistentMarginLoss  # slow to import; not always needed
+
+    return ThresholdConsistentMarginLoss(margin_plus=MARGIN_PLUS, margin_minus=MARGIN_MINUS)
+
+
+def forward_backward(loss_fn: Callable[..., Tensor], x: Tensor, labels: Tensor, *reference: Tensor) -> tuple[Tensor, Tensor]:
+    """One training step's share of the loss: its value [] and its gradient by `x` [N, D]."""
+    x = x.detach().requires_grad_()
+    loss = loss_fn(x, labels, *reference)
+    loss.backward()
+    assert x.grad is not None
+    return loss.detach(), x.grad
+
+
+def time_alternating(callables: dict[str, Callable[[], object]], runs: int = 5) -> dict[str, list[float]]:
+    """Seconds of each callable in `runs` rounds of A B C A B C ..., after a warm-up of each.
+
+    Alternating gives a slow spell of the machine to all of them, so that ratios of medians hold where times drift.
+    """
+    for function in callables.values():
+        function()
+    seconds: dict[str, list[float]] = {name: [] for name in callables}
+    for _ in range(runs):
+        for name, function in callables.items():
+            start = time.perf_counter()
+            function()
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def peak_extra_bytes(fn: Callable[[], object], warm_up: Callable[[], object] | None = None) -> int:
+    """Peak resident memory of `fn()` beyond what its process held before, in bytes (Linux).
+
+    A fresh process runs it: a used one has freed memory to hand out unseen. What `fn` closes over counts as held
+    before, so both callables travel pickled: use `functools.partial` over module-level functions. `warm_up` runs
+    first and pays for what a process needs once (thread pools, BLAS buffers); the default is a small `tcm_fused`
+    and a small eager step.
+    """
+    child = subprocess.run(
+        [sys.executable, "-c", "from benchmarks.peers import _measure_peak; _measure_peak()"],
+        input=pickle.dumps((warm_up or _small_steps, fn)),
+        stdout=subprocess.PIPE,
+        cwd=Path(__file__).resolve().parent.parent,
+        check=True,
+    )
+    return int(child.stdout.split()[-1])
+
+
+def _small_steps() -> None:
+    x, labels = make_batch(1024, 128)
+    for name in ("tcm_fused", "eager"):
+        forward_backward(PEERS[name], x, labels)
+
+
+def _measure_peak() -> None:
+    """The child of `peak_extra_bytes`: callables in through stdin, bytes out through stdout."""
+    warm_up, fn = pickle.load(sys.stdin.buffer)
+    warm_up()
+    ctypes.CDLL(None).malloc_trim(0)  # free memory goes back, else `fn` could reuse it without being seen
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from here
+    before = _status_bytes("VmRSS")
+    result = fn()
+    print(_status_bytes("VmHWM") - before)
+    del result
+
+
+def _status_bytes(field: str) -> int:
+    """A memory reading of this process from /proc, which gives kibibytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return 1024 * int(line.split()[1])
+    raise RuntimeError(f"/proc/self/status has no {field}")

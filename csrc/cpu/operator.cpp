@@ -1,0 +1,102 @@
+// tcm_fused::fused for CPU tensors: the host of the tile walk, with torch's threads and torch's BLAS.
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <optional>
+#include <tuple>
+#include <type_traits>
+
+#include "tile_walk.h"
+
+namespace tcm::cpu {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+template <class real>
+constexpr ScalarType kDtype = std::is_same_v<real, float> ? ScalarType::Float : ScalarType::Double;
+
+// A view of memory that somebody else owns, as the shim wants it.
+template <class real>
+class View {
+ public:
+  View(const real* data, int64_t rows, int64_t columns, int64_t row_stride, int64_t column_stride) {
+    int64_t sizes[] = {rows, columns}, strides[] = {row_stride, column_stride};
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_create_tensor_from_blob(
+        const_cast<real*>(data), 2, sizes, strides, 0,
+        std::is_same_v<real, float> ? aoti_torch_dtype_float32() : aoti_torch_dtype_float64(),
+        aoti_torch_device_type_cpu(), 0, &handle));
+  }
+  View(const View&) = delete;
+  ~View() { aoti_torch_delete_tensor_object(handle); }
+  AtenTensorHandle handle = nullptr;
+};
+
+template <class real>
+void product(const real* a, int64_t m, const real* b, int64_t n, int64_t d, real* s) {
+  View<real> out(s, m, n, kTile, 1), left(a, m, d, d, 1), right(b, d, n, 1, d);
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.handle, left.handle, right.handle));
+}
+
+void parallel_for(int64_t size, const std::function<void(int64_t, int64_t)>& body) {
+  torch::stable::parallel_for(0, size, 1, body);
+}
+
+using Results = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+template <class real>
+Results run(const Tensor& x, const Tensor& y, const std::optional<Tensor>& ref_x, const std::optional<Tensor>& ref_y,
+            int64_t row_offset, const double (&margin)[2], const double (&lambda)[2], bool grad_x, bool grad_ref) {
+  int64_t n = x.size(0), d = x.size(1), m = ref_x ? ref_x->size(0) : n;
+  Tensor loss = torch::stable::new_empty(x, {});
+  Tensor dx = grad_x ? torch::stable::new_empty(x, {n, d}) : torch::stable::new_empty(x, {0});
+  Tensor dref = grad_ref ? torch::stable::new_empty(x, {m, d}) : torch::stable::new_empty(x, {0});
+  Tensor penalty = torch::stable::new_empty(x, {2}, ScalarType::Double);
+  Tensor count = torch::stable::new_empty(x, {2}, ScalarType::Long);
+  Problem<real> problem{
+      .n = n, .m = m, .d = d,
+      .x = x.const_data_ptr<real>(), .y = y.const_data_ptr<int64_t>(),
+      .ref_x = ref_x ? ref_x->const_data_ptr<real>() : nullptr,
+      .ref_y = ref_y ? ref_y->const_data_ptr<int64_t>() : nullptr,
+      .row_offset = row_offset,
+      .margin = {margin[kPlus], margin[kMinus]},
+      .lambda = {lambda[kPlus], lambda[kMinus]},
+  };
+  Result<real> result{
+      .loss = loss.mutable_data_ptr<real>(),
+      .grad_x = grad_x ? dx.mutable_data_ptr<real>() : nullptr,
+      .grad_ref = grad_ref ? dref.mutable_data_ptr<real>() : nullptr,
+      .penalty = penalty.mutable_data_ptr<double>(),
+      .count = count.mutable_data_ptr<int64_t>(),
+  };
+  constexpr int64_t kWorthThreads = 1 << 19;  // multiplications; below, starting threads costs more than they save
+  int threads = n * m * d < kWorthThreads ? 1 : static_cast<int>(torch::stable::get_num_threads());
+  tcm_loss<real>(problem, result, {threads, parallel_for, product<real>}, best_isa());
+  return {loss, dx, dref, penalty, count};
+}
+
+Results fused(const Tensor& x, const Tensor& y, std::optional<Tensor> ref_x, std::optional<Tensor> ref_y,
+              std::optional<int64_t> row_offset, double margin_plus, double margin_minus, double lambda_plus,
+              double lambda_minus, bool grad_x, bool grad_ref) {
+  auto contiguous = [](std::optional<Tensor>& t) {
+    if (t) t = torch::stable::contiguous(*t);
+  };
+  contiguous(ref_x), contiguous(ref_y);
+  STD_TORCH_CHECK(ref_x.has_value() == ref_y.has_value(), "tcm_fused::fused: give both ref_x and ref_y, or neither");
+  STD_TORCH_CHECK(y.scalar_type() == ScalarType::Long, "tcm_fused::fused: labels must be int64");
+  auto f = x.scalar_type() == ScalarType::Float ? run<float> : run<double>;
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float || x.scalar_type() == ScalarType::Double,
+                  "tcm_fused::fused: embeddings must be float32 or float64");
+  return f(torch::stable::contiguous(x), torch::stable::contiguous(y), ref_x, ref_y, row_offset.value_or(-1),
+           {margin_plus, margin_minus}, {lambda_plus, lambda_minus}, grad_x, grad_ref && ref_x);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(tcm_fused, CPU, library) { library.impl("fused", TORCH_BOX(&fused)); }
+
+}  // namespace tcm::cpu

@@ -1,0 +1,207 @@
+#include "pair_loops.h"
+
+#include <algorithm>
+#include <cstring>
+
+#define TCM_INLINE inline __attribute__((always_inline))
+
+namespace tcm::cpu {
+namespace {
+
+// A chunk of columns: as much of a row as is accumulated in registers at once, kWidth bytes in each.
+template <class real, int kWidth>
+struct Chunk {
+  typedef real Vector __attribute__((vector_size(kWidth)));
+  static constexpr int kVectors = kWidth == 64 ? 4 : 8;
+  static constexpr int kSize = kVectors * kWidth / sizeof(real);
+  Vector v[kVectors];
+};
+
+template <class C, class real>
+TCM_INLINE C load(const real* p, int size) {
+  C c;
+  if (size == C::kSize) {
+#pragma GCC unroll 8
+    for (int k = 0; k < C::kVectors; ++k) std::memcpy(&c.v[k], p + k * (C::kSize / C::kVectors), sizeof(c.v[k]));
+  } else {
+    real padded[C::kSize] = {};
+    std::memcpy(padded, p, size * sizeof(real));
+#pragma GCC unroll 8
+    for (int k = 0; k < C::kVectors; ++k) std::memcpy(&c.v[k], padded + k * (C::kSize / C::kVectors), sizeof(c.v[k]));
+  }
+  return c;
+}
+
+template <class C, class real>
+TCM_INLINE void store(real* p, int size, const C& c) {
+  if (size == C::kSize) {
+#pragma GCC unroll 8
+    for (int k = 0; k < C::kVectors; ++k) std::memcpy(p + k * (C::kSize / C::kVectors), &c.v[k], sizeof(c.v[k]));
+  } else {
+    std::memcpy(p, &c, size * sizeof(real));
+  }
+}
+
+template <class C>
+TCM_INLINE void add(C& a, const C& b) {
+#pragma GCC unroll 8
+  for (int k = 0; k < C::kVectors; ++k) a.v[k] += b.v[k];
+}
+
+// g[0..size) += weight * sum
+template <class C, class real>
+TCM_INLINE void add_to(real* g, int size, real weight, const C& sum) {
+  C c = load<C>(g, size);
+#pragma GCC unroll 8
+  for (int k = 0; k < C::kVectors; ++k) c.v[k] += weight * sum.v[k];
+  store(g, size, c);
+}
+
+template <class real>
+TCM_INLINE Penalty scan(const real* s, int n, real margin, real sign) {
+  int count = 0;
+  real sum = 0;
+#pragma omp simd reduction(+ : count, sum)
+  for (int j = 0; j < n; ++j) {
+    real excess = sign * (s[j] - margin);
+    count += excess >= 0;
+    sum += excess >= 0 ? excess : 0;
+  }
+  return {count, static_cast<double>(sum)};
+}
+
+template <class real>
+TCM_INLINE void mask(const real* s, real margin, real sign, uint64_t* bits) {
+  for (int word = 0; word < kWords; ++word) {
+    uint32_t half[2];
+    for (int h = 0; h < 2; ++h) {
+      uint32_t found = 0;
+      const real* p = s + 64 * word + 32 * h;
+#pragma omp simd reduction(| : found)
+      for (int j = 0; j < 32; ++j) found |= sign * (p[j] - margin) >= 0 ? uint32_t{1} << j : 0;
+      half[h] = found;
+    }
+    bits[word] = half[0] | static_cast<uint64_t>(half[1]) << 32;
+  }
+}
+
+template <class real, int kWidth>
+TCM_INLINE void sparse_sum(const uint64_t* bits, int m, const real* x, int64_t d, real weight, real* g) {
+  using C = Chunk<real, kWidth>;
+  for (int i = 0; i < m; ++i, bits += kWords) {
+    int list[kTile], length = 0;
+    for (int word = 0; word < kWords; ++word)
+      for (uint64_t rest = bits[word]; rest; rest &= rest - 1) list[length++] = 64 * word + __builtin_ctzll(rest);
+    if (length == 0) continue;
+    for (int64_t c = 0; c < d; c += C::kSize) {
+      int size = static_cast<int>(std::min<int64_t>(C::kSize, d - c));
+      C sum = load<C>(x + list[0] * d + c, size);
+      for (int k = 1; k < length; ++k) add(sum, load<C>(x + list[k] * d + c, size));
+      add_to(g + i * d + c, size, weight, sum);
+    }
+  }
+}
+
+// A masked sum over 4 rows of x has 16 possible values: with these in a table, each row of the mask
+// costs one addition for 4 pairs and no multiplication, whatever the density (the method of four
+// Russians: Arlazarov et al., 1970). kTables x 4 rows of x at a time keep the tables in the first-level cache.
+template <class real, int kWidth>
+TCM_INLINE void dense_sum(const uint64_t* bits, int m, int n, const real* x, int64_t d, real weight, real* g) {
+  using C = Chunk<real, kWidth>;
+  constexpr int kTables = 8;
+  C table[kTables][16];
+  for (int64_t c = 0; c < d; c += C::kSize) {
+    int size = static_cast<int>(std::min<int64_t>(C::kSize, d - c));
+    for (int j = 0; j < n; j += 4 * kTables) {
+      for (int t = 0; t < kTables; ++t) {
+        table[t][0] = C{};
+        for (int k = 0; k < 4; ++k) {
+          int column = j + 4 * t + k;
+          C row = column < n ? load<C>(x + column * d + c, size) : C{};
+          for (int e = 0; e < 1 << k; ++e) {
+            C sum = table[t][e];
+            add(sum, row);
+            table[t][(1 << k) + e] = sum;
+          }
+        }
+      }
+      for (int i = 0; i < m; ++i) {
+        uint32_t hard = static_cast<uint32_t>(bits[i * kWords + j / 64] >> (j % 64));
+        if (hard == 0) continue;
+        C sum = table[0][hard & 15];
+#pragma GCC unroll 8
+        for (int t = 1; t < kTables; ++t) add(sum, table[t][hard >> (4 * t) & 15]);
+        add_to(g + i * d + c, size, weight, sum);
+      }
+    }
+  }
+}
+
+#define TCM_PAIR_LOOPS(Name, width, target)                                                                      \
+  template <class real>                                                                                          \
+  struct Name {                                                                                                  \
+    target static Penalty scan_row(const real* s, int n, real margin, real sign) {                               \
+      return scan(s, n, margin, sign);                                                                           \
+    }                                                                                                            \
+    target static void mask_row(const real* s, real margin, real sign, uint64_t* bits) {                         \
+      mask(s, margin, sign, bits);                                                                               \
+    }                                                                                                            \
+    target static void sparse(const uint64_t* bits, int m, const real* x, int64_t d, real weight, real* g) {     \
+      sparse_sum<real, width>(bits, m, x, d, weight, g);                                                         \
+    }                                                                                                            \
+    target static void dense(const uint64_t* bits, int m, int n, const real* x, int64_t d, real weight, real* g) { \
+      dense_sum<real, width>(bits, m, n, x, d, weight, g);                                                       \
+    }                                                                                                            \
+    static constexpr PairLoops<real> kLoops{scan_row, mask_row, sparse, dense};                                  \
+  };
+
+TCM_PAIR_LOOPS(Baseline, 16, )
+#ifdef __x86_64__
+TCM_PAIR_LOOPS(Avx2, 32, __attribute__((target("avx2,fma"))))
+TCM_PAIR_LOOPS(Avx512, 64, __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl"))))
+#endif
+
+}  // namespace
+
+Isa best_isa() {
+#ifdef __x86_64__
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl"))
+    return Isa::kAvx512;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Isa::kAvx2;
+#endif
+  return Isa::kBaseline;
+}
+
+const char* name(Isa isa) {
+  return isa == Isa::kAvx512 ? "avx512" : isa == Isa::kAvx2 ? "avx2" : "baseline";
+}
+
+template <class real>
+const PairLoops<real>& pair_loops(Isa isa) {
+#ifdef __x86_64__
+  if (isa == Isa::kAvx512) return Avx512<real>::kLoops;
+  if (isa == Isa::kAvx2) return Avx2<real>::kLoops;
+#endif
+  return Baseline<real>::kLoops;
+}
+template const PairLoops<float>& pair_loops(Isa);
+template const PairLoops<double>& pair_loops(Isa);
+
+void transpose_mask(const uint64_t* bits, uint64_t* out) {
+  for (int row = 0; row < kWords; ++row)
+    for (int word = 0; word < kWords; ++word) {
+      uint64_t block[64];  // 64 x 64 bits, transposed by swapping ever smaller off-diagonal squares
+      for (int i = 0; i < 64; ++i) block[i] = bits[(64 * row + i) * kWords + word];
+      uint64_t low = 0x00000000ffffffffull;
+      for (int size = 32; size; size >>= 1, low ^= low << size)
+        for (int i = 0; i < 64; i = ((i | size) + 1) & ~size) {
+          uint64_t swap = ((block[i] >> size) ^ block[i | size]) & low;
+          block[i | size] ^= swap;
+          block[i] ^= swap << size;
+        }
+      for (int i = 0; i < 64; ++i) out[(64 * word + i) * kWords + row] = block[i];
+    }
+}
+
+}  // namespace tcm::cpu

@@ -1,0 +1,41 @@
+// The loops over the pairs of one similarity tile, compiled for several instruction sets.
+#pragma once
+
+#include <cstdint>
+
+namespace tcm::cpu {
+
+constexpr int kTile = 256;          // rows and columns of the largest tile, and distance between its rows
+constexpr int kWords = kTile / 64;  // 64-bit words in one row of a tile's mask of hard pairs
+
+struct Penalty {
+  int64_t count = 0;
+  double sum = 0;
+};
+
+// A pair is hard where excess = sign * (s - margin) >= 0: sign is -1 for positives (s <= m+) and +1 for
+// negatives (s >= m-). NaN is never hard.
+template <class real>
+struct PairLoops {
+  // Hard pairs among s [n] and the sum of their excess.
+  Penalty (*scan_row)(const real* s, int n, real margin, real sign);
+  // Bit j of bits [kWords]: is pair j of s [kTile] hard?
+  void (*mask_row)(const real* s, real margin, real sign, uint64_t* bits);
+  // g [m, d] += weight * M x, with M [m, n] the 0/1 matrix in bits [m, kWords] and x [n, d]: pair by pair,
+  void (*sparse_sum)(const uint64_t* bits, int m, const real* x, int64_t d, real weight, real* g);
+  // and at a cost that hardly depends on the number of pairs.
+  void (*dense_sum)(const uint64_t* bits, int m, int n, const real* x, int64_t d, real weight, real* g);
+};
+
+enum class Isa { kBaseline, kAvx2, kAvx512 };
+
+Isa best_isa();  // of those that this processor has
+const char* name(Isa isa);
+
+template <class real>
+const PairLoops<real>& pair_loops(Isa isa);
+
+// out [kTile, kWords] = bits [kTile, kWords] transposed
+void transpose_mask(const uint64_t* bits, uint64_t* out);
+
+}  // namespace tcm::cpu
