@@ -13,10 +13,11 @@ enum Side { kPlus = 0, kMinus = 1 };  // positives, negatives: index of every pa
 // j == row_offset + i. A positive is hard if s_ij <= margin[kPlus], a negative if s_ij >= margin[kMinus].
 template <class real>
 struct Problem {
+  bool symmetric;          // the columns are the rows: m is n, ref_x and ref_y are not read, row_offset is 0
   int64_t n, m, d;
   const real* x;           // [n, d] rows
   const int64_t* y;        // [n]
-  const real* ref_x;       // [m, d] columns; null in the symmetric form: the columns are the rows, row_offset is 0
+  const real* ref_x;       // [m, d] columns
   const int64_t* ref_y;    // [m]
   int64_t row_offset;      // column that is row 0 itself; -1: none
   double margin[2];

@@ -58,7 +58,7 @@ Results run(const Tensor& x, const Tensor& y, const std::optional<Tensor>& ref_x
   Tensor penalty = torch::stable::new_empty(x, {2}, ScalarType::Double);
   Tensor count = torch::stable::new_empty(x, {2}, ScalarType::Long);
   Problem<real> problem{
-      .n = n, .m = m, .d = d,
+      .symmetric = !ref_x, .n = n, .m = m, .d = d,
       .x = x.const_data_ptr<real>(), .y = y.const_data_ptr<int64_t>(),
       .ref_x = ref_x ? ref_x->const_data_ptr<real>() : nullptr,
       .ref_y = ref_y ? ref_y->const_data_ptr<int64_t>() : nullptr,

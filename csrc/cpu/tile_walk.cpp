@@ -101,11 +101,6 @@ double normalise(const real* x, int64_t d, real* unit) {
   return inverse / peak;
 }
 
-void atomic_wait(const Turn& t, const std::atomic<bool>& failed) {
-  while (t.turn->load(std::memory_order_acquire) != t.mine && !failed.load(std::memory_order_relaxed))
-    std::this_thread::yield();
-}
-
 // Sets bits [from, to) of a row of a mask.
 void range_mask(int from, int to, uint64_t* bits) {
   for (int word = 0; word < kWords; ++word) {
@@ -120,7 +115,7 @@ template <class real>
 class Walk {
  public:
   Walk(const Problem<real>& problem, const Result<real>& result, const Host<real>& host, Isa isa)
-      : p_(problem), result_(result), host_(host), loops_(pair_loops<real>(isa)), symmetric_(problem.ref_x == nullptr) {}
+      : p_(problem), result_(result), host_(host), loops_(pair_loops<real>(isa)), symmetric_(problem.symmetric) {}
 
   void run() {
     int64_t longest = std::max(p_.n, symmetric_ ? 0 : p_.m);
@@ -255,8 +250,9 @@ class Walk {
 
     row_turn.turn = &rows_.turn[i], column_turn.turn = &columns().turn[j];
     bool columns_too = columns().wants_gradient && !diagonal;
-    atomic_wait(row_turn, failed_);
-    if (columns_too) atomic_wait(column_turn, failed_);
+    bool takes_column_turn = symmetric_ ? !diagonal : columns_too;  // symmetric: it is some row panel's turn as well
+    wait(row_turn);
+    if (takes_column_turn) wait(column_turn);
     if (failed_) return;
     for (int side : {kPlus, kMinus}) {
       int64_t pairs = symmetric_ && !diagonal ? 2 : 1;  // (i, j) and (j, i)
@@ -264,7 +260,7 @@ class Walk {
       if (penalty[side].count > 0) accumulate(side, i, j, penalty[side].count, columns_too, scratch);
     }
     row_turn.turn->store(row_turn.next, std::memory_order_release);
-    if (columns_too) column_turn.turn->store(column_turn.next, std::memory_order_release);
+    if (takes_column_turn) column_turn.turn->store(column_turn.next, std::memory_order_release);
   }
 
   // Step 3: adds M X^_j to the gradient of row panel i and, if asked, M^T X^_i to that of column panel j.
@@ -326,6 +322,10 @@ class Walk {
   void add_panel_sum(real* shared, const Embeddings<real>& e, int64_t panel) {
     const real* sum = e.panel_sum.get() + panel * e.d;
     for (int64_t c = 0; c < e.d; ++c) shared[c] += sum[c];
+  }
+
+  void wait(const Turn& t) const {
+    while (t.turn->load(std::memory_order_acquire) != t.mine && !failed_) std::this_thread::yield();
   }
 
   static void add(Penalty& total, const Penalty& part) { total.count += part.count, total.sum += part.sum; }

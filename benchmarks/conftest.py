@@ -1,0 +1,69 @@
+"""The gate before every figure, and a result file that is small, says what it ran on, and names no host."""
+
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import pytorch_metric_learning
+import torch
+
+from benchmarks.gate import DENSITIES, check_fused
+from tcm_fused import __version__, ops, tcm_loss
+
+_LOAD_BEFORE = os.getloadavg()[0]  # others' work on this machine: near 0, or the times mean little
+
+
+@pytest.fixture(scope="session", autouse=True)
+def right_before_fast() -> None:
+    """Every benchmark of the session fails if the loss is not right."""
+    for hard in DENSITIES:
+        check_fused(tcm_loss, hard)
+
+
+def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
+    """What a reader needs to place the figures, instead of the host's name and every CPU flag."""
+    cpu = machine_info["cpu"].get("brand_raw", platform.machine())
+    machine_info.clear()
+    machine_info.update(
+        cpu=cpu,
+        instruction_set=torch.backends.cpu.get_cpu_capability(),
+        threads=torch.get_num_threads(),
+        memory_gib=round(psutil.virtual_memory().total / 2**30, 1),
+        load_before=round(_LOAD_BEFORE, 2),
+        system=f"{platform.system()} {platform.machine()}",
+        python=platform.python_version(),
+        torch=torch.__version__,
+        tcm_fused=__version__,
+        backend="cpu" if ops.why_unavailable("cpu") is None else "torch",
+        build=ops.build_info(),
+        pytorch_metric_learning=pytorch_metric_learning.__version__,
+    )
+
+
+def pytest_benchmark_update_commit_info(config: pytest.Config, commit_info: dict[str, Any]) -> None:
+    """The commit and whether the tree had changes; branch and project names say nothing more."""
+    for name in commit_info.keys() - {"id", "time", "dirty"}:
+        del commit_info[name]
+
+
+def pytest_benchmark_update_json(config: pytest.Config, benchmarks: Any, output_json: dict[str, Any]) -> None:
+    """Keep name, sizes and figures of each benchmark; leave out options, single rounds and statistics nobody reads."""
+    kept = ("min", "max", "median", "iqr", "rounds")
+    output_json["benchmarks"] = [
+        {
+            "group": benchmark["group"],
+            "name": benchmark["name"],
+            "extra_info": benchmark["extra_info"],
+            "stats": {name: benchmark["stats"][name] for name in kept},
+        }
+        for benchmark in output_json["benchmarks"]
+    ]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Make the folder of the result file: pytest-benchmark opens the file before any test runs."""
+    if target := config.getoption("benchmark_json", None):
+        Path(getattr(target, "name", target)).parent.mkdir(parents=True, exist_ok=True)

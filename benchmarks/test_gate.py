@@ -1,0 +1,41 @@
+"""The gate lets the right loss through, and stops losses that are wrong by a little."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks.gate import DENSITIES, check_fused, check_peer
+from benchmarks.peers import PEERS
+from tcm_fused import tcm_loss
+
+
+@pytest.mark.parametrize("hard", DENSITIES)
+@pytest.mark.parametrize("name", [name for name in PEERS if name != "tcm_fused"])
+def test_peer_computes_the_same(name: str, hard: str) -> None:
+    check_peer(name, hard)
+
+
+def _drops_a_row(x: Tensor, labels: Tensor, *reference: Tensor, **options: Any) -> Any:
+    return tcm_loss(x, labels.index_fill(0, torch.tensor(0), -1), *reference, **options)
+
+
+def _scales_loss(x: Tensor, *rest: Tensor, **options: Any) -> Any:
+    loss, stats = tcm_loss(x, *rest, **options)
+    return loss * (1 + 1e-5), stats
+
+
+def _scales_gradient(x: Tensor, *rest: Tensor, **options: Any) -> Any:
+    return tcm_loss(x + 1e-5 * (x.detach() - x), *rest, **options)
+
+
+def _half_precision(x: Tensor, *rest: Tensor, **options: Any) -> Any:
+    loss, stats = tcm_loss(x.half(), *(t.half() if t.is_floating_point() else t for t in rest), **options)
+    return loss, stats
+
+
+@pytest.mark.parametrize("wrong", [_drops_a_row, _scales_loss, _scales_gradient, _half_precision])
+def test_gate_stops_a_wrong_loss(wrong: Any) -> None:
+    with pytest.raises(AssertionError, match="tcm_fused, square"):
+        check_fused(wrong, "half")

@@ -1,0 +1,166 @@
+"""Time and peak memory of loss and gradient, fp32, in ratio to one similarity product and to the peers.
+
+Every test times `tcm_fused` through pytest-benchmark and its peers in alternation with it, in one process; what the
+peers took, the ratios of the medians, and peak memory go into `extra_info`. Nothing is asserted about time: goals are
+reported beside the figures by `benchmarks.report`. `--benchmark-disable` runs everything once on small batches.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import psutil
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.gate import DENSITIES
+from benchmarks.peers import PEERS, eager_tcm, forward_backward, make_batch, peak_extra_bytes
+from tcm_fused import tcm_loss
+
+Steps = dict[str, Callable[[], object]]
+GROWTH = (4096, 8192, 16384, 32768, 65536)
+EAGER_BYTES_PER_PAIR = 22  # measured; decides which batch eager is not even tried on
+
+
+@pytest.mark.benchmark(group="density")
+@pytest.mark.parametrize("hard", DENSITIES)
+def test_density(benchmark: Any, hard: str) -> None:
+    """From no hard pair to all."""
+    x, labels = _batch(benchmark, 8192, 512, hard)
+    steps = _steps(x, labels, "tcm_fused", "eager", "torch.compile") | {"product": _product(x)}
+    _measure(benchmark, steps)
+
+
+@pytest.mark.benchmark(group="small")
+@pytest.mark.parametrize("n", (64, 128, 256, 512, 1024))
+def test_small(benchmark: Any, n: int) -> None:
+    """Batches that fit on one device without any trick: overheads count."""
+    x, labels = _batch(benchmark, n, 128, "few")
+    steps = _steps(x, labels, "tcm_fused", "eager", "torch.compile") | {"product": _product(x)}
+    _measure(benchmark, steps, runs=51)
+
+
+@pytest.mark.benchmark(group="library")
+@pytest.mark.parametrize("n", (256, 1024))
+def test_library(benchmark: Any, n: int) -> None:
+    """The peers that users come from. At N = 1024 pytorch-metric-learning takes 10 GB: two runs to ten of ours."""
+    x, labels = _batch(benchmark, n, 512, "few")
+    few = n == 1024
+    _measure(benchmark, _steps(x, labels, *PEERS), runs=10 if few else 5, peers_every=5 if few else 1)
+    _measure_memory(benchmark, x, labels, *PEERS)
+
+
+@pytest.mark.benchmark(group="growth")
+@pytest.mark.parametrize("n", GROWTH)
+def test_growth(benchmark: Any, n: int) -> None:
+    """Time goes with N^2, memory with N. Eager comes along, in two runs, as far as its N x N matrices fit."""
+    x, labels = _batch(benchmark, n, 128, "few")
+    fits = EAGER_BYTES_PER_PAIR * n**2 < psutil.virtual_memory().available
+    peers = ("tcm_fused", "eager") if fits else ("tcm_fused",)
+    _measure(benchmark, _steps(x, labels, *peers), peers_every=3)
+    _measure_memory(benchmark, x, labels, *peers)
+    benchmark.extra_info["eager_needs_bytes"] = EAGER_BYTES_PER_PAIR * n**2
+
+
+@pytest.mark.benchmark(group="memory")
+@pytest.mark.parametrize("hard", ("half", "all"))
+def test_memory_of_dense_pairs(benchmark: Any, hard: str) -> None:
+    """The largest batch of the growth with many hard pairs, once: memory may not depend on how many there are."""
+    x, labels = _batch(benchmark, GROWTH[-1], 128, hard)
+    _measure(benchmark, _steps(x, labels, "tcm_fused"), runs=1)
+    _measure_memory(benchmark, x, labels, "tcm_fused")
+
+
+@pytest.mark.benchmark(group="width")
+@pytest.mark.parametrize("d", (64, 128, 256, 512, 1024))
+def test_width(benchmark: Any, d: int) -> None:
+    """From narrow embeddings, where looking at pairs costs most, to wide ones, where the product does."""
+    x, labels = _batch(benchmark, 4096, d, "few")
+    _measure(benchmark, _steps(x, labels, "tcm_fused", "eager") | {"product": _product(x)})
+
+
+@pytest.mark.benchmark(group="reference set")
+@pytest.mark.parametrize("hard", DENSITIES)
+def test_reference_set(benchmark: Any, hard: str) -> None:
+    """A batch of 1024 rows against a memory of 65,536 that needs no gradient: no symmetry to use."""
+    n, m = 1024, 65536
+    x, labels = _batch(benchmark, n + m, 128, hard)
+    n = min(n, len(x) // 2)
+    sets = (x[:n], labels[:n], x[n:], labels[n:])
+    steps: Steps = {
+        "tcm_fused": partial(forward_backward, tcm_loss, *sets),
+        "eager": partial(forward_backward, eager_tcm, *sets),
+        "product": _product(x[:n], x[n:]),
+    }
+    _measure(benchmark, steps)
+    benchmark.extra_info.update(n=n, m=m)
+
+
+def _batch(benchmark: Any, n: int, d: int, hard: str) -> tuple[Tensor, Tensor]:
+    """The batch of a test, small under `--benchmark-disable`; its sizes and its count of hard pairs are recorded."""
+    x, labels = make_batch(min(n, 256) if benchmark.disabled else n, d, hard)
+    _, stats = tcm_loss(x, labels, return_stats=True)
+    benchmark.extra_info.update(
+        n=n, d=d, hard=hard, hard_positives=int(stats.count_plus), hard_negatives=int(stats.count_minus)
+    )
+    return x, labels
+
+
+def _steps(x: Tensor, labels: Tensor, *names: str) -> Steps:
+    """Loss and gradient by each of the named peers."""
+    return {name: partial(forward_backward, PEERS[name], x, labels) for name in names}
+
+
+def _product(x: Tensor, ref_x: Tensor | None = None) -> Callable[[], object]:
+    """The similarities alone, into memory that is there already: the least that an N x M matrix costs."""
+    x_hat = F.normalize(x)
+    ref_hat = x_hat if ref_x is None else F.normalize(ref_x)
+    return partial(torch.mm, x_hat, ref_hat.T, out=torch.empty(len(x_hat), len(ref_hat)))
+
+
+def _measure(benchmark: Any, steps: Steps, runs: int = 5, peers_every: int = 1) -> None:
+    """Time "tcm_fused" in `runs` rounds, each (or each `peers_every`-th) begun by a run of all the other steps.
+
+    pytest-benchmark runs a set-up before each round and leaves it out of the time: the peers run there. Recorded are
+    median, fastest and slowest run in seconds, and the ratio of the medians.
+    """
+    peers = {name: step for name, step in steps.items() if name != "tcm_fused"}
+    seconds: dict[str, list[float]] = {name: [] for name in peers}
+    rounds_left = runs
+
+    def time_peers() -> None:
+        nonlocal rounds_left
+        if (runs - rounds_left) % peers_every == 0:
+            for name, step in peers.items():
+                start = time.perf_counter()
+                step()
+                seconds[name].append(time.perf_counter() - start)
+        rounds_left -= 1
+
+    for step in steps.values():  # warm-up
+        step()
+    benchmark.pedantic(steps["tcm_fused"], setup=time_peers, rounds=runs)
+    if benchmark.disabled:
+        return
+    ours = benchmark.stats.stats.data
+    benchmark.extra_info["seconds"] = {
+        name: {"median": statistics.median(times), "fastest": min(times), "slowest": max(times), "runs": len(times)}
+        for name, times in {"tcm_fused": ours, **seconds}.items()
+    }
+    benchmark.extra_info["ratio"] = {
+        name: statistics.median(ours) / statistics.median(times) for name, times in seconds.items()
+    }
+
+
+def _measure_memory(benchmark: Any, x: Tensor, labels: Tensor, *names: str) -> None:
+    """Peak memory of each peer's step in a process of its own, beside the bytes of the embeddings."""
+    steps = _steps(x, labels, *names)
+    # The compiled step is compiled first, at its own shape, so that the compiler's memory is not counted.
+    benchmark.extra_info["peak_bytes"] = {
+        name: peak_extra_bytes(step, warm_up=step if name == "torch.compile" else None) for name, step in steps.items()
+    }
+    benchmark.extra_info["embedding_bytes"] = x.nbytes

@@ -1,0 +1,276 @@
+"""The TCM loss by its formulas, in NumPy and fp64, and the comparison of a backend with it.
+
+Nothing here calls the library's own arithmetic: the formulas are those of the paper (section 4), with the
+gradient in closed form. A pair whose similarity lies within the similarity error of a margin (the *band*) may
+fall on either side of it in another precision: such a pair may differ, every other pair may not.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tcm_fused import tcm_loss
+
+Array = NDArray[Any]
+Masks = tuple[Array, Array]  # [N, M] of positives, of negatives
+
+EPS = 1e-12  # smallest norm a row is divided by
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one call gives; a gradient that was not asked for is None."""
+
+    loss: float
+    count: Array  # [2] int64, n+ and n-
+    violation: Array  # [2] mean of m+ - s and of s - m- over the hard pairs
+    grad_x: Array | None  # [N, D]
+    grad_ref: Array | None  # [M, D]
+
+
+class Oracle:
+    """All pairs of one batch in fp64: similarities, masks, and from any masks the loss and its gradients."""
+
+    def __init__(
+        self,
+        x: Array,
+        y: Array,
+        ref_x: Array | None = None,
+        ref_y: Array | None = None,
+        *,
+        margin_plus: float = 0.9,
+        margin_minus: float = 0.5,
+        lambda_plus: float = 1.0,
+        lambda_minus: float = 1.0,
+        row_offset: int | None = None,
+    ) -> None:
+        self.symmetric = ref_x is None
+        if ref_x is None or ref_y is None:
+            ref_x, ref_y, row_offset = x, y, 0
+        self.margin = np.array([margin_plus, margin_minus])
+        self.weight = np.array([lambda_plus, lambda_minus])
+        self.norm, self.x_hat = _normalise(x, y)
+        self.ref_norm, self.ref_hat = _normalise(ref_x, ref_y)
+        self.s = self.x_hat @ self.ref_hat.T
+        self.gap = (margin_plus - self.s, self.s - margin_minus)  # a pair of the side is hard where gap >= 0
+        valid = (y >= 0)[:, None] & (ref_y >= 0)
+        if row_offset is not None:
+            rows = np.arange(len(y))
+            valid[rows, rows + row_offset] = False
+        same = y[:, None] == ref_y
+        self.pair: Masks = (valid & same, valid & ~same)
+
+    @property
+    def factor(self) -> int:
+        """2 where the rows are the columns: each row's sum then stands for its column's too."""
+        return 2 if self.symmetric else 1
+
+    def hard(self) -> Masks:
+        """M+ and M-, exactly by the definition."""
+        return (self.pair[0] & (self.gap[0] >= 0), self.pair[1] & (self.gap[1] >= 0))
+
+    def evaluate(self, masks: Masks, count: Array | None = None) -> Result:
+        """Loss and gradients where `masks` are the hard pairs; `count` replaces n+ and n- as divisors."""
+        if count is None:
+            count = np.array([mask.sum() for mask in masks])
+        violation = np.array([gap[mask].sum() for gap, mask in zip(self.gap, masks, strict=True)])
+        violation /= np.maximum(count, 1)
+        w = self.weight / np.maximum(count, 1)
+        g = self.factor * (w[1] * (masks[1] @ self.ref_hat) - w[0] * (masks[0] @ self.ref_hat))
+        g_ref = w[1] * (masks[1].T @ self.x_hat) - w[0] * (masks[0].T @ self.x_hat)
+        return Result(
+            loss=float(self.weight @ violation),
+            count=count,
+            violation=violation,
+            grad_x=_project(g, self.x_hat, self.norm),
+            grad_ref=None if self.symmetric else _project(g_ref, self.ref_hat, self.ref_norm),
+        )
+
+
+def _normalise(x: Array, y: Array) -> tuple[Array, Array]:
+    """Norms [N, 1] and x^ [N, D] of the rows that take part; the others are zero rows."""
+    x = np.where((y >= 0)[:, None], x.astype(np.float64), 0.0)
+    norm = np.hypot.reduce(x, axis=1)[:, None]  # neither overflows nor underflows on the way
+    return norm, x / np.maximum(norm, EPS)
+
+
+def _project(g: Array, x_hat: Array, norm: Array) -> Array:
+    """dL/dx from the gradient g by x^. Below EPS the divisor is a constant, so nothing is projected away."""
+    along = np.where(norm >= EPS, (g * x_hat).sum(axis=1, keepdims=True), 0.0)
+    return np.where(norm > 0, (g - along * x_hat) / np.maximum(norm, EPS), 0.0)
+
+
+def unit_roundoff(dtype: torch.dtype) -> float:
+    """That of the arithmetic for input of `dtype` on a CPU: fp64 for fp64, fp32 for all others."""
+    return torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps / 2
+
+
+def similarity_error(d: int, unit: float) -> float:
+    """Largest error of a similarity of rows [D] that is computed with unit roundoff `unit`.
+
+    The two norms and the product are sums of D terms, whose roundings add up like a random walk: below
+    sqrt(D) * unit in one deviation, of which 4 are allowed. 8 more are for the divisions and the rest.
+    Measured on 1e6 pairs, D from 1 to 1000: at most half of it.
+    """
+    return (4 * d**0.5 + 8) * unit
+
+
+def compare(result: Result, oracle: Oracle, dtype: torch.dtype, *, exact: bool = False) -> int:
+    """Assert that `result`, from input of `dtype`, is the oracle's; returns the number of pairs in the band.
+
+    A count may be larger than that of the certainly hard pairs by no more than the pairs in the band. Loss and
+    gradient are compared at the counts of `result`. A row's gradient may be off by the unit vectors of its own pairs
+    in the band; a row that has none is compared tightly, whatever happened elsewhere.
+
+    exact: the similarities are exact in `dtype`, and with them all decisions: there is no band.
+    """
+    unit = unit_roundoff(dtype)
+    s_error = similarity_error(oracle.x_hat.shape[1], unit)
+    band = s_error + np.abs(oracle.margin) * unit  # a margin is rounded to the dtype too
+    if exact:
+        band = np.full(2, -1.0)
+    near = [pair & (np.abs(gap) <= width) for pair, gap, width in zip(oracle.pair, oracle.gap, band, strict=True)]
+    sure = [hard & ~flips for hard, flips in zip(oracle.hard(), near, strict=True)]
+    least = np.array([mask.sum() for mask in sure])
+    flips = np.array([mask.sum() for mask in near])
+    count = result.count
+    assert count.dtype == np.int64
+    assert ((least <= count) & (count <= least + flips)).all(), (
+        f"counts {count.tolist()} are not between {least.tolist()} and {(least + flips).tolist()}"
+    )
+    expected = oracle.evaluate((sure[0], sure[1]), count)
+
+    # Of a mean violation: each pair's similarity error, and from a flipped pair at most twice the band.
+    error = np.abs(result.violation - expected.violation)
+    allowed = s_error + 2 * np.maximum(band, 0) * flips / np.maximum(count, 1)
+    allowed += 4 * unit * (np.abs(oracle.margin) + np.abs(expected.violation))
+    allowed *= count > 0
+    assert (error <= allowed).all(), f"violations {result.violation} are not {expected.violation} +- {allowed}"
+    allowed_loss = oracle.weight @ allowed + 4 * unit * abs(expected.loss)
+    assert abs(result.loss - expected.loss) <= allowed_loss, (
+        f"loss {result.loss} is not {expected.loss} +- {allowed_loss}"
+    )
+
+    w = oracle.weight / np.maximum(count, 1)
+    if result.grad_x is not None:
+        sums = [_Sum(oracle.factor * w[k], sure[k] @ oracle.ref_hat, sure[k].sum(1), near[k].sum(1)) for k in (0, 1)]
+        _compare_gradient("grad_x", result.grad_x, expected.grad_x, sums, oracle.norm[:, 0], dtype)
+    if result.grad_ref is not None:
+        sums = [_Sum(w[k], sure[k].T @ oracle.x_hat, sure[k].sum(0), near[k].sum(0)) for k in (0, 1)]
+        _compare_gradient("grad_ref", result.grad_ref, expected.grad_ref, sums, oracle.ref_norm[:, 0], dtype)
+    return int(flips.sum())
+
+
+@dataclass(frozen=True)
+class _Sum:
+    """One side's part in the gradient of all rows."""
+
+    w: float
+    g: Array  # [N, D] sum of unit vectors over the row's hard pairs
+    n: Array  # [N] how many
+    flips: Array  # [N] how many more may be hard
+
+    def error(self, unit: float) -> Array:
+        """Allowed error of w * g [N], in the 2-norm.
+
+        16 roundings for the factors, 4 sqrt(D) for the projection, and those of the sum: n of them at partial sums of
+        up to max(|g|, sqrt(n)), a random walk, or a drift of unit / 2 a term where all terms are alike (|g| = n).
+        """
+        size = np.linalg.norm(self.g, axis=1)
+        roundings = 16 + 4 * self.g.shape[1] ** 0.5 + 2 * self.n**0.5 + size / 2
+        return self.w * (roundings * unit * np.maximum(size, self.n**0.5) + self.flips)
+
+
+def _compare_gradient(
+    name: str, given: Array, expected: Array | None, sums: list[_Sum], norm: Array, dtype: torch.dtype
+) -> None:
+    """Each row within its own tolerance, which is relative to |w g| before cancellation and projection."""
+    assert expected is not None, f"{name} has no counterpart"
+    assert given.shape == expected.shape, f"{name} has shape {given.shape}"
+    finfo = torch.finfo(dtype)
+    allowed = sum(part.error(unit_roundoff(dtype)) for part in sums) / np.maximum(norm, EPS)
+    allowed += finfo.eps / 2 * np.linalg.norm(expected, axis=1)  # the result is rounded to the input's dtype
+    allowed += given.shape[1] ** 0.5 * finfo.smallest_normal * finfo.eps  # which may underflow
+    allowed *= norm > 0
+    error = np.linalg.norm(given - expected, axis=1)
+    wrong = ~(error <= allowed)  # a NaN is wrong
+    if wrong.any():
+        row = int(np.argmax(wrong))
+        raise AssertionError(
+            f"{name}: {wrong.sum()} of {len(wrong)} rows differ, first row {row}: off by {error[row]:.3g} with "
+            f"{allowed[row]:.3g} allowed, norm {np.linalg.norm(expected[row]):.3g}"
+        )
+
+
+def run(
+    backend: str,
+    x: Tensor,
+    y: Tensor,
+    ref_x: Tensor | None = None,
+    ref_y: Tensor | None = None,
+    *,
+    grad_x: bool = True,
+    grad_ref: bool = True,
+    **options: Any,
+) -> Result:
+    """One forward and backward of `tcm_loss`, with gradients to those embeddings that are named."""
+    x = x.detach().requires_grad_(grad_x)
+    ref_x = None if ref_x is None else ref_x.detach().requires_grad_(grad_ref)
+    loss, stats = tcm_loss(x, y, ref_x, ref_y, backend=backend, return_stats=True, **options)
+    assert loss.shape == ()
+    assert loss.dtype == (torch.float64 if x.dtype == torch.float64 else torch.float32)
+    if loss.requires_grad:
+        loss.backward()
+    return Result(
+        loss=loss.item(),
+        count=torch.stack([stats.count_plus, stats.count_minus]).numpy(),
+        violation=torch.stack([stats.violation_plus, stats.violation_minus]).double().numpy(),
+        grad_x=_gradient_of(x),
+        grad_ref=None if ref_x is None else _gradient_of(ref_x),
+    )
+
+
+def _gradient_of(leaf: Tensor) -> Array | None:
+    if not leaf.requires_grad:
+        assert leaf.grad is None
+        return None
+    assert leaf.grad is not None
+    assert (leaf.grad.dtype, leaf.grad.shape) == (leaf.dtype, leaf.shape)
+    return as_array(leaf.grad)
+
+
+def oracle_of(
+    x: Tensor, y: Tensor, ref_x: Tensor | None = None, ref_y: Tensor | None = None, **options: Any
+) -> Oracle:
+    """The oracle of tensors: their values as they are, in fp64."""
+    reference = () if ref_x is None or ref_y is None else (as_array(ref_x), as_array(ref_y))
+    return Oracle(as_array(x), as_array(y), *reference, **options)
+
+
+def as_array(t: Tensor) -> Array:
+    """Embeddings in fp64, labels in int64."""
+    array: Array = t.detach().to(torch.float64 if t.is_floating_point() else torch.int64).numpy()
+    return array
+
+
+def check(
+    backend: str,
+    x: Tensor,
+    y: Tensor,
+    ref_x: Tensor | None = None,
+    ref_y: Tensor | None = None,
+    *,
+    exact: bool = False,
+    grad_x: bool = True,
+    grad_ref: bool = True,
+    precision: str = "auto",
+    **options: Any,
+) -> Result:
+    """Run `backend` and compare it with the oracle."""
+    result = run(backend, x, y, ref_x, ref_y, grad_x=grad_x, grad_ref=grad_ref, precision=precision, **options)
+    compare(result, oracle_of(x, y, ref_x, ref_y, **options), x.dtype, exact=exact)
+    return result

@@ -1,0 +1,239 @@
+// Runs the CPU kernel without torch, for the sanitizers: threads of its own, a plain matrix product, random
+// problems of every form and size against a double loop over the pairs. Exit 0: all agree.
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <limits>
+#include <random>
+#include <stdexcept>
+#include <thread>
+#include <vector>
+
+#include "../../csrc/cpu/tile_walk.h"
+
+using tcm::kMinus;
+using tcm::kPlus;
+
+struct Case {
+  int64_t n, m, d, classes, row_offset;
+  bool symmetric, grad_x, grad_ref;
+  double margin[2], cone;
+  int threads;
+};
+
+struct Gradient {
+  std::vector<double> value, reach;  // reach: sum of the magnitudes that were added up, the yardstick of rounding
+};
+
+struct Answer {
+  double loss;
+  long double penalty[2];
+  int64_t count[2];
+  Gradient grad_x, grad_ref;
+};
+
+template <class real>
+void product(const real* a, int64_t m, const real* b, int64_t n, int64_t d, real* s) {
+  for (int64_t i = 0; i < m; ++i)
+    for (int64_t j = 0; j < n; ++j) {
+      real sum = 0;
+      for (int64_t k = 0; k < d; ++k) sum += a[i * d + k] * b[j * d + k];
+      s[i * tcm::cpu::kTile + j] = sum;
+    }
+}
+
+template <class real>
+tcm::cpu::Host<real> host(int threads) {
+  return {threads,
+          [threads](int64_t size, const std::function<void(int64_t, int64_t)>& body) {
+            std::vector<std::thread> pool;
+            for (int t = 0; t < threads; ++t)
+              pool.emplace_back([&, t] {
+                int64_t from = size * t / threads, to = size * (t + 1) / threads;
+                if (from < to) body(from, to);
+              });
+            for (auto& thread : pool) thread.join();
+          },
+          product<real>};
+}
+
+// The definition, pair by pair, in double. Pairs as near to a margin as rounding reaches are refused by drawing again.
+template <class real>
+bool oracle(const tcm::Problem<real>& p, Answer* out) {
+  auto unit = [&](const real* x, int64_t n) {
+    std::vector<double> u(x, x + n * p.d);
+    for (int64_t i = 0; i < n; ++i) {
+      double norm = 0;
+      for (int64_t k = 0; k < p.d; ++k) norm = std::hypot(norm, u[i * p.d + k]);
+      for (int64_t k = 0; k < p.d; ++k) u[i * p.d + k] /= std::max(norm, tcm::kEps);
+    }
+    return u;
+  };
+  const int64_t* ref_y = p.symmetric ? p.y : p.ref_y;
+  int64_t offset = p.symmetric ? 0 : p.row_offset;
+  auto u = unit(p.x, p.n), v = p.symmetric ? u : unit(p.ref_x, p.m);
+  std::vector<double> gu[2], gv[2];
+  std::vector<int64_t> row_pairs[2], column_pairs[2];
+  for (int side : {kPlus, kMinus}) {
+    row_pairs[side].assign(p.n, 0), column_pairs[side].assign(p.m, 0);
+    gu[side].assign(p.n * p.d, 0), gv[side].assign(p.m * p.d, 0);
+    out->penalty[side] = 0, out->count[side] = 0;
+  }
+  for (int64_t i = 0; i < p.n; ++i)
+    for (int64_t j = 0; j < p.m; ++j) {
+      if (p.y[i] < 0 || ref_y[j] < 0 || (offset >= 0 && j == offset + i)) continue;
+      double s = 0;
+      for (int64_t k = 0; k < p.d; ++k) s += u[i * p.d + k] * v[j * p.d + k];
+      int side = p.y[i] == ref_y[j] ? kPlus : kMinus;
+      double excess = side == kPlus ? p.margin[kPlus] - s : s - p.margin[kMinus];
+      if (std::abs(excess) < 32 * std::numeric_limits<real>::epsilon()) return false;
+      if (excess < 0) continue;
+      out->penalty[side] += excess, out->count[side] += 1;
+      row_pairs[side][i] += 1, column_pairs[side][j] += 1;
+      for (int64_t k = 0; k < p.d; ++k) gu[side][i * p.d + k] += v[j * p.d + k], gv[side][j * p.d + k] += u[i * p.d + k];
+    }
+  double weight[2];
+  out->loss = 0;
+  for (int side : {kPlus, kMinus}) {
+    weight[side] = p.lambda[side] / std::max<int64_t>(out->count[side], 1);
+    out->loss += weight[side] * out->penalty[side];
+  }
+  auto gradient = [&](const real* x, const std::vector<double>& unit, std::vector<double>* g, std::vector<int64_t>* pairs,
+                      int64_t n) {
+    Gradient out{std::vector<double>(n * p.d), std::vector<double>(n * p.d)};
+    for (int64_t i = 0; i < n; ++i) {
+      double norm = 0, along = 0, *grad = &out.value[i * p.d];
+      for (int64_t k = 0; k < p.d; ++k) {
+        norm = std::hypot(norm, x[i * p.d + k]);
+        grad[k] = weight[kMinus] * g[kMinus][i * p.d + k] - weight[kPlus] * g[kPlus][i * p.d + k];
+        along += grad[k] * unit[i * p.d + k];
+      }
+      for (int64_t k = 0; k < p.d; ++k) {
+        grad[k] = norm == 0 ? 0 : (grad[k] - along * unit[i * p.d + k]) / std::max(norm, tcm::kEps);
+        out.reach[i * p.d + k] = (weight[kMinus] * pairs[kMinus][i] + weight[kPlus] * pairs[kPlus][i]) / std::max(norm, tcm::kEps);
+      }
+    }
+    return out;
+  };
+  if (p.symmetric)
+    for (int side : {kPlus, kMinus}) {
+      for (size_t k = 0; k < gu[side].size(); ++k) gu[side][k] += gv[side][k];
+      for (int64_t i = 0; i < p.n; ++i) row_pairs[side][i] *= 2;
+    }
+  out->grad_x = gradient(p.x, u, gu, row_pairs, p.n);
+  if (!p.symmetric) out->grad_ref = gradient(p.ref_x, v, gv, column_pairs, p.m);
+  return true;
+}
+
+void fail(const Case& c, const char* what, double got, double wanted) {
+  std::printf("%s: got %.17g, wanted %.17g (n %ld m %ld d %ld classes %ld offset %ld symmetric %d threads %d margins %g %g)\n",
+              what, got, wanted, c.n, c.m, c.d, c.classes, c.row_offset, c.symmetric, c.threads, c.margin[kPlus],
+              c.margin[kMinus]);
+  std::exit(1);
+}
+
+template <class real>
+void compare(const Case& c, const char* what, real got, double wanted, double reach) {
+  if (!(std::abs(got - wanted) <= 16 * std::numeric_limits<real>::epsilon() * (reach + 1e-30))) fail(c, what, got, wanted);
+}
+
+template <class real>
+void compare(const Case& c, const char* what, const std::vector<real>& got, const Gradient& wanted) {
+  for (size_t k = 0; k < got.size(); ++k) compare(c, what, got[k], wanted.value[k], wanted.reach[k]);
+}
+
+// Draws the case's problem and checks it on every instruction set that this processor has. False: draw again.
+template <class real>
+bool check(const Case& c, std::mt19937_64& random) {
+  std::normal_distribution<double> normal;
+  std::vector<double> axis(c.d);
+  for (auto& a : axis) a = normal(random);
+  auto draw = [&](int64_t n, std::vector<real>* x, std::vector<int64_t>* y) {
+    x->resize(n * c.d), y->resize(n);
+    for (int64_t i = 0; i < n; ++i) {
+      double scale = std::exp(2 * normal(random));
+      for (int64_t k = 0; k < c.d; ++k) (*x)[i * c.d + k] = static_cast<real>(scale * (normal(random) + c.cone * axis[k]));
+      (*y)[i] = static_cast<int64_t>(random() % (c.classes + 1)) - (random() % 8 == 0);
+    }
+  };
+  std::vector<real> x, ref_x;
+  std::vector<int64_t> y, ref_y;
+  draw(c.n, &x, &y), draw(c.m, &ref_x, &ref_y);
+  tcm::Problem<real> problem{c.symmetric, c.n, c.symmetric ? c.n : c.m, c.d, x.data(), y.data(), ref_x.data(), ref_y.data(), c.row_offset, {c.margin[0], c.margin[1]}, {1.5, 0.5}};
+  Answer wanted;
+  if (!oracle(problem, &wanted)) return false;
+  std::vector<real> first;
+  for (int isa = 0; isa <= static_cast<int>(tcm::cpu::best_isa()); ++isa)
+    for (int repeat = 0; repeat < 2; ++repeat) {
+      constexpr real kPoison = std::numeric_limits<real>::quiet_NaN();
+      real loss = kPoison;
+      double penalty[2] = {kPoison, kPoison};
+      int64_t count[2] = {-1, -1};
+      std::vector<real> grad_x(c.grad_x ? c.n * c.d : 0, kPoison), grad_ref(c.grad_ref ? c.m * c.d : 0, kPoison);
+      tcm::Result<real> result{&loss, c.grad_x ? grad_x.data() : nullptr, c.grad_ref ? grad_ref.data() : nullptr, penalty, count};
+      tcm::cpu::tcm_loss(problem, result, host<real>(c.threads), static_cast<tcm::cpu::Isa>(isa));
+      for (int side : {kPlus, kMinus}) {
+        if (count[side] != wanted.count[side]) fail(c, "count", count[side], wanted.count[side]);
+        compare(c, "penalty", static_cast<real>(penalty[side]), wanted.penalty[side], 3.0 * wanted.count[side]);
+      }
+      compare(c, "loss", loss, wanted.loss, 6);
+      compare(c, "grad_x", grad_x, wanted.grad_x);
+      compare(c, "grad_ref", grad_ref, wanted.grad_ref);
+      grad_x.insert(grad_x.end(), grad_ref.begin(), grad_ref.end());
+      grad_x.push_back(loss);
+      if (repeat == 0) first = grad_x;
+      if (first != grad_x) fail(c, "second run differs", 0, 0);
+    }
+  return true;
+}
+
+// A product that fails must surface as its exception, in every thread count, and not as a hang.
+void failing_product() {
+  std::vector<float> x(600 * 4, 1.0f), grad(600 * 4);
+  std::vector<int64_t> y(600, 0), count(2);
+  float loss;
+  double penalty[2];
+  for (int threads : {1, 3}) {
+    auto broken = host<float>(threads);
+    std::atomic<int> calls{0};
+    broken.product = [&](const float* a, int64_t m, const float* b, int64_t n, int64_t d, float* s) {
+      if (++calls == 5) throw std::runtime_error("no product");
+      product(a, m, b, n, d, s);
+    };
+    bool thrown = false;
+    try {
+      tcm::cpu::tcm_loss<float>({true, 600, 600, 4, x.data(), y.data(), nullptr, nullptr, -1, {0.9, 0.5}, {1, 1}},
+                                {&loss, grad.data(), nullptr, penalty, count.data()}, broken, tcm::cpu::best_isa());
+    } catch (const std::runtime_error&) {
+      thrown = true;
+    }
+    if (!thrown) std::printf("a failing product was not reported\n"), std::exit(1);
+  }
+}
+
+int main(int argc, char** argv) {
+  int cases = argc > 1 ? std::atoi(argv[1]) : 100;
+  uint64_t seed = argc > 2 ? std::strtoull(argv[2], nullptr, 10) : std::random_device{}();
+  std::printf("seed %lu\n", seed);
+  std::mt19937_64 random(seed);
+  const int64_t sizes[] = {0, 1, 2, 5, 63, 64, 65, 100, 130, 257, 300, 520};
+  const int64_t widths[] = {1, 2, 7, 16, 64, 65, 130};
+  const double margins[] = {-1.5, -0.6, -0.1, 0.05, 0.3, 0.7, 0.95, 1.5};
+  auto pick = [&](const auto& values) { return values[random() % std::size(values)]; };
+  for (int done = 0; done < cases;) {
+    Case c{};
+    c.n = pick(sizes), c.m = pick(sizes), c.d = pick(widths);
+    c.classes = pick((const int64_t[]){1, 3, 40, 1000});
+    c.symmetric = random() % 2, c.grad_x = random() % 4, c.grad_ref = !c.symmetric && random() % 2;
+    if (c.symmetric) c.m = c.n;
+    c.row_offset = !c.symmetric && c.m >= c.n && random() % 2 ? static_cast<int64_t>(random() % (c.m - c.n + 1)) : -1;
+    c.margin[kPlus] = pick(margins), c.margin[kMinus] = pick(margins);
+    c.cone = pick((const double[]){0, 0, 0.3, 1, 4});
+    c.threads = pick((const int[]){1, 2, 3, 5});
+    done += random() % 2 ? check<float>(c, random) : check<double>(c, random);
+  }
+  failing_product();
+  std::printf("%d cases agree\n", cases);
+}

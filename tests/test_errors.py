@@ -1,0 +1,278 @@
+"""Bad input: the type of the exception, and a message that names the argument, what was given and what is wanted."""
+
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from tcm_fused import TCMLoss, ops, tcm_loss
+
+N, M, D = 6, 8, 3
+
+
+def arguments(**changed: Any) -> dict[str, Any]:
+    """A good call with a reference set, but for what is changed; None leaves an argument out."""
+    call = {
+        "embeddings": torch.ones(N, D),
+        "labels": torch.arange(N),
+        "ref_emb": torch.ones(M, D),
+        "ref_labels": torch.arange(M),
+        **changed,
+    }
+    return {name: value for name, value in call.items() if value is not None}
+
+
+def refuse(kind: type[Exception], *parts: str, **changed: Any) -> None:
+    """Exactly `kind`, and each of `parts` in the message."""
+    with pytest.raises(kind) as caught:
+        tcm_loss(**arguments(**changed))
+    assert type(caught.value) is kind
+    for part in parts:
+        assert part in str(caught.value)
+
+
+def test_a_good_call_is_good(backend: str) -> None:
+    assert tcm_loss(**arguments(), backend=backend).item() == pytest.approx(0.5)
+
+
+# Shapes.
+
+
+@pytest.mark.parametrize("shape", [(), (N,), (N, D, 1), (N, 0), (0,)])
+@pytest.mark.parametrize(("name", "rows"), [("embeddings", "N"), ("ref_emb", "N")])
+def test_rank_of_embeddings(name: str, rows: str, shape: tuple[int, ...]) -> None:
+    refuse(ValueError, f"{name} must have shape [{rows}, D]", f"got {list(shape)}", **{name: torch.ones(shape)})
+
+
+@pytest.mark.parametrize("shape", [(), (N, 1), (1, N), (N - 1,), (N + 1,), (0,)])
+def test_shape_of_labels(shape: tuple[int, ...]) -> None:
+    labels = torch.zeros(shape, dtype=torch.int64)
+    refuse(ValueError, f"labels must have shape [{N}]", "embeddings", f"got {list(shape)}", labels=labels)
+
+
+@pytest.mark.parametrize("shape", [(), (M, 1), (M - 1,), (M + 1,), (0,)])
+def test_shape_of_ref_labels(shape: tuple[int, ...]) -> None:
+    labels = torch.zeros(shape, dtype=torch.int64)
+    refuse(ValueError, f"ref_labels must have shape [{M}]", "ref_emb", f"got {list(shape)}", ref_labels=labels)
+
+
+def test_different_d() -> None:
+    refuse(ValueError, f"ref_emb has D={D + 1}", f"embeddings have D={D}", ref_emb=torch.ones(M, D + 1))
+
+
+@pytest.mark.parametrize(("given", "missing"), [("ref_emb", "ref_labels"), ("ref_labels", "ref_emb")])
+def test_half_a_reference_set(given: str, missing: str) -> None:
+    refuse(ValueError, f"{given} came without {missing}", **{missing: None})
+
+
+# Types and devices.
+
+
+@pytest.mark.parametrize("name", ["embeddings", "labels", "ref_emb", "ref_labels"])
+@pytest.mark.parametrize("value", [[[1.0]], np.ones((N, D)), 1.5, "text"], ids=["list", "ndarray", "float", "str"])
+def test_not_a_tensor(name: str, value: Any) -> None:
+    refuse(TypeError, f"{name} must be a torch.Tensor", type(value).__name__, **{name: value})
+
+
+@pytest.mark.parametrize("name", ["embeddings", "labels"])
+def test_none_is_not_a_tensor(name: str) -> None:
+    call: dict[str, Any] = {**arguments(), name: None}
+    with pytest.raises(TypeError, match=f"{name} must be a torch.Tensor, got NoneType"):
+        tcm_loss(**call)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.uint8, torch.complex64, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("name", ["embeddings", "ref_emb"])
+def test_dtype_of_embeddings(name: str, dtype: torch.dtype) -> None:
+    x = torch.ones(N if name == "embeddings" else M, D).to(dtype)
+    refuse(TypeError, f"{name} must be float16, bfloat16, float32 or float64", str(dtype), **{name: x})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.complex64], ids=str)
+@pytest.mark.parametrize("name", ["labels", "ref_labels"])
+def test_dtype_of_labels(name: str, dtype: torch.dtype) -> None:
+    labels = torch.ones(N if name == "labels" else M, dtype=dtype)
+    refuse(TypeError, f"{name} must have an integer dtype", str(dtype), **{name: labels})
+
+
+@pytest.mark.parametrize("name", ["labels", "ref_labels"])
+def test_labels_beyond_int64(name: str) -> None:
+    labels = torch.zeros(N if name == "labels" else M, dtype=torch.uint64)
+    labels[2] = 2**63
+    refuse(ValueError, f"{name} must be below 2**63", **{name: labels})
+
+
+@pytest.mark.parametrize(("x", "ref_x"), [(torch.float32, torch.float64), (torch.float16, torch.float32)])
+def test_different_dtypes(x: torch.dtype, ref_x: torch.dtype) -> None:
+    sets = {"embeddings": torch.ones(N, D, dtype=x), "ref_emb": torch.ones(M, D, dtype=ref_x)}
+    refuse(TypeError, f"ref_emb is {ref_x}", f"embeddings are {x}", "autocast", **sets)
+
+
+def test_different_devices() -> None:
+    refuse(ValueError, "labels are on meta", "embeddings on cpu", labels=torch.arange(N, device="meta"))
+    refuse(ValueError, "ref_labels are on meta", "ref_emb on cpu", ref_labels=torch.arange(M, device="meta"))
+    reference = {"ref_emb": torch.ones(M, D, device="meta"), "ref_labels": torch.arange(M, device="meta")}
+    refuse(ValueError, "ref_emb is on meta", "embeddings on cpu", **reference)
+
+
+# Numbers.
+
+
+@pytest.mark.parametrize("name", ["margin_plus", "margin_minus", "lambda_plus", "lambda_minus"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf"), np.float32("nan")])
+def test_numbers_that_are_not_finite(name: str, value: float) -> None:
+    refuse(ValueError, f"{name} must be finite", f"got {value}", **{name: value})
+
+
+@pytest.mark.parametrize("name", ["margin_plus", "margin_minus", "lambda_plus", "lambda_minus"])
+def test_integers_beyond_a_float(name: str) -> None:
+    refuse(ValueError, name, **{name: 10**400})
+
+
+@pytest.mark.parametrize("name", ["margin_plus", "margin_minus", "lambda_plus", "lambda_minus"])
+@pytest.mark.parametrize("value", ["0.5", [0.5], 0.5j, torch.tensor(0.5)], ids=["str", "list", "complex", "tensor"])
+def test_not_a_number(name: str, value: Any) -> None:
+    refuse(TypeError, f"{name} must be a number", type(value).__name__, **{name: value})
+
+
+@pytest.mark.parametrize("name", ["margin_plus", "margin_minus", "lambda_plus", "lambda_minus"])
+def test_none_is_not_a_number(name: str) -> None:
+    call: dict[str, Any] = {**arguments(), name: None}
+    with pytest.raises(TypeError, match=f"{name} must be a number, got NoneType"):
+        tcm_loss(**call)
+
+
+@pytest.mark.parametrize("name", ["lambda_plus", "lambda_minus"])
+@pytest.mark.parametrize("value", [-1, -1e-30])
+def test_negative_lambda(name: str, value: float) -> None:
+    refuse(ValueError, f"{name} must be finite and at least 0", f"got {value}", **{name: value})
+
+
+@pytest.mark.parametrize("offset", [-1, M - N + 1, 10**12, -(2**63), 2**64])
+def test_row_offset_outside_the_columns(offset: int) -> None:
+    refuse(ValueError, f"row_offset={offset}", f"{N} rows", f"{M} columns", f"from 0 to {M - N}", row_offset=offset)
+
+
+@pytest.mark.parametrize("offset", [0, 1, -3])
+def test_row_offset_with_more_rows_than_columns(offset: int) -> None:
+    sets = {"ref_emb": torch.ones(N - 1, D), "ref_labels": torch.arange(N - 1)}
+    refuse(ValueError, f"row_offset={offset}", f"{N - 1} rows", "row_offset=None", row_offset=offset, **sets)
+
+
+@pytest.mark.parametrize("offset", [1.0, "1", True, torch.tensor(1), [1]], ids=["float", "str", "bool", "tensor", "list"])
+def test_row_offset_is_an_int(offset: Any) -> None:
+    refuse(TypeError, "row_offset must be an int or None", type(offset).__name__, row_offset=offset)
+
+
+def test_row_offset_without_a_reference_set() -> None:
+    refuse(ValueError, "row_offset=2", "ref_emb", row_offset=2, ref_emb=None, ref_labels=None)
+
+
+@pytest.mark.parametrize("offset", [0.0, False, "0", torch.tensor(0)], ids=["float", "bool", "str", "tensor"])
+def test_row_offset_is_an_int_without_a_reference_set_too(offset: Any) -> None:
+    refuse(TypeError, "row_offset must be an int or None", row_offset=offset, ref_emb=None, ref_labels=None)
+
+
+# Choices.
+
+
+@pytest.mark.parametrize("value", ["gpu", "CPU", "", "Torch ", 3, ["cpu"]])
+def test_unknown_backend(value: Any) -> None:
+    refuse(ValueError, f"backend={value!r}", "'auto'", "'cpu'", "'cuda'", "'triton'", "'torch'", backend=value)
+
+
+@pytest.mark.parametrize("value", ["tf32", "FP16", "", torch.float16, 16])
+def test_unknown_precision(value: Any) -> None:
+    refuse(ValueError, f"precision={value!r}", "'auto'", "'fp32'", "'fp16'", precision=value)
+
+
+def test_none_is_not_a_choice() -> None:
+    call = arguments()
+    with pytest.raises(ValueError, match="backend=None"):
+        tcm_loss(**call, backend=None)  # type: ignore[call-overload]
+    with pytest.raises(ValueError, match="precision=None"):
+        tcm_loss(**call, precision=None)  # type: ignore[call-overload]
+
+
+@pytest.mark.parametrize("name", ["cpu", "cuda", "triton"])
+def test_backend_that_cannot_run_here(name: str) -> None:
+    """With the reason that `info` gives and what to do instead; one that is available says which device it needs."""
+    reason = ops.why_unavailable(name)
+    if reason is not None:
+        refuse(RuntimeError, f"backend={name!r} is not available", reason, "backend='torch'", backend=name)
+        return
+    elsewhere = {key: value.to("meta") for key, value in arguments().items()}
+    refuse(RuntimeError, f"backend={name!r} needs tensors on device '{name}'", "'meta'", backend=name, **elsewhere)
+
+
+def test_missing_extension() -> None:
+    """Asked for by name: why, and how to build it. "auto": the fallback, with one warning that points at the caller."""
+    script = """
+import sys, warnings
+sys.modules["tcm_fused._C"] = None
+import torch
+from tcm_fused import tcm_loss
+x, y = torch.randn(9, 3), torch.arange(9) % 2
+for backend in ("cpu", "cuda"):
+    try:
+        tcm_loss(x, y, backend=backend)
+    except RuntimeError as error:
+        assert f"backend={backend!r} is not available" in str(error), error
+        assert "tcm_fused._C" in str(error) and "pip install --no-build-isolation" in str(error), error
+        assert "backend='torch'" in str(error), error
+    else:
+        raise AssertionError(backend)
+with warnings.catch_warnings(record=True) as seen:
+    warnings.simplefilter("always")
+    losses = [tcm_loss(x, y) for _ in range(3)]
+assert len(seen) == 1, seen
+assert "fallback" in str(seen[0].message) and "tcm_fused._C" in str(seen[0].message), seen[0]
+assert seen[0].filename == "<string>", seen[0].filename
+assert torch.equal(losses[0], tcm_loss(x, y, backend="torch"))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.filterwarnings("error")
+def test_auto_is_the_kernel_and_does_not_warn() -> None:
+    assert ops.choose("auto", "cpu") is ops.choose("cpu", "cpu")
+    tcm_loss(**arguments())
+
+
+# The module.
+
+
+def test_module_refuses_a_miner() -> None:
+    pairs = (torch.tensor([0]),) * 4
+    with pytest.raises(ValueError, match="indices_tuple must be None"):
+        TCMLoss()(torch.ones(N, D), torch.arange(N), pairs)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "kind"),
+    [
+        ("margin_plus", float("nan"), ValueError),
+        ("margin_minus", "0.5", TypeError),
+        ("lambda_plus", -1.0, ValueError),
+        ("lambda_minus", float("inf"), ValueError),
+        ("precision", "tf32", ValueError),
+        ("backend", "gpu", ValueError),
+    ],
+)
+def test_module_refuses_what_the_function_does(argument: str, value: Any, kind: type[Exception]) -> None:
+    with pytest.raises(kind, match=argument):
+        TCMLoss(**{argument: value})(torch.ones(N, D), torch.arange(N))
+
+
+def test_nothing_is_left_behind(backend: str) -> None:
+    """After a refused call the next good one is right."""
+    x: Tensor = torch.ones(N, D, requires_grad=True)
+    with pytest.raises(ValueError, match="labels"):
+        tcm_loss(x, torch.arange(N + 1), backend=backend)
+    tcm_loss(x, torch.arange(N), backend=backend).backward()
+    assert x.grad is not None

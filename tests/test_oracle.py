@@ -1,0 +1,222 @@
+"""The oracle against numbers worked by hand and finite differences; the comparison against results that are wrong."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from batches import embeddings, margins
+from oracle import Oracle, Result, compare, oracle_of, similarity_error, unit_roundoff
+
+from tcm_fused.reference import tcm_reference
+
+N, M, D = 120, 90, 20
+
+
+def make(seed: int = 0, rectangular: bool = False) -> Oracle:
+    """A batch of which half of all pairs are hard."""
+    rng = np.random.default_rng(seed)
+    y, ref_y = rng.integers(6, size=N), rng.integers(6, size=M)
+    sets = [embeddings("random", y, D, rng), y]
+    sets += [embeddings("random", ref_y, D, rng), ref_y] if rectangular else []
+    return Oracle(*sets, lambda_plus=2.0, **margins(Oracle(*sets), 0.5))
+
+
+def test_oracle_by_hand() -> None:
+    """Rows at 0, 53.13 and 36.87 degrees: s01 = 0.6, s02 = 0.8, s12 = 0.96."""
+    x = np.array([[1.0, 0.0], [1.2, 1.6], [0.8, 0.6]])
+    oracle = Oracle(x, np.array([0, 0, 1]), lambda_plus=3.0)
+    np.testing.assert_allclose(oracle.s, [[1, 0.6, 0.8], [0.6, 1, 0.96], [0.8, 0.96, 1]], rtol=1e-15)
+    result = oracle.evaluate(oracle.hard())
+    assert result.count.tolist() == [2, 4]
+    np.testing.assert_allclose(result.violation, [0.3, 0.38], rtol=1e-14)
+    assert result.loss == pytest.approx(3 * 0.3 + 0.38, rel=1e-14)
+    assert result.grad_x is not None
+    # Row 0 moves only along y: g = 2 * (1/4 * 0.6 - 3/2 * 0.8)
+    np.testing.assert_allclose(result.grad_x[0], [0, 2 * (0.6 / 4 - 3 * 0.8 / 2)], rtol=1e-14, atol=1e-15)
+
+
+@pytest.mark.parametrize("rectangular", [False, True])
+def test_oracle_gradient_by_finite_differences(rectangular: bool) -> None:
+    """Along random directions, at pairs held fixed, within the h^2 of a central difference."""
+    rng = np.random.default_rng(1)
+    y, ref_y = rng.integers(3, size=10), rng.integers(3, size=8)
+    x, ref_x = rng.standard_normal((10, 4)), rng.standard_normal((8, 4))
+
+    def at(x: np.ndarray, ref_x: np.ndarray) -> Oracle:
+        return Oracle(x, y, ref_x, ref_y, row_offset=None) if rectangular else Oracle(x, y)
+
+    result = at(x, ref_x).evaluate(at(x, ref_x).hard())
+    h = 1e-5
+    for _ in range(5):
+        step, ref_step = h * rng.standard_normal(x.shape), h * rng.standard_normal(ref_x.shape)
+        masks = at(x, ref_x).hard()
+        up = at(x + step, ref_x + ref_step).evaluate(masks).loss
+        down = at(x - step, ref_x - ref_step).evaluate(masks).loss
+        slope = (result.grad_x * step).sum() + (0 if result.grad_ref is None else (result.grad_ref * ref_step).sum())
+        assert (up - down) / 2 == pytest.approx(slope, rel=1e-7, abs=1e-13)
+
+
+@pytest.mark.parametrize("form", ["symmetric", "reference set", "row_offset"])
+def test_reference_is_the_definition(form: str) -> None:
+    """`tcm_reference`, by autograd, is the oracle too; with padding, a zero row and a row shorter than EPS."""
+    rng = np.random.default_rng(2)
+    y, ref_y = torch.from_numpy(rng.integers(-1, 4, size=40)), torch.from_numpy(rng.integers(-1, 4, size=55))
+    x, ref_x = (torch.from_numpy(rng.standard_normal((n, 6))) for n in (40, 55))
+    x[3], x[4] = 0, x[4] * 1e-14
+    y[3], y[4] = 0, 1
+    sets = (x, y) if form == "symmetric" else (x, y, ref_x, ref_y)
+    options = {"margin_plus": 0.7, "margin_minus": -0.2, "row_offset": 9 if form == "row_offset" else None}
+    leaves = [t.clone().requires_grad_() if t.is_floating_point() else t for t in sets]
+    loss, penalty, count = tcm_reference(*leaves, **options)
+    loss.backward()
+    grads = [leaf.grad.numpy() for leaf in leaves[::2] if leaf.grad is not None] + [None]
+    violation = (penalty / count.clamp_min(1)).numpy()
+    compare(Result(loss.item(), count.numpy(), violation, *grads[:2]), oracle_of(*sets, **options), x.dtype)
+
+
+# The comparison itself.
+
+
+@pytest.mark.parametrize("rectangular", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_compare_accepts_the_oracle(dtype: torch.dtype, rectangular: bool) -> None:
+    oracle = make(rectangular=rectangular)
+    compare(oracle.evaluate(oracle.hard()), oracle, dtype, exact=True)
+    near = compare(oracle.evaluate(oracle.hard()), oracle, dtype)
+    assert near <= 4, "a band that holds many pairs of a random batch compares nothing"
+
+
+def scale_gradient(result: Result) -> Result:
+    return replace(result, grad_x=result.grad_x * (1 + 1e-4))
+
+
+def scale_one_row(result: Result) -> Result:
+    grad = result.grad_x.copy()
+    grad[17] *= 1 + 1e-4
+    return replace(result, grad_x=grad)
+
+
+def forget_one_row(result: Result) -> Result:
+    grad = result.grad_x.copy()
+    grad[-1] = 0
+    return replace(result, grad_x=grad)
+
+
+def forget_one_column(result: Result) -> Result:
+    grad = result.grad_ref.copy()
+    grad[M // 2] = 0
+    return replace(result, grad_ref=grad)
+
+
+def swap_two_rows(result: Result) -> Result:
+    grad = result.grad_x.copy()
+    grad[[5, 6]] = grad[[6, 5]]
+    return replace(result, grad_x=grad)
+
+
+def poison_one_value(result: Result) -> Result:
+    grad = result.grad_x.copy()
+    grad[0, 0] = np.nan
+    return replace(result, grad_x=grad)
+
+
+def one_more_positive(result: Result) -> Result:
+    return replace(result, count=result.count + np.array([1, 0]))
+
+
+def one_negative_less(result: Result) -> Result:
+    return replace(result, count=result.count - np.array([0, 1]))
+
+
+def swap_sides(result: Result) -> Result:
+    return replace(result, count=result.count[::-1], violation=result.violation[::-1])
+
+
+def scale_loss(result: Result) -> Result:
+    return replace(result, loss=result.loss * (1 + 1e-4))
+
+
+def loss_is_nan(result: Result) -> Result:
+    return replace(result, loss=np.nan)
+
+
+def scale_violation(result: Result) -> Result:
+    return replace(result, violation=result.violation * np.array([1, 1 + 1e-4]))
+
+
+def half_gradient(result: Result) -> Result:
+    return replace(result, grad_x=result.grad_x / 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (scale_gradient, "grad_x"),
+        (scale_one_row, "grad_x: 1 of 120 rows differ, first row 17"),
+        (forget_one_row, "grad_x: 1 of 120 rows differ, first row 119"),
+        (forget_one_column, "grad_ref: 1 of 90 rows differ, first row 45"),
+        (swap_two_rows, "grad_x: 2 of 120 rows differ"),
+        (poison_one_value, "grad_x: 1 of 120 rows differ, first row 0"),
+        (one_more_positive, "counts"),
+        (one_negative_less, "counts"),
+        (swap_sides, "counts"),
+        (scale_loss, "loss"),
+        (loss_is_nan, "loss"),
+        (scale_violation, "violations"),
+        (half_gradient, "grad_x"),
+    ],
+)
+def test_compare_refuses(spoil, message: str, dtype: torch.dtype) -> None:
+    oracle = make(rectangular=True)
+    result = spoil(oracle.evaluate(oracle.hard()))
+    with pytest.raises(AssertionError, match=message):
+        compare(result, oracle, dtype)
+
+
+@pytest.mark.parametrize("side", [0, 1])
+@pytest.mark.parametrize("exchange", [False, True])
+def test_compare_refuses_a_flipped_pair(side: int, exchange: bool) -> None:
+    """The pair just outside the band, consistently in count, loss and gradient; and two flips that keep the count.
+
+    Where another pair lies in the band the count alone may pass: the row's gradient does not.
+    """
+    oracle = make()
+    masks = oracle.hard()
+    width = similarity_error(D, unit_roundoff(torch.float32)) + abs(oracle.margin[side]) * unit_roundoff(torch.float32)
+    candidates = np.argwhere(oracle.pair[side] & (np.abs(oracle.gap[side]) > width))
+    order = np.argsort(np.abs(oracle.gap[side])[tuple(candidates.T)])
+    flipped = candidates[order]
+    hard = masks[side][tuple(flipped.T)]
+    chosen = [flipped[0], flipped[np.argmax(hard != hard[0])]] if exchange else [flipped[0]]
+    for i, j in chosen:
+        masks[side][i, j] ^= True
+    with pytest.raises(AssertionError, match="grad_x" if exchange else "counts|grad_x"):
+        compare(oracle.evaluate(masks), oracle, torch.float32)
+
+
+def test_compare_accepts_a_flip_in_the_band() -> None:
+    """And only there: the same flip is refused where similarities are exact, and at the precision of fp64."""
+    rng = np.random.default_rng(3)
+    x, y = rng.standard_normal((N, D)), rng.integers(6, size=N)
+    i, j = np.argwhere(Oracle(x, y).pair[1])[7]
+    oracle = Oracle(x, y, margin_minus=Oracle(x, y).s[i, j] + 1e-7)
+    masks = oracle.hard()
+    masks[1][i, j] ^= True
+    flipped = oracle.evaluate(masks)
+    assert compare(flipped, oracle, torch.float32) >= 1
+    for dtype, exact in ((torch.float32, True), (torch.float64, False)):
+        with pytest.raises(AssertionError, match="counts"):
+            compare(flipped, oracle, dtype, exact=exact)
+
+
+def test_compare_refuses_a_self_pair_and_a_missing_factor() -> None:
+    oracle = make()
+    masks = oracle.hard()
+    np.fill_diagonal(masks[0], True)
+    with pytest.raises(AssertionError, match="counts"):
+        compare(oracle.evaluate(masks), oracle, torch.float32)
+    oracle = make()
+    with pytest.raises(AssertionError, match="grad_x"):
+        compare(half_gradient(oracle.evaluate(oracle.hard())), oracle, torch.float32)
