@@ -1,5 +1,7 @@
 """Batches to test with: embeddings of different geometry, labels, and margins for a wanted density of hard pairs."""
 
+from typing import Any
+
 import numpy as np
 import torch
 from oracle import Array, Oracle
@@ -34,7 +36,7 @@ def embeddings(kind: str, y: Array, d: int, rng: np.random.Generator) -> Array:
     return x * 2.0 ** rng.uniform(-3, 3, size=(n, 1))
 
 
-def margins(oracle: Oracle, share: float) -> dict[str, float]:
+def margins(oracle: Oracle, share: float) -> dict[str, Any]:
     """Margins at which about `share` of the positives and of the negatives are hard; 0 and 1 are none and all."""
     found = {}
     for name, pair, below in (("plus", oracle.pair[0], share), ("minus", oracle.pair[1], 1 - share)):

@@ -1,4 +1,4 @@
-"""Every test that takes `backend` runs on each. Hypothesis draws new inputs every time and prints how to repeat them."""
+"""Every test that takes `backend` runs on each. Hypothesis draws new inputs each time and prints how to repeat them."""
 
 import pytest
 from hypothesis import settings
@@ -14,4 +14,5 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture(scope="session", params=["cpu", "torch"])
 def backend(request: pytest.FixtureRequest) -> str:
     """A backend that runs on CPU tensors."""
-    return request.param
+    name: str = request.param
+    return name

@@ -5,6 +5,7 @@ gradient in closed form. A pair whose similarity lies within the similarity erro
 fall on either side of it in another precision: such a pair may differ, every other pair may not.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from tcm_fused import tcm_loss
 
 Array = NDArray[Any]
 Masks = tuple[Array, Array]  # [N, M] of positives, of negatives
+Gradient = Any  # Array, or None
 
 EPS = 1e-12  # smallest norm a row is divided by
 
@@ -28,8 +30,8 @@ class Result:
     loss: float
     count: Array  # [2] int64, n+ and n-
     violation: Array  # [2] mean of m+ - s and of s - m- over the hard pairs
-    grad_x: Array | None  # [N, D]
-    grad_ref: Array | None  # [M, D]
+    grad_x: Gradient  # [N, D]
+    grad_ref: Gradient  # [M, D]
 
 
 class Oracle:
@@ -116,7 +118,7 @@ def similarity_error(d: int, unit: float) -> float:
     sqrt(D) * unit in one deviation, of which 4 are allowed. 8 more are for the divisions and the rest.
     Measured on 1e6 pairs, D from 1 to 1000: at most half of it.
     """
-    return (4 * d**0.5 + 8) * unit
+    return (4 * math.sqrt(d) + 8) * unit
 
 
 def compare(result: Result, oracle: Oracle, dtype: torch.dtype, *, exact: bool = False) -> int:
@@ -182,11 +184,12 @@ class _Sum:
         """
         size = np.linalg.norm(self.g, axis=1)
         roundings = 16 + 4 * self.g.shape[1] ** 0.5 + 2 * self.n**0.5 + size / 2
-        return self.w * (roundings * unit * np.maximum(size, self.n**0.5) + self.flips)
+        error: Array = self.w * (roundings * unit * np.maximum(size, self.n**0.5) + self.flips)
+        return error
 
 
 def _compare_gradient(
-    name: str, given: Array, expected: Array | None, sums: list[_Sum], norm: Array, dtype: torch.dtype
+    name: str, given: Array, expected: Gradient, sums: list[_Sum], norm: Array, dtype: torch.dtype
 ) -> None:
     """Each row within its own tolerance, which is relative to |w g| before cancellation and projection."""
     assert expected is not None, f"{name} has no counterpart"
@@ -224,7 +227,7 @@ def run(
     assert loss.shape == ()
     assert loss.dtype == (torch.float64 if x.dtype == torch.float64 else torch.float32)
     if loss.requires_grad:
-        loss.backward()
+        torch.autograd.backward(loss)
     return Result(
         loss=loss.item(),
         count=torch.stack([stats.count_plus, stats.count_minus]).numpy(),
@@ -234,7 +237,7 @@ def run(
     )
 
 
-def _gradient_of(leaf: Tensor) -> Array | None:
+def _gradient_of(leaf: Tensor) -> Gradient:
     if not leaf.requires_grad:
         assert leaf.grad is None
         return None
@@ -243,9 +246,7 @@ def _gradient_of(leaf: Tensor) -> Array | None:
     return as_array(leaf.grad)
 
 
-def oracle_of(
-    x: Tensor, y: Tensor, ref_x: Tensor | None = None, ref_y: Tensor | None = None, **options: Any
-) -> Oracle:
+def oracle_of(x: Tensor, y: Tensor, ref_x: Tensor | None = None, ref_y: Tensor | None = None, **options: Any) -> Oracle:
     """The oracle of tensors: their values as they are, in fp64."""
     reference = () if ref_x is None or ref_y is None else (as_array(ref_x), as_array(ref_y))
     return Oracle(as_array(x), as_array(y), *reference, **options)

@@ -43,9 +43,9 @@ def test_a_good_call_is_good(backend: str) -> None:
 
 
 @pytest.mark.parametrize("shape", [(), (N,), (N, D, 1), (N, 0), (0,)])
-@pytest.mark.parametrize(("name", "rows"), [("embeddings", "N"), ("ref_emb", "N")])
-def test_rank_of_embeddings(name: str, rows: str, shape: tuple[int, ...]) -> None:
-    refuse(ValueError, f"{name} must have shape [{rows}, D]", f"got {list(shape)}", **{name: torch.ones(shape)})
+@pytest.mark.parametrize("name", ["embeddings", "ref_emb"])
+def test_rank_of_embeddings(name: str, shape: tuple[int, ...]) -> None:
+    refuse(ValueError, f"{name} must have shape [", ", D]", f"got {list(shape)}", **{name: torch.ones(shape)})
 
 
 @pytest.mark.parametrize("shape", [(), (N, 1), (1, N), (N - 1,), (N + 1,), (0,)])
@@ -85,11 +85,18 @@ def test_none_is_not_a_tensor(name: str) -> None:
         tcm_loss(**call)
 
 
-@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.uint8, torch.complex64, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.uint8, torch.complex64], ids=str)
 @pytest.mark.parametrize("name", ["embeddings", "ref_emb"])
 def test_dtype_of_embeddings(name: str, dtype: torch.dtype) -> None:
     x = torch.ones(N if name == "embeddings" else M, D).to(dtype)
     refuse(TypeError, f"{name} must be float16, bfloat16, float32 or float64", str(dtype), **{name: x})
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+def test_floats_of_8_bits(dtype: torch.dtype) -> None:
+    x = torch.ones(N, D).to(dtype)
+    parts = ("embeddings must be float16, bfloat16, float32 or float64", str(dtype))
+    refuse(TypeError, *parts, embeddings=x, ref_emb=None, ref_labels=None)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.complex64], ids=str)
@@ -101,9 +108,9 @@ def test_dtype_of_labels(name: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("name", ["labels", "ref_labels"])
 def test_labels_beyond_int64(name: str) -> None:
-    labels = torch.zeros(N if name == "labels" else M, dtype=torch.uint64)
+    labels = np.zeros(N if name == "labels" else M, dtype=np.uint64)
     labels[2] = 2**63
-    refuse(ValueError, f"{name} must be below 2**63", **{name: labels})
+    refuse(ValueError, f"{name} must be below 2**63", **{name: torch.from_numpy(labels)})
 
 
 @pytest.mark.parametrize(("x", "ref_x"), [(torch.float32, torch.float64), (torch.float16, torch.float32)])
@@ -163,7 +170,9 @@ def test_row_offset_with_more_rows_than_columns(offset: int) -> None:
     refuse(ValueError, f"row_offset={offset}", f"{N - 1} rows", "row_offset=None", row_offset=offset, **sets)
 
 
-@pytest.mark.parametrize("offset", [1.0, "1", True, torch.tensor(1), [1]], ids=["float", "str", "bool", "tensor", "list"])
+@pytest.mark.parametrize(
+    "offset", [1.0, "1", True, torch.tensor(1), [1]], ids=["float", "str", "bool", "tensor", "list"]
+)
 def test_row_offset_is_an_int(offset: Any) -> None:
     refuse(TypeError, "row_offset must be an int or None", type(offset).__name__, row_offset=offset)
 
@@ -190,12 +199,11 @@ def test_unknown_precision(value: Any) -> None:
     refuse(ValueError, f"precision={value!r}", "'auto'", "'fp32'", "'fp16'", precision=value)
 
 
-def test_none_is_not_a_choice() -> None:
-    call = arguments()
-    with pytest.raises(ValueError, match="backend=None"):
-        tcm_loss(**call, backend=None)  # type: ignore[call-overload]
-    with pytest.raises(ValueError, match="precision=None"):
-        tcm_loss(**call, precision=None)  # type: ignore[call-overload]
+@pytest.mark.parametrize("name", ["backend", "precision"])
+def test_none_is_not_a_choice(name: str) -> None:
+    call: dict[str, Any] = {**arguments(), name: None}
+    with pytest.raises(ValueError, match=f"{name}=None is not known"):
+        tcm_loss(**call)
 
 
 @pytest.mark.parametrize("name", ["cpu", "cuda", "triton"])
@@ -250,7 +258,7 @@ def test_auto_is_the_kernel_and_does_not_warn() -> None:
 def test_module_refuses_a_miner() -> None:
     pairs = (torch.tensor([0]),) * 4
     with pytest.raises(ValueError, match="indices_tuple must be None"):
-        TCMLoss()(torch.ones(N, D), torch.arange(N), pairs)  # type: ignore[arg-type]
+        TCMLoss()(torch.ones(N, D), torch.arange(N), pairs)
 
 
 @pytest.mark.parametrize(
@@ -274,5 +282,5 @@ def test_nothing_is_left_behind(backend: str) -> None:
     x: Tensor = torch.ones(N, D, requires_grad=True)
     with pytest.raises(ValueError, match="labels"):
         tcm_loss(x, torch.arange(N + 1), backend=backend)
-    tcm_loss(x, torch.arange(N), backend=backend).backward()
+    torch.autograd.backward(tcm_loss(x, torch.arange(N), backend=backend))
     assert x.grad is not None

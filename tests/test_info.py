@@ -4,6 +4,7 @@ import doctest
 import json
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -11,24 +12,25 @@ import torch
 import tcm_fused
 import tcm_fused.loss
 from tcm_fused import ops
+from tcm_fused.__main__ import main
 
 
-def call(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "tcm_fused", *arguments], capture_output=True, text=True, check=False, timeout=120
-    )
+@pytest.fixture(scope="module")
+def facts() -> dict[str, Any]:
+    """What `python -m tcm_fused info --json` prints: one JSON object and nothing else."""
+    command = [sys.executable, "-m", "tcm_fused", "info", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    parsed: dict[str, Any] = json.loads(done.stdout)
+    return parsed
 
 
-def test_info_json() -> None:
-    """One JSON object: versions, device, each backend with the reason where it cannot run, and the build's facts."""
-    done = call("info", "--json")
-    assert done.returncode == 0, done.stderr
-    facts = json.loads(done.stdout)
+def test_info_json(facts: dict[str, Any]) -> None:
+    """Versions, device, threads, and each backend with the reason where it cannot run."""
     assert facts["version"] == tcm_fused.__version__
     assert facts["torch"] == torch.__version__
+    assert facts["threads"] >= 1
     assert isinstance(facts["device"], str)
     assert facts["device"]
-    assert facts["threads"] >= 1
     assert list(facts["backends"]) == ["cpu", "cuda", "triton", "torch"]
     for state in facts["backends"].values():
         assert set(state) == {"available", "reason"}
@@ -37,46 +39,45 @@ def test_info_json() -> None:
     assert facts["backends"]["torch"]["available"]
 
 
-def test_info_says_what_a_call_would() -> None:
-    """A backend is available exactly if it runs when asked for by name; the others give the same reason."""
-    backends = json.loads(call("info", "--json").stdout)["backends"]
+@pytest.mark.parametrize("name", ["cpu", "triton", "torch"])
+def test_info_says_what_a_call_would(facts: dict[str, Any], name: str) -> None:
+    """A backend is available exactly if it runs when asked for by name; otherwise the call gives the same reason."""
     x, y = torch.ones(4, 2), torch.arange(4)
-    for name in ("cpu", "triton", "torch"):
-        if backends[name]["available"]:
+    if facts["backends"][name]["available"]:
+        tcm_fused.tcm_loss(x, y, backend=name)
+    else:
+        with pytest.raises(RuntimeError) as caught:
             tcm_fused.tcm_loss(x, y, backend=name)
-        else:
-            with pytest.raises(RuntimeError) as caught:
-                tcm_fused.tcm_loss(x, y, backend=name)
-            assert backends[name]["reason"] in str(caught.value)
+        assert facts["backends"][name]["reason"] in str(caught.value)
 
 
-def test_info_of_the_build() -> None:
-    """The kernel is there, and says which compiler and instruction set it was built with."""
-    facts = json.loads(call("info", "--json").stdout)
+def test_info_of_the_build(facts: dict[str, Any]) -> None:
+    """The kernel is there, and says which compiler, CPU instruction set and CUDA architectures it was built with."""
     assert facts["backends"]["cpu"]["available"], facts["backends"]["cpu"]["reason"]
     assert facts["build"] == ops.build_info()
-    assert facts["build"]
-    for name, value in facts["build"].items():
-        assert isinstance(name, str)
-        assert isinstance(value, str)
-        assert value
-    words = " ".join(facts["build"]).lower()
+    assert all(isinstance(value, str) for value in facts["build"].values())
+    names = " ".join(facts["build"])
     for fact in ("compiler", "cpu", "cuda"):
-        assert fact in words
+        assert fact in names
 
 
-def test_info_for_people() -> None:
-    done = call("info")
-    assert done.returncode == 0, done.stderr
-    for word in (tcm_fused.__version__, torch.__version__, *ops.BACKENDS):
-        assert word in done.stdout
+def test_info_for_people(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["tcm_fused", "info"])
+    main()
+    printed = capsys.readouterr().out
+    for word in (tcm_fused.__version__, torch.__version__, *ops.BACKENDS, *(ops.build_info() or {})):
+        assert word in printed
 
 
 @pytest.mark.parametrize("arguments", [(), ("nonsense",), ("info", "--nonsense")])
-def test_bad_commands(arguments: tuple[str, ...]) -> None:
-    done = call(*arguments)
-    assert done.returncode == 2
-    assert "usage: python -m tcm_fused" in done.stderr
+def test_bad_commands(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["tcm_fused", *arguments])
+    with pytest.raises(SystemExit) as left:
+        main()
+    assert left.value.code == 2
+    assert "usage: python -m tcm_fused" in capsys.readouterr().err
 
 
 def test_public_names() -> None:

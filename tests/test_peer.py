@@ -1,26 +1,26 @@
 """pytorch-metric-learning's own class as a second oracle, for the plain form (its `ref_emb` is broken in 2.9.0)."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from batches import KINDS, embeddings
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pytorch_metric_learning.losses import ThresholdConsistentMarginLoss
+from pytorch_metric_learning.losses import ThresholdConsistentMarginLoss  # type: ignore[import-untyped]
 from torch import Tensor
 
 from tcm_fused import TCMLoss
 
 
-def both(
-    backend: str, x: Tensor, y: Tensor, **options: float
-) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+def both(backend: str, x: Tensor, y: Tensor, **options: Any) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """Loss and gradient of the peer's class and of ours, called the same way with the same keywords."""
     results = []
     for criterion in (ThresholdConsistentMarginLoss(**options), TCMLoss(**options, backend=backend)):
         leaf = x.clone().requires_grad_()
         loss = criterion(leaf, y)
-        loss.backward()
+        torch.autograd.backward(loss)
         assert leaf.grad is not None
         results.append((loss.detach(), leaf.grad))
     return results[0], results[1]
@@ -39,7 +39,7 @@ def both(
     lambda_minus=st.floats(0, 10),
 )
 def test_same_loss_and_gradient(
-    backend: str, seed: int, n: int, d: int, classes: int, kind: str, **options: float
+    backend: str, seed: int, n: int, d: int, classes: int, kind: str, **options: Any
 ) -> None:
     """In fp64, on random batches, whose pairs lie on no margin."""
     rng = np.random.default_rng(seed)

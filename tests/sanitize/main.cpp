@@ -23,6 +23,10 @@ struct Case {
   int threads;
 };
 
+// Where most pairs of a tile are hard, a row gets the tile's column sum less the rest: its rounding is that of a sum
+// over 256 columns, about sqrt(256) units, however few hard pairs the row itself has.
+constexpr int kSpill = 16;
+
 struct Gradient {
   std::vector<double> value, reach;  // reach: sum of the magnitudes that were added up, the yardstick of rounding
 };
@@ -59,7 +63,7 @@ tcm::cpu::Host<real> host(int threads) {
           product<real>};
 }
 
-// The definition, pair by pair, in double. Pairs as near to a margin as rounding reaches are refused by drawing again.
+// The definition, pair by pair, in double. False if a pair is as near to a margin as rounding reaches.
 template <class real>
 bool oracle(const tcm::Problem<real>& p, Answer* out) {
   auto unit = [&](const real* x, int64_t n) {
@@ -112,7 +116,8 @@ bool oracle(const tcm::Problem<real>& p, Answer* out) {
       }
       for (int64_t k = 0; k < p.d; ++k) {
         grad[k] = norm == 0 ? 0 : (grad[k] - along * unit[i * p.d + k]) / std::max(norm, tcm::kEps);
-        out.reach[i * p.d + k] = (weight[kMinus] * pairs[kMinus][i] + weight[kPlus] * pairs[kPlus][i]) / std::max(norm, tcm::kEps);
+        out.reach[i * p.d + k] = (weight[kMinus] * (pairs[kMinus][i] + kSpill) + weight[kPlus] * (pairs[kPlus][i] + kSpill)) /
+                                 std::max(norm, tcm::kEps);
       }
     }
     return out;

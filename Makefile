@@ -1,0 +1,36 @@
+# make demo | test | bench | info: each sets up .venv and builds the extension first, if that is not done yet.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+
+.PHONY: demo test lint bench info clean
+
+demo: $(VENV)/built
+	$(RUN) -m benchmarks.demo
+
+test: lint
+	$(RUN) -m pytest
+
+lint: $(VENV)/built
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+bench: $(VENV)/built
+	$(RUN) -m pytest benchmarks --benchmark-json=benchmarks/results/cpu.json
+	$(RUN) -m benchmarks.report benchmarks/results/cpu.json
+
+info: $(VENV)/built
+	$(RUN) -m tcm_fused info
+
+$(VENV)/installed: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --requirement requirements.txt
+	touch $@
+
+$(VENV)/built: $(VENV)/installed setup.py pyproject.toml $(shell find csrc -type f)
+	$(VENV)/bin/pip install --quiet --no-build-isolation --no-deps --editable .
+	touch $@
+
+clean:
+	rm -rf $(VENV) build out *.egg-info tcm_fused/*.so
