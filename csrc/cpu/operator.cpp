@@ -37,8 +37,8 @@ class View {
 };
 
 template <class real>
-void product(const real* a, int64_t m, const real* b, int64_t n, int64_t d, real* s) {
-  View<real> out(s, m, n, kTile, 1), left(a, m, d, d, 1), right(b, d, n, 1, d);
+void product(const real* a, int64_t m, const real* b, int64_t n, int64_t d, real* s, int64_t stride) {
+  View<real> out(s, m, n, stride, 1), left(a, m, d, d, 1), right(b, d, n, 1, d);
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.handle, left.handle, right.handle));
 }
 

@@ -71,8 +71,8 @@ TCM_INLINE Penalty scan(const real* s, int n, real margin, real sign) {
 }
 
 template <class real>
-TCM_INLINE void mask(const real* s, real margin, real sign, uint64_t* bits) {
-  for (int word = 0; word < kWords; ++word) {
+TCM_INLINE void mask(const real* s, int words, real margin, real sign, uint64_t* bits) {
+  for (int word = 0; word < words; ++word) {
     uint32_t half[2];
     for (int h = 0; h < 2; ++h) {
       uint32_t found = 0;
@@ -143,8 +143,8 @@ TCM_INLINE void dense_sum(const uint64_t* bits, int m, int n, const real* x, int
     target static Penalty scan_row(const real* s, int n, real margin, real sign) {                               \
       return scan(s, n, margin, sign);                                                                           \
     }                                                                                                            \
-    target static void mask_row(const real* s, real margin, real sign, uint64_t* bits) {                         \
-      mask(s, margin, sign, bits);                                                                               \
+    target static void mask_row(const real* s, int words, real margin, real sign, uint64_t* bits) {                         \
+      mask(s, words, margin, sign, bits);                                                                               \
     }                                                                                                            \
     target static void sparse(const uint64_t* bits, int m, const real* x, int64_t d, real weight, real* g) {     \
       sparse_sum<real, width>(bits, m, x, d, weight, g);                                                         \

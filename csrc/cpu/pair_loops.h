@@ -5,7 +5,7 @@
 
 namespace tcm::cpu {
 
-constexpr int kTile = 256;          // rows and columns of the largest tile, and distance between its rows
+constexpr int kTile = 256;          // rows and columns of the largest tile
 constexpr int kWords = kTile / 64;  // 64-bit words in one row of a tile's mask of hard pairs
 
 struct Penalty {
@@ -19,8 +19,8 @@ template <class real>
 struct PairLoops {
   // Hard pairs among s [n] and the sum of their excess.
   Penalty (*scan_row)(const real* s, int n, real margin, real sign);
-  // Bit j of bits [kWords]: is pair j of s [kTile] hard?
-  void (*mask_row)(const real* s, real margin, real sign, uint64_t* bits);
+  // Bit j of bits [words]: is pair j of s [64 words] hard?
+  void (*mask_row)(const real* s, int words, real margin, real sign, uint64_t* bits);
   // g [m, d] += weight * M x, with M [m, n] the 0/1 matrix in bits [m, kWords] and x [n, d]: pair by pair,
   void (*sparse_sum)(const uint64_t* bits, int m, const real* x, int64_t d, real weight, real* g);
   // and at a cost that hardly depends on the number of pairs.

@@ -17,15 +17,18 @@
 // How the walk goes:
 // 1. Sort rows and columns by label and normalise them (`Embeddings`). The positives of a row are then one
 //    range of columns, and away from the diagonal a tile needs no look at labels.
-// 2. Cut both into panels of `tile` rows. For each pair of panels (the upper triangle where rows are columns)
-//    one matrix product gives a tile of similarities; count the hard pairs and sum their excess.
+// 2. Cut both into panels of `tile` rows. Each pair of panels (the upper triangle where rows are columns) is a tile
+//    of similarities: a matrix product, made for a group of panels at once. Count its hard pairs, sum their excess.
 // 3. Add the masked sums M X^ to the panels' gradients: nothing for an empty tile; pair by pair for few hard
 //    pairs; by table look-up for many; and where most pairs are hard, the panel's column sum less the rest.
 // 4. Scale by the counts, project off the unit sphere's normal, undo the sort.
-// Panels take their tiles' sums in a fixed order (`Turn`), so the result does not depend on timing.
+// Panels take their sums in a fixed order (`Turn`), so the result does not depend on timing.
 
 namespace tcm::cpu {
 namespace {
+
+constexpr int kGroup = 2;       // panels a side of one matrix product
+constexpr int kDensePairs = 8;  // pairs of a dense sum that cost as much as one of a sparse sum (measured: 7)
 
 // calloc'ed: pages that stay zero are never touched.
 template <class T>
@@ -60,15 +63,17 @@ struct Embeddings {
   bool wants_gradient = false;
   Array<real> sum[2];            // [size, d] masked sums over hard positives, hard negatives
   Array<real> shared[2];         // [panels, d] what every row of a panel gets besides
-  std::vector<char> touched;     // [panels] whether sum or shared are more than zero
-  std::unique_ptr<std::atomic<int64_t>[]> turn;  // [panels] see `Turn`
+  std::vector<char> touched[2];  // [panels] whether sum or shared are more than zero
+  std::unique_ptr<std::atomic<int64_t>[]> turn;  // [groups] see `Turn`
 
   int64_t begin(int64_t panel) const { return panel * tile; }
   int rows(int64_t panel) const { return static_cast<int>(std::min<int64_t>(tile, size - panel * tile)); }
+  int64_t groups() const { return (panels + kGroup - 1) / kGroup; }
+  int64_t group_end(int64_t group) const { return std::min(panels, kGroup * (group + 1)); }  // its last panel + 1
   const real* unit_at(int64_t panel) const { return unit.get() + begin(panel) * d; }
 };
 
-// A panel's sums are added to in a fixed order: a tile waits until the panel's turn is its own.
+// A group's sums are added to in a fixed order: whoever has a sum for it waits until the turn is its own.
 struct Turn {
   std::atomic<int64_t>* turn;
   int64_t mine, next;
@@ -119,7 +124,7 @@ class Walk {
 
   void run() {
     int64_t longest = std::max(p_.n, symmetric_ ? 0 : p_.m);
-    int tile = static_cast<int>(std::clamp<int64_t>((longest / (4 * host_.threads) + 63) / 64 * 64, 64, kTile));
+    int tile = static_cast<int>(std::clamp<int64_t>((longest / (4 * kGroup * host_.threads) + 63) / 64 * 64, 64, kTile));
     prepare(rows_, p_.x, p_.y, p_.n, tile, result_.grad_x != nullptr);
     if (!symmetric_) prepare(other_, p_.ref_x, p_.ref_y, p_.m, tile, result_.grad_ref != nullptr);
     if (rows_.finite && columns().finite) {
@@ -130,8 +135,16 @@ class Walk {
   }
 
  private:
-  struct Scratch {  // one a thread
-    Array<real> s;  // [kTile, kTile]
+  struct Tile {      // similarities of row panel i and column panel j
+    int64_t i, j;
+    int m, n;
+    real* s;         // [m, n], rows `stride` apart
+    int stride;
+    Penalty penalty[2];
+  };
+
+  struct Scratch {   // one a thread
+    Array<real> s;   // [kGroup tile, kGroup tile]
     uint64_t mask[kTile * kWords], transposed[kTile * kWords];
   };
 
@@ -152,10 +165,12 @@ class Walk {
     e.label.resize(e.size), e.inverse.resize(e.size);
     e.unit.allocate(e.size * e.d), e.panel_sum.allocate(e.panels * e.d);
     e.wants_gradient = wants_gradient;
-    e.touched.resize(e.panels), e.turn.reset(new std::atomic<int64_t>[e.panels]);
-    for (int64_t panel = 0; panel < e.panels; ++panel) e.turn[panel] = 0;
-    if (wants_gradient)
-      for (int side : {kPlus, kMinus}) e.sum[side].allocate(e.size * e.d), e.shared[side].allocate(e.panels * e.d);
+    e.turn.reset(new std::atomic<int64_t>[e.groups()]);
+    for (int64_t group = 0; group < e.groups(); ++group) e.turn[group] = 0;
+    for (int side : {kPlus, kMinus}) {
+      e.touched[side].resize(e.panels);
+      if (wants_gradient) e.sum[side].allocate(e.size * e.d), e.shared[side].allocate(e.panels * e.d);
+    }
     parallel(e.panels, [&](int64_t from, int64_t to) {
       for (int64_t panel = from; panel < to; ++panel) {
         real* panel_sum = e.panel_sum.get() + panel * e.d;
@@ -189,13 +204,13 @@ class Walk {
     for (int64_t k = 0; k < rows_.size; ++k) own_[k] = position[rows_.order[k] + p_.row_offset];
   }
 
-  // Step 2. Threads take tiles in order; the order makes neighbours touch different panels.
+  // Step 2. Threads take groups in order; the order makes neighbours touch different panels.
   void tiles() {
-    int64_t rows = rows_.panels, cols = columns().panels;
+    int64_t rows = rows_.groups(), cols = columns().groups();
     if (rows == 0 || cols == 0) return;
-    panel_penalty_.assign(2 * rows, {});
-    // Round r visits the tiles (a, b) with b = r - a (symmetric: every panel once a round) or b = a + r, modulo the
-    // longer side, a on the shorter. There panel a has its turn in round r, and panel b is visited by a = b, b - 1, ...
+    panel_penalty_.assign(2 * rows_.panels, {});
+    // Round r visits the groups (a, b) with b = r - a (symmetric: every group once a round) or b = a + r, modulo the
+    // longer side, a on the shorter. There group a has its turn in round r, and b is visited by a = b, b - 1, ...
     bool rows_short = rows <= cols;
     int64_t shorter = std::min(rows, cols), longer = std::max(rows, cols);
     if (!symmetric_) {
@@ -206,16 +221,16 @@ class Walk {
     parallel(host_.threads, [&](int64_t from, int64_t to) {
       for (int64_t worker = from; worker < to; ++worker) try {
           Scratch scratch;
-          scratch.s.allocate(kTile * kTile);
+          scratch.s.allocate(kGroup * kGroup * rows_.tile * rows_.tile);
           for (int64_t t; !failed_ && (t = next++) < longer * shorter;) {
             int64_t r = t / shorter, a = t % shorter, b = (symmetric_ ? r - a + longer : a + r) % longer;
             if (symmetric_ && a > b) continue;
             Turn turn_a{nullptr, r, r + 1}, turn_b{nullptr, a, a == 0 ? shorter - 1 : a - 1};
             if (symmetric_) turn_b = turn_a;
             if (symmetric_ || rows_short) {
-              one_tile(a, b, turn_a, turn_b, scratch);
+              one_group(a, b, turn_a, turn_b, scratch);
             } else {
-              one_tile(b, a, turn_b, turn_a, scratch);
+              one_group(b, a, turn_b, turn_a, scratch);
             }
           }
         } catch (...) {
@@ -227,101 +242,112 @@ class Walk {
     if (error_) std::rethrow_exception(error_);
   }
 
-  // The tile of row panel i and column panel j.
-  void one_tile(int64_t i, int64_t j, Turn row_turn, Turn column_turn, Scratch& scratch) {
-    int m = rows_.rows(i), n = columns().rows(j);
-    bool diagonal = symmetric_ && i == j;
-    real* s = scratch.s.get();
-    host_.product(rows_.unit_at(i), m, columns().unit_at(j), n, p_.d, s);
-    constexpr real kNever = std::numeric_limits<real>::quiet_NaN();  // no similarity: never hard
-    for (int row = 0; row < m; ++row) {
-      int64_t own = own_[rows_.begin(i) + row] - columns().begin(j);
-      if (0 <= own && own < n) s[row * kTile + own] = kNever;
-      std::fill(s + row * kTile + n, s + row * kTile + (n + 63) / 64 * 64, kNever);
+  // The tiles of row group `a` and column group `b`; on the diagonal only those above it.
+  void one_group(int64_t a, int64_t b, Turn row_turn, Turn column_turn, Scratch& scratch) {
+    bool diagonal = symmetric_ && a == b;
+    Tile tiles[kGroup * kGroup];
+    int size = 0, stride = kGroup * rows_.tile;
+    int64_t end_i = rows_.group_end(a), end_j = columns().group_end(b);
+    for (int64_t i = kGroup * a; i < end_i; ++i)
+      for (int64_t j = diagonal ? i : kGroup * b; j < end_j; ++j) {
+        real* s = scratch.s.get() + (i - kGroup * a) * rows_.tile * stride + (j - kGroup * b) * rows_.tile;
+        tiles[size++] = {i, j, rows_.rows(i), columns().rows(j), s, stride, {}};
+      }
+    // A product of several tiles at once is faster than one by one: it packs its operands less often.
+    for (int k = 0; k < size; ++k) {
+      const Tile& t = tiles[k];
+      bool first_of_row = k == 0 || tiles[k - 1].i != t.i;
+      if (!first_of_row || (k > 0 && !diagonal)) continue;
+      int64_t m = diagonal ? t.m : rows_.begin(end_i - 1) + rows_.rows(end_i - 1) - rows_.begin(t.i);
+      int64_t n = columns().begin(end_j - 1) + columns().rows(end_j - 1) - columns().begin(t.j);
+      host_.product(rows_.unit_at(t.i), m, columns().unit_at(t.j), n, p_.d, t.s, stride);
     }
-    Penalty penalty[2] = {};
-    for (int row = 0; row < m; ++row) {
-      auto [a, b] = positives(i, row, j, n);
-      const real* s_row = s + row * kTile;
-      add(penalty[kPlus], loops_.scan_row(s_row + a, b - a, margin(kPlus), -1));
-      add(penalty[kMinus], loops_.scan_row(s_row, a, margin(kMinus), 1));
-      add(penalty[kMinus], loops_.scan_row(s_row + b, n - b, margin(kMinus), 1));
-    }
+    for (int k = 0; k < size; ++k) scan(tiles[k]);
 
-    row_turn.turn = &rows_.turn[i], column_turn.turn = &columns().turn[j];
-    bool columns_too = columns().wants_gradient && !diagonal;
-    bool takes_column_turn = symmetric_ ? !diagonal : columns_too;  // symmetric: it is some row panel's turn as well
+    row_turn.turn = &rows_.turn[a], column_turn.turn = &columns().turn[b];
+    // In the symmetric form the column group's turn is some row group's as well, gradient or not.
+    bool takes_column_turn = symmetric_ ? !diagonal : columns().wants_gradient;
     wait(row_turn);
     if (takes_column_turn) wait(column_turn);
     if (failed_) return;
-    for (int side : {kPlus, kMinus}) {
-      int64_t pairs = symmetric_ && !diagonal ? 2 : 1;  // (i, j) and (j, i)
-      add(panel_penalty_[2 * i + side], {pairs * penalty[side].count, pairs * penalty[side].sum});
-      if (penalty[side].count > 0) accumulate(side, i, j, penalty[side].count, columns_too, scratch);
-    }
+    for (int k = 0; k < size; ++k) accumulate(tiles[k], scratch);
     row_turn.turn->store(row_turn.next, std::memory_order_release);
     if (takes_column_turn) column_turn.turn->store(column_turn.next, std::memory_order_release);
   }
 
-  // Step 3: adds M X^_j to the gradient of row panel i and, if asked, M^T X^_i to that of column panel j.
-  void accumulate(int side, int64_t i, int64_t j, int64_t count, bool columns_too, Scratch& scratch) {
-    if (!rows_.wants_gradient && !columns_too) return;
-    int m = rows_.rows(i), n = columns().rows(j);
-    bool most = 2 * count > m * n;  // all pairs, less those that are not hard
-    int64_t listed = most ? m * n - count : count;
-    real weight = most ? -1 : 1;
-    if (rows_.wants_gradient) {
-      rows_.touched[i] = 1;
-      if (most) add_panel_sum(rows_.shared[side].get() + i * p_.d, columns(), j);
-    }
-    if (columns_too) {
-      columns().touched[j] = 1;
-      if (most) add_panel_sum(columns().shared[side].get() + j * p_.d, rows_, i);
-    }
-    if (listed == 0) return;
-    make_mask(side, i, j, most, scratch);
-    bool sparse = 8 * listed < m * n;  // measured: a listed pair costs as much as 7 pairs of the dense sum
-    if (rows_.wants_gradient) {
-      real* g = rows_.sum[side].get() + rows_.begin(i) * p_.d;
-      if (sparse) loops_.sparse_sum(scratch.mask, m, columns().unit_at(j), p_.d, weight, g);
-      else loops_.dense_sum(scratch.mask, m, n, columns().unit_at(j), p_.d, weight, g);
-    }
-    if (columns_too) {
-      real* g = columns().sum[side].get() + columns().begin(j) * p_.d;
-      transpose_mask(scratch.mask, scratch.transposed);
-      if (sparse) loops_.sparse_sum(scratch.transposed, n, rows_.unit_at(i), p_.d, weight, g);
-      else loops_.dense_sum(scratch.transposed, n, m, rows_.unit_at(i), p_.d, weight, g);
+  // Counts a tile's hard pairs and sums their excess; marks the pairs of a row with itself.
+  void scan(Tile& t) {
+    constexpr real kNever = std::numeric_limits<real>::quiet_NaN();  // no similarity: never hard
+    for (int row = 0; row < t.m; ++row) {
+      real* s = t.s + row * t.stride;
+      int64_t own = own_[rows_.begin(t.i) + row] - columns().begin(t.j);
+      if (0 <= own && own < t.n) s[own] = kNever;
+      auto [a, b] = positives(t, row);
+      add(t.penalty[kPlus], loops_.scan_row(s + a, b - a, margin(kPlus), -1));
+      add(t.penalty[kMinus], loops_.scan_row(s, a, margin(kMinus), 1));
+      add(t.penalty[kMinus], loops_.scan_row(s + b, t.n - b, margin(kMinus), 1));
     }
   }
 
-  // scratch.mask [kTile, kWords]: the tile's hard pairs of one side, or with `inverted` all its other pairs.
-  void make_mask(int side, int64_t i, int64_t j, bool inverted, Scratch& scratch) {
-    int m = rows_.rows(i), n = columns().rows(j);
+  // Step 3.
+  void accumulate(const Tile& t, Scratch& scratch) {
+    bool mirrored = symmetric_ && t.i != t.j;  // the tile stands for (j, i) too
+    for (int side : {kPlus, kMinus}) {
+      int64_t pairs = mirrored ? 2 : 1;
+      add(panel_penalty_[2 * t.i + side], {pairs * t.penalty[side].count, pairs * t.penalty[side].sum});
+      if (t.penalty[side].count == 0) continue;
+      bool most = 2 * t.penalty[side].count > t.m * t.n;  // take all pairs, less those that are not hard
+      int64_t listed = most ? t.m * t.n - t.penalty[side].count : t.penalty[side].count;
+      bool to_rows = rows_.wants_gradient, to_columns = symmetric_ ? to_rows && mirrored : columns().wants_gradient;
+      if (listed > 0 && (to_rows || to_columns)) make_mask(t, side, most, scratch.mask);
+      if (to_rows) add_masked(rows_, t.i, columns(), t.j, side, most, listed, scratch.mask);
+      if (!to_columns) continue;
+      if (listed > 0) transpose_mask(scratch.mask, scratch.transposed);
+      add_masked(columns(), t.j, rows_, t.i, side, most, listed, scratch.transposed);
+    }
+  }
+
+  // Adds M X^ to one side's sums of panel `i` of `to`, X^ being panel `j` of `from`. The mask holds the `listed` pairs
+  // of M, or with `most` those that M lacks.
+  void add_masked(Embeddings<real>& to, int64_t i, const Embeddings<real>& from, int64_t j, int side, bool most,
+                  int64_t listed, const uint64_t* mask) {
+    int m = to.rows(i), n = from.rows(j);
+    to.touched[side][i] = 1;
+    if (most) {
+      real* shared = to.shared[side].get() + i * p_.d;
+      const real* panel_sum = from.panel_sum.get() + j * p_.d;
+      for (int64_t c = 0; c < p_.d; ++c) shared[c] += panel_sum[c];
+    }
+    if (listed == 0) return;
+    real weight = most ? -1 : 1, *sum = to.sum[side].get() + to.begin(i) * p_.d;
+    if (kDensePairs * listed < m * n) {
+      loops_.sparse_sum(mask, m, from.unit_at(j), p_.d, weight, sum);
+    } else {
+      loops_.dense_sum(mask, m, n, from.unit_at(j), p_.d, weight, sum);
+    }
+  }
+
+  // mask [kTile, kWords]: the tile's hard pairs of one side, or with `inverted` all its other pairs.
+  void make_mask(const Tile& t, int side, bool inverted, uint64_t* mask) {
     uint64_t all[kWords], positive[kWords];
-    range_mask(0, n, all);
-    std::memset(scratch.mask, 0, sizeof(scratch.mask));
-    for (int row = 0; row < m; ++row) {
-      uint64_t* bits = scratch.mask + row * kWords;
-      auto [a, b] = positives(i, row, j, n);
+    range_mask(0, t.n, all);
+    std::fill_n(mask, kTile * kWords, 0);
+    for (int row = 0; row < t.m; ++row, mask += kWords) {
+      auto [a, b] = positives(t, row);
       range_mask(a, b, positive);
-      loops_.mask_row(scratch.s.get() + row * kTile, margin(side), side == kPlus ? -1 : 1, bits);
+      loops_.mask_row(t.s + row * t.stride, (t.n + 63) / 64, margin(side), side == kPlus ? -1 : 1, mask);
       for (int word = 0; word < kWords; ++word) {
-        bits[word] &= side == kPlus ? positive[word] : all[word] & ~positive[word];
-        if (inverted) bits[word] = all[word] & ~bits[word];
+        mask[word] &= side == kPlus ? positive[word] : all[word] & ~positive[word];
+        if (inverted) mask[word] = all[word] & ~mask[word];
       }
     }
   }
 
-  // Range of the columns of panel j, counted from its first, that have the label of `row` of panel i.
-  std::pair<int, int> positives(int64_t i, int row, int64_t j, int n) const {
-    int64_t k = rows_.begin(i) + row, begin = rows_.begin(j);  // panels of rows and columns are equally long
-    return {static_cast<int>(std::clamp<int64_t>(first_[k] - begin, 0, n)),
-            static_cast<int>(std::clamp<int64_t>(last_[k] - begin, 0, n))};
-  }
-
-  void add_panel_sum(real* shared, const Embeddings<real>& e, int64_t panel) {
-    const real* sum = e.panel_sum.get() + panel * e.d;
-    for (int64_t c = 0; c < e.d; ++c) shared[c] += sum[c];
+  // Range of a tile's columns that have the label of its row `row`.
+  std::pair<int, int> positives(const Tile& t, int row) const {
+    int64_t k = rows_.begin(t.i) + row, begin = rows_.begin(t.j);  // panels of rows and columns are equally long
+    return {static_cast<int>(std::clamp<int64_t>(first_[k] - begin, 0, t.n)),
+            static_cast<int>(std::clamp<int64_t>(last_[k] - begin, 0, t.n))};
   }
 
   void wait(const Turn& t) const {
@@ -355,21 +381,24 @@ class Walk {
       if (y[i] < 0) std::fill_n(grad + i * e.d, e.d, real{0});
     bool finite = !std::isnan(weight[kMinus]);
     real w_plus = static_cast<real>(weight[kPlus]), w_minus = static_cast<real>(weight[kMinus]);
+    std::vector<real> zeros(e.d);
     parallel(e.panels, [&](int64_t from, int64_t to) {
-      for (int64_t panel = from; panel < to; ++panel) {
-        const real *shared_plus = e.shared[kPlus].get() + panel * e.d, *shared_minus = e.shared[kMinus].get() + panel * e.d;
+      for (int64_t panel = from; panel < to; ++panel)
         for (int64_t k = e.begin(panel); k < e.begin(panel) + e.rows(panel); ++k) {
           real* out = grad + e.order[k] * e.d;
-          if (!finite || !e.touched[panel]) {
+          bool plus = e.touched[kPlus][panel], minus = e.touched[kMinus][panel];
+          if (!finite || (!plus && !minus)) {
             std::fill_n(out, e.d, finite ? real{0} : std::numeric_limits<real>::quiet_NaN());
             continue;
           }
-          const real *plus = e.sum[kPlus].get() + k * e.d, *minus = e.sum[kMinus].get() + k * e.d;
-          const real* unit = e.unit.get() + k * e.d;
+          const real* unit = e.unit.get() + k * e.d;  // what was not touched is not read: its memory does not exist yet
+          const real* sum_plus = plus ? e.sum[kPlus].get() + k * e.d : zeros.data();
+          const real* sum_minus = minus ? e.sum[kMinus].get() + k * e.d : zeros.data();
+          const real *shared_plus = e.shared[kPlus].get() + panel * e.d, *shared_minus = e.shared[kMinus].get() + panel * e.d;
           double along = 0;
 #pragma omp simd reduction(+ : along)
           for (int64_t c = 0; c < e.d; ++c) {
-            real g = w_minus * (minus[c] + shared_minus[c]) - w_plus * (plus[c] + shared_plus[c]);
+            real g = w_minus * (sum_minus[c] + shared_minus[c]) - w_plus * (sum_plus[c] + shared_plus[c]);
             along += static_cast<double>(g) * unit[c];
             out[c] = g;
           }
@@ -377,7 +406,6 @@ class Walk {
           real a = inverse < 1 / kEps ? static_cast<real>(along) : real{0};  // below kEps the divisor is a constant
           for (int64_t c = 0; c < e.d; ++c) out[c] = static_cast<real>((out[c] - a * unit[c]) * inverse);
         }
-      }
     });
   }
 

@@ -15,8 +15,8 @@ struct Host {
   int threads;
   // Runs body(begin, end) over [0, size) in up to `threads` threads; body must not throw.
   std::function<void(int64_t size, const std::function<void(int64_t begin, int64_t end)>& body)> parallel_for;
-  // s [m, n], rows kTile apart, = a [m, d] times b [n, d] transposed. Called by several threads at once.
-  std::function<void(const real* a, int64_t m, const real* b, int64_t n, int64_t d, real* s)> product;
+  // s [m, n], rows `stride` apart, = a [m, d] times b [n, d] transposed. Called by several threads at once.
+  std::function<void(const real* a, int64_t m, const real* b, int64_t n, int64_t d, real* s, int64_t stride)> product;
 };
 
 // Throws what the host throws, and std::bad_alloc. The bits of the result depend on the problem, on

@@ -39,12 +39,12 @@ struct Answer {
 };
 
 template <class real>
-void product(const real* a, int64_t m, const real* b, int64_t n, int64_t d, real* s) {
+void product(const real* a, int64_t m, const real* b, int64_t n, int64_t d, real* s, int64_t stride) {
   for (int64_t i = 0; i < m; ++i)
     for (int64_t j = 0; j < n; ++j) {
       real sum = 0;
       for (int64_t k = 0; k < d; ++k) sum += a[i * d + k] * b[j * d + k];
-      s[i * tcm::cpu::kTile + j] = sum;
+      s[i * stride + j] = sum;
     }
 }
 
@@ -203,9 +203,9 @@ void failing_product() {
   for (int threads : {1, 3}) {
     auto broken = host<float>(threads);
     std::atomic<int> calls{0};
-    broken.product = [&](const float* a, int64_t m, const float* b, int64_t n, int64_t d, float* s) {
+    broken.product = [&](const float* a, int64_t m, const float* b, int64_t n, int64_t d, float* s, int64_t stride) {
       if (++calls == 5) throw std::runtime_error("no product");
-      product(a, m, b, n, d, s);
+      product(a, m, b, n, d, s, stride);
     };
     bool thrown = false;
     try {
