@@ -22,7 +22,7 @@ STABLE_ABI = "0x020b000000000000"  # operators use only what every torch from 2.
 
 
 def compiler() -> str:
-    """Name and version of the C++ compiler, for the build facts; an error that says what to install if there is none."""
+    """Name and version of the C++ compiler, for the build facts; an error says what to install if there is none."""
     command = os.environ.get("CXX", "g++")
     if shutil.which(command) is None:
         raise SystemExit(f"tcm_fused needs a C++20 compiler: '{command}' was not found; install g++ or set CXX")
@@ -45,9 +45,15 @@ def extension() -> CppExtension:
             ("TCM_TORCH_VERSION", f'"{torch.__version__}"'),
         ],
         extra_compile_args=[
-            "-std=c++20", "-O3", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden",
-            "-Wall", "-Wno-psabi",
-        ],  # fmt: skip
+            "-std=c++20",
+            "-O3",
+            "-fopenmp-simd",
+            "-fno-math-errno",
+            "-fno-trapping-math",
+            "-fvisibility=hidden",
+            "-Wall",
+            "-Wno-psabi",
+        ],
     )
 
 

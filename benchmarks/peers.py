@@ -78,7 +78,7 @@ def eager_tcm(x: Tensor, labels: Tensor, ref_x: Tensor | None = None, ref_labels
 
 
 def compiled_tcm(x: Tensor, labels: Tensor, ref_x: Tensor | None = None, ref_labels: Tensor | None = None) -> Tensor:
-    """`eager_tcm` through torch.compile, compiled at its first call and for each new shape."""
+    """`eager_tcm` through torch.compile: specialised, at the first call, to each shape, which is when it is fastest."""
     return _compiled()(x, labels, ref_x, ref_labels)
 
 
@@ -97,7 +97,8 @@ PEERS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 @cache
 def _compiled() -> Callable[..., Tensor]:
-    return torch.compile(eager_tcm, fullgraph=True)
+    torch._dynamo.config.recompile_limit = 64  # more than the benchmarks have shapes
+    return torch.compile(eager_tcm, fullgraph=True, dynamic=False)
 
 
 @cache

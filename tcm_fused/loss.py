@@ -13,7 +13,7 @@ _PRECISIONS = ("auto", "fp32", "fp16")
 
 
 class TCMStats(NamedTuple):
-    """What the loss saw, as 0-d tensors on its device; reading one as a number waits for the device, making it does not.
+    """What the loss saw, as 0-d tensors on its device: making them does not wait for the device, reading one does.
 
     Pairs are ordered: (i, j) and (j, i) count as two.
     """
@@ -239,7 +239,9 @@ def _check_number(name: str, value: Any, least: float = -math.inf) -> None:
     if not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     if not math.isfinite(value) or value < least:
-        raise ValueError(f"{name} must be finite{f' and at least {least:g}' if math.isfinite(least) else ''}, got {value}")
+        raise ValueError(
+            f"{name} must be finite{f' and at least {least:g}' if math.isfinite(least) else ''}, got {value}"
+        )
 
 
 def _check_set(name: str, x: Any, labels_name: str, labels: Any) -> None:

@@ -121,5 +121,7 @@ def choose(backend: str, device_type: str) -> Any:
     if backend == "torch":
         return torch.ops.tcm_fused.blocked.default
     if backend != device_type:
-        raise RuntimeError(f"backend={backend!r} needs tensors on device '{backend}', embeddings are on '{device_type}'")
+        raise RuntimeError(
+            f"backend={backend!r} needs tensors on device '{backend}', embeddings are on '{device_type}'"
+        )
     return torch.ops.tcm_fused.fused.default
