@@ -1,0 +1,176 @@
+"""`python -m benchmarks.report RESULT.json`: the goals and figures of one run as Markdown, and its drawings.
+
+Reads what `pytest benchmarks --benchmark-json=RESULT.json` wrote; the drawings go beside it, named after it.
+"""
+
+import argparse
+import json
+import math
+import statistics
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benchmarks.figures import draw_growth, draw_speed
+
+Infos = dict[str, dict[str, Any]]  # name of a benchmark -> what it recorded in `extra_info`
+
+# hard pairs: (most of one product's time, least speed-up over eager), at N = 8192, D = 512
+DENSITY_GOALS = {"few": (0.52, 12.0), "all": (0.56, 11.0), "half": (1.5, 4.5)}
+LIBRARY_SPEED_UP = 1000.0
+SMALL_SPEED_UP = 2.0
+MEMORY_FACTOR = 5.0
+SLOPES = {"time": 2.0, "memory": 1.0}
+SLOPE_TOLERANCE = 0.1
+
+
+class Goal(NamedTuple):
+    """One row of the table: a goal, and the figure reached, None where the run did not measure it."""
+
+    subject: str
+    against: str
+    goal: str
+    figure: str | None
+    met: bool
+
+
+def goals(infos: Infos) -> list[Goal]:
+    """Every goal with its figure."""
+    return [*_density_goals(infos), *_peer_goals(infos), *_memory_goals(infos), *_slope_goals(infos)]
+
+
+def _density_goals(infos: Infos) -> list[Goal]:
+    rows = []
+    for hard, (most, least) in DENSITY_GOALS.items():
+        subject = f"N = 8192, D = 512, {hard} of the negatives hard"
+        ratio = infos.get(f"test_density[{hard}]", {}).get("ratio", {})
+        rows.append(_at_most(subject, "one product X^ X^T", most, ratio.get("product"), " of it"))
+        rows.append(_at_least(subject, "eager", least, _inverse(ratio.get("eager"))))
+    return rows
+
+
+def _peer_goals(infos: Infos) -> list[Goal]:
+    library = infos.get("test_library[1024]", {}).get("ratio", {}).get("pytorch-metric-learning")
+    small = [info["ratio"]["eager"] for name, info in infos.items() if name.startswith("test_small")]
+    return [
+        _at_least("N = 1024, D = 512", "pytorch-metric-learning", LIBRARY_SPEED_UP, _inverse(library)),
+        _at_least("N = 64 to 1024, D = 128, the least", "eager", SMALL_SPEED_UP, _inverse(max(small, default=None))),
+    ]
+
+
+def _memory_goals(infos: Infos) -> list[Goal]:
+    rows = []
+    for hard, name in (("few", "test_growth[65536]"), ("half", "dense_pairs[half]"), ("all", "dense_pairs[all]")):
+        info = next((info for full_name, info in infos.items() if full_name.endswith(name)), None)
+        factor = info["peak_bytes"]["tcm_fused"] / info["embedding_bytes"] if info else None
+        subject = f"N = 65,536, D = 128, {hard} of the negatives hard"
+        rows.append(_at_most(subject, "the embeddings' bytes", MEMORY_FACTOR, factor, "x"))
+    return rows
+
+
+def _slope_goals(infos: Infos) -> list[Goal]:
+    rows = []
+    for quantity, wanted in SLOPES.items():
+        slope = growth_slope(infos, quantity)
+        rows.append(
+            Goal(
+                "N = 4096 to 65,536, D = 128",
+                f"growth of {quantity}",
+                f"{wanted} +- {SLOPE_TOLERANCE}",
+                None if slope is None else f"{slope:.2f}",
+                slope is not None and abs(slope - wanted) <= SLOPE_TOLERANCE,
+            )
+        )
+    return rows
+
+
+def growth_slope(infos: Infos, quantity: str) -> float | None:
+    """Least-squares slope of log(time or memory) over log(N), None unless the largest batch was measured."""
+    grown = [info for name, info in infos.items() if name.startswith("test_growth")]
+    if len(grown) < 2 or max(info["n"] for info in grown) < 65536:
+        return None
+    read = {
+        "time": lambda info: info["seconds"]["tcm_fused"]["median"],
+        "memory": lambda info: info["peak_bytes"]["tcm_fused"],
+    }[quantity]
+    return statistics.linear_regression(
+        [math.log(info["n"]) for info in grown], [math.log(read(info)) for info in grown]
+    ).slope
+
+
+def _at_most(subject: str, against: str, most: float, figure: float | None, unit: str) -> Goal:
+    shown = None if figure is None else f"{figure:.2f}{unit}"
+    return Goal(subject, against, f"at most {most:g}{unit}", shown, figure is not None and figure <= most)
+
+
+def _at_least(subject: str, against: str, least: float, figure: float | None) -> Goal:
+    shown = None if figure is None else f"{figure:,.1f}x" if figure < 100 else f"{figure:,.0f}x"
+    return Goal(subject, against, f"at least {least:g}x faster", shown, figure is not None and figure >= least)
+
+
+def _inverse(ratio: float | None) -> float | None:
+    return None if ratio is None else 1 / ratio
+
+
+def goal_table(rows: list[Goal]) -> str:
+    """The goals as a Markdown table."""
+    lines = ["| case | against | goal | figure | |", "|---|---|---|---|---|"]
+    for row in rows:
+        state = "not measured" if row.figure is None else "met" if row.met else "missed"
+        lines.append(f"| {row.subject} | {row.against} | {row.goal} | {row.figure or '-'} | {state} |")
+    return "\n".join(lines)
+
+
+def time_table(infos: Infos) -> str:
+    """Median times of every benchmark, with peak memory where it was taken, as a Markdown table."""
+    columns = ("tcm_fused", "eager", "torch.compile", "pytorch-metric-learning", "product")
+    lines = [
+        f"| N | M | D | hard negatives | {' | '.join(columns)} | peak memory, same order |",
+        "|--:|--:|--:|" + "--:|" * (len(columns) + 2),
+    ]
+    for info in infos.values():
+        n, m = info["n"], info.get("m", info["n"])
+        seconds, peaks = info.get("seconds", {}), info.get("peak_bytes", {})
+        times = [_time(seconds[name]) if name in seconds else "" for name in columns]
+        memory = ", ".join(_memory(peaks[name]) for name in columns if name in peaks)
+        lines.append(
+            f"| {n} | {m} | {info['d']} | {info['hard_negatives'] / (n * m):.2g} | {' | '.join(times)} | {memory} |"
+        )
+    return "\n".join(lines)
+
+
+def _time(reading: dict[str, float]) -> str:
+    """Milliseconds, and the number of runs where it is less than five."""
+    runs = "" if reading["runs"] >= 5 else f" ({reading['runs']:g} runs)"
+    return f"{1e3 * reading['median']:,.4g} ms{runs}"
+
+
+def _memory(size: float) -> str:
+    return f"{size / 2**20:,.1f} MiB"
+
+
+def hardware(machine: dict[str, Any]) -> str:
+    """One line that says what the figures hold for."""
+    return (
+        f"{machine['cpu']} ({machine['instruction_set']}), {machine['threads']} threads, "
+        f"{machine['memory_gib']:.0f} GiB; torch {machine['torch']}, fp32"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__.splitlines()[0])
+    parser.add_argument("result", type=Path, help="what pytest-benchmark wrote")
+    path = parser.parse_args().result
+    result = json.loads(path.read_text())
+    infos: Infos = {benchmark["name"]: benchmark["extra_info"] for benchmark in result["benchmarks"]}
+    machine = result["machine_info"]
+    print(f"{hardware(machine)}; load before the run {machine['load_before']:g}; commit {result['commit_info']['id'][:12]}")
+    print("\nLoss and gradient, median of alternating runs in one process.\n")
+    print(goal_table(goals(infos)), time_table(infos), sep="\n\n")
+    for name, draw in (("speed", draw_speed), ("growth", draw_growth)):
+        target = path.with_name(f"{path.stem}_{name}.png")
+        draw(infos, hardware(machine), target)
+        print(f"\ndrew {target}")
+
+
+if __name__ == "__main__":
+    main()
