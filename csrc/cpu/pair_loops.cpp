@@ -137,6 +137,37 @@ TCM_INLINE void dense_sum(const uint64_t* bits, int m, int n, const real* x, int
   }
 }
 
+template <class real>
+TCM_INLINE double sum_of_squares(const real* x, int64_t d) {
+  double sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t k = 0; k < d; ++k) sum += static_cast<double>(x[k]) * x[k];
+  return sum;
+}
+
+template <class real>
+TCM_INLINE void scaled(const real* x, int64_t d, double factor, real* out) {
+#pragma omp simd
+  for (int64_t k = 0; k < d; ++k) out[k] = static_cast<real>(x[k] * factor);
+}
+
+template <class real>
+TCM_INLINE void projected(const RowSums<real>& sums, const real* unit, int64_t d, real w_plus, real w_minus,
+                          double inverse, real* out) {
+  const real *plus = sums.plus, *shared_plus = sums.shared_plus;
+  const real *minus = sums.minus, *shared_minus = sums.shared_minus;
+#pragma omp simd
+  for (int64_t k = 0; k < d; ++k)
+    out[k] = w_minus * (minus[k] + shared_minus[k]) - w_plus * (plus[k] + shared_plus[k]);
+  if (unit == nullptr) return scaled(out, d, inverse, out);
+  double along = 0;
+#pragma omp simd reduction(+ : along)
+  for (int64_t k = 0; k < d; ++k) along += static_cast<double>(out[k]) * unit[k];
+  real a = static_cast<real>(along);
+#pragma omp simd
+  for (int64_t k = 0; k < d; ++k) out[k] = static_cast<real>((out[k] - a * unit[k]) * inverse);
+}
+
 #define TCM_PAIR_LOOPS(Name, width, target)                                                                      \
   template <class real>                                                                                          \
   struct Name {                                                                                                  \
@@ -152,7 +183,13 @@ TCM_INLINE void dense_sum(const uint64_t* bits, int m, int n, const real* x, int
     target static void dense(const uint64_t* bits, int m, int n, const real* x, int64_t d, real weight, real* g) { \
       dense_sum<real, width>(bits, m, n, x, d, weight, g);                                                       \
     }                                                                                                            \
-    static constexpr PairLoops<real> kLoops{scan_row, mask_row, sparse, dense};                                  \
+    target static double squares(const real* x, int64_t d) { return sum_of_squares(x, d); }                      \
+    target static void scale(const real* x, int64_t d, double factor, real* out) { scaled(x, d, factor, out); }  \
+    target static void gradient_row(const RowSums<real>& sums, const real* unit, int64_t d, real w_plus,         \
+                                    real w_minus, double inverse, real* out) {                                   \
+      projected(sums, unit, d, w_plus, w_minus, inverse, out);                                                   \
+    }                                                                                                            \
+    static constexpr PairLoops<real> kLoops{scan_row, mask_row, sparse, dense, squares, scale, gradient_row};                                  \
   };
 
 TCM_PAIR_LOOPS(Baseline, 16, )
@@ -188,9 +225,9 @@ const PairLoops<real>& pair_loops(Isa isa) {
 template const PairLoops<float>& pair_loops(Isa);
 template const PairLoops<double>& pair_loops(Isa);
 
-void transpose_mask(const uint64_t* bits, uint64_t* out) {
-  for (int row = 0; row < kWords; ++row)
-    for (int word = 0; word < kWords; ++word) {
+void transpose_mask(const uint64_t* bits, int words, uint64_t* out) {
+  for (int row = 0; row < words; ++row)
+    for (int word = 0; word < words; ++word) {
       uint64_t block[64];  // 64 x 64 bits, transposed by swapping ever smaller off-diagonal squares
       for (int i = 0; i < 64; ++i) block[i] = bits[(64 * row + i) * kWords + word];
       uint64_t low = 0x00000000ffffffffull;

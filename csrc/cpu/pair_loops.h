@@ -1,4 +1,4 @@
-// The loops over the pairs of one similarity tile, compiled for several instruction sets.
+// The loops over pairs and rows that take time, compiled for several instruction sets.
 #pragma once
 
 #include <cstdint>
@@ -13,6 +13,12 @@ struct Penalty {
   double sum = 0;
 };
 
+// What one row of the gradient is made of: masked sums [d] over hard positives and negatives, of its own and shared.
+template <class real>
+struct RowSums {
+  const real *plus, *shared_plus, *minus, *shared_minus;
+};
+
 // A pair is hard where excess = sign * (s - margin) >= 0: sign is -1 for positives (s <= m+) and +1 for
 // negatives (s >= m-). NaN is never hard.
 template <class real>
@@ -25,6 +31,13 @@ struct PairLoops {
   void (*sparse_sum)(const uint64_t* bits, int m, const real* x, int64_t d, real weight, real* g);
   // and at a cost that hardly depends on the number of pairs.
   void (*dense_sum)(const uint64_t* bits, int m, int n, const real* x, int64_t d, real weight, real* g);
+  // Sum of squares of x [d].
+  double (*squares)(const real* x, int64_t d);
+  // out [d] = x [d] * factor
+  void (*scale)(const real* x, int64_t d, double factor, real* out);
+  // out [d] = (g - (g . unit) unit) * inverse with g = w_minus * minus - w_plus * plus; unit null: g * inverse.
+  void (*gradient_row)(const RowSums<real>& sums, const real* unit, int64_t d, real w_plus, real w_minus, double inverse,
+                       real* out);
 };
 
 enum class Isa { kBaseline, kAvx2, kAvx512 };
@@ -35,7 +48,7 @@ const char* name(Isa isa);
 template <class real>
 const PairLoops<real>& pair_loops(Isa isa);
 
-// out [kTile, kWords] = bits [kTile, kWords] transposed
-void transpose_mask(const uint64_t* bits, uint64_t* out);
+// The first 64 words rows and columns of out [kTile, kWords] = those of bits [kTile, kWords] transposed.
+void transpose_mask(const uint64_t* bits, int words, uint64_t* out);
 
 }  // namespace tcm::cpu

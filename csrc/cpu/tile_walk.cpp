@@ -110,15 +110,16 @@ double norm_of(const auto* x, int64_t d, double* peak) {  // |x| / peak, peak = 
 
 // unit [d] = x / max(|x|, kEps); the factor, 0 for a zero row, NaN if x is not finite.
 template <class real>
-double normalise(const real* x, int64_t d, real* unit) {
-  double squares = 0;
-#pragma omp simd reduction(+ : squares)
-  for (int64_t k = 0; k < d; ++k) squares += static_cast<double>(x[k]) * x[k];
-  double peak = 1, norm = std::sqrt(squares);
+double normalise(const PairLoops<real>& loops, const real* x, int64_t d, real* unit) {
+  double squares = loops.squares(x, d), peak = 1, norm = std::sqrt(squares);
   if (!(squares > 1e-200 && squares < 1e200)) norm = norm_of(x, d, &peak);  // over- or underflow, zero, not finite
   if (norm * peak < kEps) peak = 1, norm = norm == 0 ? 0 : kEps;
   double inverse = norm == 0 ? 0 : 1 / norm;
-  for (int64_t k = 0; k < d; ++k) unit[k] = static_cast<real>(x[k] / peak * inverse);
+  if (peak == 1) {
+    loops.scale(x, d, inverse, unit);
+  } else {
+    for (int64_t k = 0; k < d; ++k) unit[k] = static_cast<real>(x[k] / peak * inverse);
+  }
   return inverse / peak;
 }
 
@@ -161,7 +162,7 @@ class Walk {
 
   struct Scratch {   // one a thread
     Array<real> s;   // [kGroup tile, kGroup tile]
-    uint64_t mask[kTile * kWords], transposed[kTile * kWords];
+    uint64_t mask[kTile * kWords] = {}, transposed[kTile * kWords] = {};  // words past the tile stay 0
   };
 
   Embeddings<real>& columns() { return symmetric_ ? rows_ : other_; }
@@ -193,7 +194,7 @@ class Walk {
         for (int64_t k = e.begin(panel); k < e.begin(panel) + e.rows(panel); ++k) {
           real* unit = e.unit.get() + k * e.d;
           e.label[k] = y[e.order[k]];
-          e.inverse[k] = normalise(x + e.order[k] * e.d, e.d, unit);
+          e.inverse[k] = normalise(loops_, x + e.order[k] * e.d, e.d, unit);
           if (std::isnan(e.inverse[k])) e.finite = false;
           for (int64_t c = 0; c < e.d; ++c) panel_sum[c] += unit[c];
         }
@@ -322,7 +323,7 @@ class Walk {
       if (listed > 0) make_mask(t, side, most, scratch);
       if (to_rows) add_masked(rows_, t.i, columns(), t.j, side, most, listed, scratch.mask);
       if (!to_columns) continue;
-      if (listed > 0) transpose_mask(scratch.mask, scratch.transposed);
+      if (listed > 0) transpose_mask(scratch.mask, rows_.tile / 64, scratch.transposed);
       add_masked(columns(), t.j, rows_, t.i, side, most, listed, scratch.transposed);
     }
   }
@@ -350,7 +351,7 @@ class Walk {
   // scratch.mask [kTile, kWords]: the tile's hard pairs of one side, or with `inverted` all its other pairs.
   void make_mask(const Tile& t, int side, bool inverted, Scratch& scratch) {
     uint64_t all[kWords], positive[kWords], *mask = scratch.mask;
-    std::fill_n(mask, kTile * kWords, 0);
+    std::fill_n(mask, rows_.tile * kWords, 0);
     for (int row = 0; row < t.m; ++row) {
       uint64_t* bits = mask + row * kWords;
       auto [start, a, b] = segments(t, row);
@@ -360,8 +361,9 @@ class Walk {
         bits[word] &= side == kPlus ? positive[word] : all[word] & ~positive[word];
     }
     if (symmetric_ && t.i == t.j) {  // only the upper triangle is there
-      transpose_mask(mask, scratch.transposed);
-      for (int k = 0; k < kTile * kWords; ++k) mask[k] |= scratch.transposed[k];
+      transpose_mask(mask, rows_.tile / 64, scratch.transposed);
+      for (int row = 0; row < t.m; ++row)
+        for (int word = 0; word < rows_.tile / 64; ++word) mask[row * kWords + word] |= scratch.transposed[row * kWords + word];
     }
     if (!inverted) return;
     range_mask(0, t.n, all);
@@ -417,20 +419,11 @@ class Walk {
             std::fill_n(out, e.d, finite ? real{0} : std::numeric_limits<real>::quiet_NaN());
             continue;
           }
-          const real* unit = e.unit.get() + k * e.d;  // what was not touched is not read: its memory does not exist yet
-          const real* sum_plus = plus ? e.sum[kPlus].get() + k * e.d : zeros.data();
-          const real* sum_minus = minus ? e.sum[kMinus].get() + k * e.d : zeros.data();
-          const real *shared_plus = e.shared[kPlus].get() + panel * e.d, *shared_minus = e.shared[kMinus].get() + panel * e.d;
-          double along = 0;
-#pragma omp simd reduction(+ : along)
-          for (int64_t c = 0; c < e.d; ++c) {
-            real g = w_minus * (sum_minus[c] + shared_minus[c]) - w_plus * (sum_plus[c] + shared_plus[c]);
-            along += static_cast<double>(g) * unit[c];
-            out[c] = g;
-          }
-          double inverse = e.inverse[k];
-          real a = inverse < 1 / kEps ? static_cast<real>(along) : real{0};  // below kEps the divisor is a constant
-          for (int64_t c = 0; c < e.d; ++c) out[c] = static_cast<real>((out[c] - a * unit[c]) * inverse);
+          // A side that was not touched is not read: its memory does not exist yet.
+          RowSums<real> sums{plus ? e.sum[kPlus].get() + k * e.d : zeros.data(), e.shared[kPlus].get() + panel * e.d,
+                             minus ? e.sum[kMinus].get() + k * e.d : zeros.data(), e.shared[kMinus].get() + panel * e.d};
+          bool constant_norm = e.inverse[k] >= 1 / kEps;  // below kEps the divisor does not depend on x
+          loops_.gradient_row(sums, constant_norm ? nullptr : e.unit.get() + k * e.d, e.d, w_plus, w_minus, e.inverse[k], out);
         }
     });
   }
