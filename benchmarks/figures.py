@@ -3,110 +3,127 @@
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 Infos = dict[str, dict[str, Any]]
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart; markers differ as well.
-STYLE = {
+STYLE: dict[str, dict[str, Any]] = {
     "tcm_fused": {"color": "#0072B2", "marker": "o"},
     "eager": {"color": "#E69F00", "marker": "s"},
     "torch.compile": {"color": "#009E73", "marker": "^"},
 }
 GREY = "#666666"
-BYTES_PER_MIB = 2**20
-
-matplotlib.rcParams.update(
-    {
-        "font.size": 10,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.titlelocation": "left",
-        "axes.titlesize": 11,
-        "axes.titleweight": "bold",
-        "legend.frameon": False,
-    }
-)
+LOOK: dict[str, Any] = {
+    "font.size": 11,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 12,
+    "legend.frameon": False,
+}
 
 
 def draw_speed(infos: Infos, hardware: str, target: Path) -> None:
     """Left: time relative to one similarity product, for each density. Right: time of small batches."""
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
-    _draw_densities(left, infos)
-    _draw_small(right, infos)
-    _save(figure, hardware, target)
+    with rc_context(LOOK):
+        figure = Figure(figsize=(10, 4.4), layout="constrained")
+        left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+        _draw_densities(left, _family(infos, "test_density"))
+        _draw_small(right, _family(infos, "test_small"))
+        _save(figure, hardware, target)
 
 
 def draw_growth(infos: Infos, hardware: str, target: Path) -> None:
     """Time and peak memory against N on log axes, with guides of the slopes they should have."""
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    grown = _family(infos, "test_growth")
-    for axes, title, power, divisor in (
-        (left, "Time grows with N²", 2, 1.0),
-        (right, "Peak memory grows with N", 1, BYTES_PER_MIB),
-    ):
-        for name in ("tcm_fused", "eager"):
-            points = [
-                (info["n"], (info["seconds"][name]["median"] if power == 2 else info["peak_bytes"][name]) / divisor)
-                for info in grown
-                if name in info["seconds"]
-            ]
-            if points:
-                axes.plot(*zip(*points, strict=True), **STYLE[name], label=name, linewidth=2)
-        axes.set_title(title)
-        _log_axes(axes, [info["n"] for info in grown])
-    left.set_ylabel("loss and gradient, seconds")
-    right.set_ylabel("beyond the embeddings, MiB")
-    _save(figure, hardware, target)
-
-
-def _draw_densities(axes: Axes, infos: Infos) -> None:
-    grown = _family(infos, "test_density")
-    names = [name for name in STYLE if all(name in info["ratio"] or name == "tcm_fused" for info in grown)]
-    width = 0.8 / len(names)
-    for k, name in enumerate(names):
-        for place, info in enumerate(grown):
-            product = info["seconds"]["product"]["median"]
-            reading = info["seconds"][name]
-            height = reading["median"] / product
-            x = place + (k - (len(names) - 1) / 2) * width
-            axes.bar(x, height, 0.92 * width, color=STYLE[name]["color"], label=name if place == 0 else None)
-            axes.text(x, height, f"{height:.2f}" if height < 2 else f"{height:.1f}", ha="center", va="bottom", fontsize=9)
-    axes.axhline(1, color="black", linewidth=1, linestyle="--")
-    axes.set_xticks(range(len(grown)), [info["hard"] for info in grown])
-    axes.set_xlabel("hard negatives")
-    axes.set_ylabel("time / time of one product")
-    axes.set_title("Loss and gradient, N = 8192, D = 512")
-    axes.legend()
-
-
-def _draw_small(axes: Axes, infos: Infos) -> None:
-    grown = _family(infos, "test_small")
-    for name, style in STYLE.items():
-        axes.plot(
-            [info["n"] for info in grown], [1e3 * info["seconds"][name]["median"] for info in grown], **style, label=name
+    with rc_context(LOOK):
+        figure = Figure(figsize=(10, 4.4), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        grown = _family(infos, "test_growth")
+        times = {
+            name: [(i["n"], i["seconds"][name]["median"]) for i in grown if name in i["seconds"]] for name in STYLE
+        }
+        peaks = {
+            name: [(i["n"], i["peak_bytes"][name] / 2**20) for i in grown if name in i["peak_bytes"]] for name in STYLE
+        }
+        _draw_growing(left, times, 2)
+        _draw_growing(right, peaks, 1)
+        own = [(i["n"], i["embedding_bytes"] / 2**20) for i in grown]
+        right.plot(
+            *zip(*own, strict=True), color="black", linestyle="-.", linewidth=1, label="the embeddings themselves"
         )
-    axes.set_title("Small batches, D = 128")
-    axes.set_ylabel("loss and gradient, ms")
-    _log_axes(axes, [info["n"] for info in grown])
+        left.set(title="Time of loss and gradient, D = 128", ylabel="seconds")
+        right.set(title="Peak memory beyond the start, D = 128", ylabel="MiB")
+        for axes in (left, right):
+            axes.legend(loc="upper left", fontsize=9)
+        _save(figure, hardware, target)
 
 
-def _family(infos: Infos, test: str) -> list[dict[str, Any]]:
-    return [info for name, info in infos.items() if name.startswith(test + "[")]
+def _draw_densities(axes: Axes, family: list[dict[str, Any]]) -> None:
+    width = 0.8 / len(STYLE)
+    for k, (name, style) in enumerate(STYLE.items()):
+        for place, info in enumerate(family):
+            height = info["seconds"][name]["median"] / info["seconds"]["product"]["median"]
+            x = place + (k - (len(STYLE) - 1) / 2) * width
+            axes.bar(x, height, 0.92 * width, color=style["color"], label=name if place == 0 else None)
+            shown = f"{height:.2f}" if height < 2 else f"{height:.1f}"
+            axes.text(x, height, shown, ha="center", va="bottom", fontsize=9)
+    axes.axhline(1, color="black", linewidth=1, linestyle="--", label=r"one product $\hat X \hat X^T$")
+    axes.set_xticks(range(len(family)), [_share(info) for info in family])
+    axes.margins(y=0.3)  # room for the legend
+    axes.set_ylim(bottom=0)
+    axes.set(xlabel="negatives that are hard", ylabel=r"time, in products $\hat X \hat X^T$")
+    axes.set_title("Loss and gradient, N = 8192, D = 512")
+    axes.legend(ncols=2, loc="upper left", fontsize=9)
+
+
+def _share(info: dict[str, Any]) -> str:
+    """ "few" and the like, with the share of the negatives that it stands for."""
+    share = info["hard_negatives"] / info["n"] ** 2
+    return info["hard"] if share < 1e-9 or share > 0.99 else f"{info['hard']} ({100 * share:.2g} %)"
+
+
+def _draw_small(axes: Axes, family: list[dict[str, Any]]) -> None:
+    for name, style in STYLE.items():
+        points = [(info["n"], 1e3 * info["seconds"][name]["median"]) for info in family]
+        axes.plot(*zip(*points, strict=True), **style, label=name)
+    axes.set(title="Small batches, D = 128", ylabel="milliseconds")
+    _log_axes(axes, [info["n"] for info in family])
+
+
+def _draw_growing(axes: Axes, curves: dict[str, list[tuple[int, float]]], power: int) -> None:
+    """Curves of (N, value), and through the last point of ours the slope N^power."""
+    for name, points in curves.items():
+        if points:
+            axes.plot(*zip(*points, strict=True), **STYLE[name], label=name)
+    ours = curves["tcm_fused"]
+    (first, _), (last, value) = ours[0], ours[-1]
+    guide = [value * (first / last) ** power, value]
+    axes.plot([first, last], guide, color=GREY, linestyle=":", label="slope $N^2$" if power == 2 else "slope $N$")
+    _log_axes(axes, [n for n, _ in ours])
 
 
 def _log_axes(axes: Axes, sizes: list[int]) -> None:
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xticks(sizes, [f"{n:,}" for n in sizes])
-    axes.set_xlabel("batch size N")
+    axes.yaxis.set_major_locator(LogLocator(10, numticks=12))
+    plain = ScalarFormatter()
+    plain.set_scientific(False)
+    axes.yaxis.set_major_formatter(plain)
+    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.grid(alpha=0.3)
+    axes.set_xlabel("batch size N")
+
+
+def _family(infos: Infos, test: str) -> list[dict[str, Any]]:
+    """What the runs of one parametrised test recorded."""
+    return [info for name, info in infos.items() if name.startswith(test + "[")]
 
 
 def _save(figure: Figure, hardware: str, target: Path) -> None:
-    figure.supxlabel(hardware, fontsize=8, color=GREY)
+    figure.supxlabel(f"{hardware}, median of alternating runs", fontsize=9, color=GREY)
     figure.savefig(target, dpi=150)

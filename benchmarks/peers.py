@@ -60,26 +60,44 @@ def make_batch(n: int, d: int, hard: str = "few", seed: int = 0) -> tuple[Tensor
 
 
 def eager_tcm(x: Tensor, labels: Tensor, ref_x: Tensor | None = None, ref_labels: Tensor | None = None) -> Tensor:
-    """The loss as one would write it in PyTorch: one product, boolean masks, autograd; O(N M) memory."""
-    x_hat = F.normalize(x)
-    if ref_x is None or ref_labels is None:
-        s = x_hat @ x_hat.T
-        same = labels[:, None] == labels
-        positive = same & ~torch.eye(len(x), dtype=torch.bool, device=x.device)
-    else:
-        s = x_hat @ F.normalize(ref_x).T
-        same = labels[:, None] == ref_labels
-        positive = same
+    """The loss as one would write it in PyTorch: one product, boolean masks, autograd; O(N M) memory.
+
+    Positives are few, so they are taken out; negatives are masked where they are. Measured at N = 4096, D = 512
+    against masking both and taking both out: fastest or close to it at every density.
+    """
+    s, same, positive = _pairs(x, labels, ref_x, ref_labels)
+    s_plus = s[positive]
+    hard_plus = s_plus <= MARGIN_PLUS
+    hard_minus = ~same & (s >= MARGIN_MINUS)
+    return _mean_over(hard_plus, MARGIN_PLUS - s_plus) + _mean_over(hard_minus, s - MARGIN_MINUS)
+
+
+def masked_tcm(x: Tensor, labels: Tensor, ref_x: Tensor | None = None, ref_labels: Tensor | None = None) -> Tensor:
+    """The same with both sides masked: no shape depends on the data, so it compiles to one graph."""
+    s, same, positive = _pairs(x, labels, ref_x, ref_labels)
     hard_plus = positive & (s <= MARGIN_PLUS)
     hard_minus = ~same & (s >= MARGIN_MINUS)
-    loss_plus = torch.where(hard_plus, MARGIN_PLUS - s, 0).sum() / hard_plus.sum().clamp_min(1)
-    loss_minus = torch.where(hard_minus, s - MARGIN_MINUS, 0).sum() / hard_minus.sum().clamp_min(1)
-    return loss_plus + loss_minus
+    return _mean_over(hard_plus, MARGIN_PLUS - s) + _mean_over(hard_minus, s - MARGIN_MINUS)
 
 
 def compiled_tcm(x: Tensor, labels: Tensor, ref_x: Tensor | None = None, ref_labels: Tensor | None = None) -> Tensor:
-    """`eager_tcm` through torch.compile: specialised, at the first call, to each shape, which is when it is fastest."""
+    """`masked_tcm` through torch.compile: specialised, at the first call, to each shape, which is when it is fastest."""
     return _compiled()(x, labels, ref_x, ref_labels)
+
+
+def _pairs(x: Tensor, labels: Tensor, ref_x: Tensor | None, ref_labels: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Similarities [N, M], which pairs share a label, and which of those are positives: a row is not its own."""
+    x_hat = F.normalize(x)
+    if ref_x is None or ref_labels is None:
+        same = labels[:, None] == labels
+        return x_hat @ x_hat.T, same, same.clone().fill_diagonal_(False)
+    same = labels[:, None] == ref_labels
+    return x_hat @ F.normalize(ref_x).T, same, same
+
+
+def _mean_over(hard: Tensor, violation: Tensor) -> Tensor:
+    """Mean of `violation` where `hard`, 0 if nowhere."""
+    return torch.where(hard, violation, 0).sum() / hard.sum().clamp_min(1)
 
 
 def pml_tcm(x: Tensor, labels: Tensor) -> Tensor:
@@ -98,7 +116,7 @@ PEERS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 @cache
 def _compiled() -> Callable[..., Tensor]:
     torch._dynamo.config.recompile_limit = 64  # more than the benchmarks have shapes
-    return torch.compile(eager_tcm, fullgraph=True, dynamic=False)
+    return torch.compile(masked_tcm, fullgraph=True, dynamic=False)
 
 
 @cache
@@ -108,7 +126,9 @@ def _pml() -> Any:
     return ThresholdConsistentMarginLoss(margin_plus=MARGIN_PLUS, margin_minus=MARGIN_MINUS)
 
 
-def forward_backward(loss_fn: Callable[..., Tensor], x: Tensor, labels: Tensor, *reference: Tensor) -> tuple[Tensor, Tensor]:
+def forward_backward(
+    loss_fn: Callable[..., Tensor], x: Tensor, labels: Tensor, *reference: Tensor
+) -> tuple[Tensor, Tensor]:
     """One training step's share of the loss: its value [] and its gradient by `x` [N, D]."""
     x = x.detach().requires_grad_()
     loss = loss_fn(x, labels, *reference)

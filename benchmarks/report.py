@@ -163,7 +163,8 @@ def main() -> None:
     result = json.loads(path.read_text())
     infos: Infos = {benchmark["name"]: benchmark["extra_info"] for benchmark in result["benchmarks"]}
     machine = result["machine_info"]
-    print(f"{hardware(machine)}; load before the run {machine['load_before']:g}; commit {result['commit_info']['id'][:12]}")
+    commit = result["commit_info"]["id"][:12]
+    print(f"{hardware(machine)}; load before the run {machine['load_before']:g}; commit {commit}")
     print("\nLoss and gradient, median of alternating runs in one process.\n")
     print(goal_table(goals(infos)), time_table(infos), sep="\n\n")
     for name, draw in (("speed", draw_speed), ("growth", draw_growth)):

@@ -1,6 +1,9 @@
 """Every test that takes `backend` runs on each. Hypothesis draws new inputs each time and prints how to repeat them."""
 
+from collections.abc import Iterator
+
 import pytest
+import torch
 from hypothesis import settings
 
 settings.register_profile("tcm_fused", deadline=None, derandomize=False, print_blob=True)
@@ -12,7 +15,15 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.fixture(scope="session", params=["cpu", "torch"])
-def backend(request: pytest.FixtureRequest) -> str:
-    """A backend that runs on CPU tensors."""
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """A backend that runs on CPU tensors.
+
+    The PyTorch form runs on one thread: its many small steps gain nothing from more, and on a machine that others use
+    too they wait for each other, a hundred times longer than they work.
+    """
     name: str = request.param
-    return name
+    threads = torch.get_num_threads()
+    if name == "torch":
+        torch.set_num_threads(1)
+    yield name
+    torch.set_num_threads(threads)

@@ -8,7 +8,7 @@ import torch
 from batches import KINDS, embeddings
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pytorch_metric_learning.losses import ThresholdConsistentMarginLoss  # type: ignore[import-untyped]
+from pytorch_metric_learning.losses import ThresholdConsistentMarginLoss
 from torch import Tensor
 
 from tcm_fused import TCMLoss
