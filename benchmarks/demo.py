@@ -27,7 +27,7 @@ from pytorch_metric_learning.losses import ArcFaceLoss
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
-from tqdm import tqdm  # type: ignore[import-untyped]
+from tqdm import tqdm
 
 from benchmarks.gate import check_fused
 from benchmarks.peers import PEERS, forward_backward, make_batch, time_alternating

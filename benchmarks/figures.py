@@ -17,7 +17,7 @@ STYLE: dict[str, dict[str, Any]] = {
     "torch.compile": {"color": "#009E73", "marker": "^"},
 }
 GREY = "#666666"
-LOOK: dict[str, Any] = {
+LOOK: Any = {
     "font.size": 11,
     "axes.spines.top": False,
     "axes.spines.right": False,

@@ -24,7 +24,7 @@ def check_fused(loss_fn: Callable[..., Any], hard: str, n: int = 1100, d: int = 
         AssertionError: they differ; the message says in what and by how much.
     """
     x, labels = make_batch(n, d, hard, seed=1)
-    options = {"margin_plus": MARGIN_PLUS, "margin_minus": _clear_margin(x)}
+    options: Any = {"margin_plus": MARGIN_PLUS, "margin_minus": _clear_margin(x)}
     third = n // 3
     for form, sets in (("square", (x, labels)), ("reference set", (x[:third], labels[:third], x, labels))):
         embeddings, wide = _leaves(sets, torch.float32), _leaves(sets, torch.float64)

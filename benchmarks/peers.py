@@ -81,7 +81,7 @@ def masked_tcm(x: Tensor, labels: Tensor, ref_x: Tensor | None = None, ref_label
 
 
 def compiled_tcm(x: Tensor, labels: Tensor, ref_x: Tensor | None = None, ref_labels: Tensor | None = None) -> Tensor:
-    """`masked_tcm` through torch.compile: specialised, at the first call, to each shape, which is when it is fastest."""
+    """`masked_tcm` through torch.compile, specialised to each shape at the first call: so it is fastest."""
     return _compiled()(x, labels, ref_x, ref_labels)
 
 

@@ -144,7 +144,7 @@ def _measure(benchmark: Any, steps: Steps, runs: int = 5, peers_every: int = 1) 
     if benchmark.disabled:
         return
     ours = benchmark.stats.stats.data
-    readings = {"median": statistics.median, "fastest": min, "slowest": max}
+    readings: dict[str, Callable[[list[float]], float]] = {"median": statistics.median, "fastest": min, "slowest": max}
     benchmark.extra_info["seconds"] = {
         name: {reading: _short(read(times)) for reading, read in readings.items()} | {"runs": len(times)}
         for name, times in {"tcm_fused": ours, **seconds}.items()

@@ -133,6 +133,8 @@ def tcm_loss(
         _check_number(name, value, least=0.0)
     _check_set("embeddings", embeddings, "labels", labels)
     device = embeddings.device
+    if row_offset is not None and (not isinstance(row_offset, int) or isinstance(row_offset, bool)):
+        raise TypeError(f"row_offset must be an int or None, got {type(row_offset).__name__}")
     if ref_emb is None and ref_labels is None:
         if row_offset not in (None, 0):
             raise ValueError(f"row_offset={row_offset} needs ref_emb; without it the rows are the columns, from 0 on")
@@ -272,8 +274,6 @@ def _check_reference(embeddings: Tensor, ref_emb: Tensor, row_offset: Any) -> No
         raise TypeError(f"ref_emb is {ref_emb.dtype}, embeddings are {embeddings.dtype}; cast one, or use autocast")
     if row_offset is None:
         return
-    if not isinstance(row_offset, int) or isinstance(row_offset, bool):
-        raise TypeError(f"row_offset must be an int or None, got {type(row_offset).__name__}")
     last = ref_emb.shape[0] - embeddings.shape[0]
     if not 0 <= row_offset <= last:
         raise ValueError(

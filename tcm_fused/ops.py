@@ -48,7 +48,7 @@ def _fake(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, grad_x, grad_ref, penalty, count = output
-    ctx.save_for_backward(grad_x, grad_ref)
+    ctx.save_for_backward(grad_x, grad_ref, inputs[0], inputs[2])
     ctx.mark_non_differentiable(grad_x, grad_ref, penalty, count)
     ctx.set_materialize_grads(False)
 
@@ -56,18 +56,25 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Any, ...]:
     if grad_loss is None:
         return (None,) * 11
-    scale = _OnceDifferentiable.apply if torch.is_grad_enabled() else torch.mul
-    saved_x, saved_ref = ctx.saved_tensors
-    grad_x = scale(saved_x, grad_loss) if ctx.needs_input_grad[0] else None
-    grad_ref = scale(saved_ref, grad_loss) if ctx.needs_input_grad[2] else None
+    saved_x, saved_ref, x, ref_x = ctx.saved_tensors
+    scale = _OnceDifferentiable.apply if torch.is_grad_enabled() else _scale
+    grad_x = scale(saved_x, grad_loss, x, ref_x) if ctx.needs_input_grad[0] else None
+    grad_ref = scale(saved_ref, grad_loss, x, ref_x) if ctx.needs_input_grad[2] else None
     return (grad_x, None, grad_ref) + (None,) * 8
 
 
+def _scale(saved: Tensor, grad_loss: Tensor, *_: Any) -> Tensor:
+    return saved * grad_loss
+
+
 class _OnceDifferentiable(torch.autograd.Function):
-    """A product whose own gradient is an error: the saved gradient is a constant only to first order."""
+    """`_scale` with an error for its own gradient: the saved gradient is a constant only to first order.
+
+    It takes the embeddings as well, since it is their function that is differentiated once more.
+    """
 
     @staticmethod
-    def forward(ctx: Any, saved: Tensor, grad_loss: Tensor) -> Tensor:
+    def forward(ctx: Any, saved: Tensor, grad_loss: Tensor, *embeddings: Tensor | None) -> Tensor:
         return saved * grad_loss
 
     @staticmethod

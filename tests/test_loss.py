@@ -127,7 +127,7 @@ def test_many_tiles(backend: str, n: int, d: int, classes: int, dtype: torch.dty
 @pytest.mark.parametrize("n", [17, 65, 257, 700])
 @pytest.mark.parametrize("negatives", [False, True])
 def test_rows_without_hard_pairs_among_rows_with_all(backend: str, negatives: bool, n: int, dtype: torch.dtype) -> None:
-    """Nearly full tiles: the few rows that no hard pair touches have gradient exactly 0, not the rest of a subtraction."""
+    """Nearly full tiles: rows that no hard pair touches have gradient exactly 0, not the rest of a subtraction."""
     rng = np.random.default_rng(n)
     common, noise = np.eye(300)[0], rng.standard_normal((n, 300))
     noise[:, 0] = 0
