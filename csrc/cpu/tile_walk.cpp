@@ -1,6 +1,7 @@
 #include "tile_walk.h"
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cmath>
 #include <cstdlib>
@@ -163,6 +164,7 @@ class Walk {
     real* s;         // [m, n], rows `stride` apart
     int stride;
     Penalty penalty[2];
+    std::array<bool, kTile> any[2];  // whether a row has hard pairs
   };
 
   struct Scratch {   // one a thread
@@ -328,9 +330,11 @@ class Walk {
       int64_t own = own_.empty() ? -1 : own_[rows_.begin(t.i) + row] - columns().begin(t.j);
       if (0 <= own && own < t.n) s[own] = std::numeric_limits<real>::quiet_NaN();  // never hard
       auto [start, a, b] = segments(t, row);
-      add(t.penalty[kPlus], loops_.scan_row(s + a, b - a, margin(kPlus), -1));
-      add(t.penalty[kMinus], loops_.scan_row(s + start, a - start, margin(kMinus), 1));
-      add(t.penalty[kMinus], loops_.scan_row(s + b, t.n - b, margin(kMinus), 1));
+      Penalty plus = loops_.scan_row(s + a, b - a, margin(kPlus), -1);
+      Penalty minus = loops_.scan_row(s + start, a - start, margin(kMinus), 1);
+      add(minus, loops_.scan_row(s + b, t.n - b, margin(kMinus), 1));
+      t.any[kPlus][row] = plus.count > 0, t.any[kMinus][row] = minus.count > 0;
+      add(t.penalty[kPlus], plus), add(t.penalty[kMinus], minus);
     }
   }
 
@@ -406,6 +410,7 @@ class Walk {
     uint64_t all[kWords], positive[kWords], *mask = scratch.mask;
     std::fill_n(mask, rows_.tile * kWords, 0);
     for (int row = 0; row < t.m; ++row) {
+      if (!t.any[side][row]) continue;
       uint64_t* bits = mask + row * kWords;
       auto [start, a, b] = segments(t, row);
       range_mask(start, t.n, all), range_mask(a, b, positive);
