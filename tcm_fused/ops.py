@@ -1,8 +1,8 @@
 """The operator: schema, shapes, autograd and choice of backend. The only file that knows backends.
 
-Two operators share one schema. `tcm_fused::fused` is the kernel that the extension registers for a
-device; `tcm_fused::blocked` is plain PyTorch and runs anywhere. Both return the gradient with the
-loss (one pass over the pairs), so that backward is a multiplication.
+Three operators share one schema. `tcm_fused::fused` is the kernel that the extension registers for a
+device, `tcm_fused::triton` that for GPUs without it, and `tcm_fused::blocked` is plain PyTorch and runs
+anywhere. All return the gradient with the loss (one pass over the pairs), so that backward is a multiplication.
 """
 
 import warnings
@@ -91,12 +91,20 @@ class _OnceDifferentiable(torch.autograd.Function):
         )
 
 
-for _name in ("fused", "blocked"):
+def _run_triton(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    from tcm_fused.triton_loss import tcm_triton  # only here: Triton is optional, and takes a second to import
+
+    return tcm_triton(*arguments)
+
+
+for _name in ("fused", "triton", "blocked"):
     _LIBRARY.define(_name + _SCHEMA)
     torch.library.register_fake(f"tcm_fused::{_name}", _fake, lib=_LIBRARY)
     torch.library.register_autograd(f"tcm_fused::{_name}", _backward, setup_context=_setup_context, lib=_LIBRARY)
 _LIBRARY.impl("blocked", tcm_blocked, "CompositeExplicitAutograd")
-OPERATORS = {"fused": torch.ops.tcm_fused.fused.default, "blocked": torch.ops.tcm_fused.blocked.default}
+_LIBRARY.impl("triton", _run_triton, "CUDA")  # which is also what torch calls ROCm
+_LIBRARY.impl("triton", _run_triton, "CPU")  # in Triton's interpreter
+OPERATORS = {name: getattr(torch.ops.tcm_fused, name).default for name in ("fused", "triton", "blocked")}
 
 
 def build_info() -> dict[str, Any] | None:
@@ -109,7 +117,7 @@ def why_unavailable(backend: str) -> str | None:
     if backend == "torch":
         return None
     if backend == "triton":
-        return "this version has no Triton kernels; use backend='torch'"
+        return _why_no_triton()
     if _IMPORT_ERROR is not None:
         return (
             f"the C++ extension could not be imported ({_IMPORT_ERROR}); build it with "
@@ -120,26 +128,57 @@ def why_unavailable(backend: str) -> str | None:
     return None
 
 
+@cache
+def _why_no_triton() -> str | None:
+    try:
+        from tcm_fused import triton_loss
+    except ImportError as error:
+        return f"Triton could not be imported ({error}); install it (`pip install triton`) or use backend='torch'"
+    if triton_loss.INTERPRETED or torch.cuda.is_available():
+        return None
+    return "torch finds no GPU; use backend='torch' (or, to test, set TRITON_INTERPRET=1 before Triton is imported)"
+
+
 @torch.compiler.assume_constant_result  # torch.compile asks once and does not look inside
 def choose(backend: str, device_type: str, dtype: torch.dtype) -> str:
     """Which of OPERATORS runs `backend` on embeddings of `dtype` on `device_type`; RuntimeError if none does."""
     if backend == "auto":
-        reason = why_unavailable(device_type) if device_type in BACKENDS else f"no kernel for device '{device_type}'"
-        if reason is not None:
-            _warn_once(f"tcm_fused runs its slower PyTorch fallback on '{device_type}': {reason}")
-        return "fused" if reason is None else "blocked"
+        return _choose_best(device_type, dtype)
     reason = why_unavailable(backend)
     if reason is not None:
         raise RuntimeError(f"backend={backend!r} is not available: {reason}")
     if backend == "torch":
         return "blocked"
-    if backend != device_type:
+    device = backend
+    if backend == "triton":
+        from tcm_fused.triton_loss import INTERPRETED
+
+        device = "cpu" if INTERPRETED else "cuda"
+    if device_type != device:
+        raise RuntimeError(f"backend={backend!r} needs tensors on device '{device}', embeddings are on '{device_type}'")
+    if backend == "triton" and dtype == torch.float64:
         raise RuntimeError(
-            f"backend={backend!r} needs tensors on device '{backend}', embeddings are on '{device_type}'"
+            "backend='triton' has no float64 kernels; use backend='torch' for float64 embeddings, or embeddings.float()"
         )
-    return "fused"
+    return "triton" if backend == "triton" else "fused"
+
+
+def _choose_best(device_type: str, dtype: torch.dtype) -> str:
+    """The extension's kernel, on a GPU else Triton's, else the blocked form, with a warning where a kernel is missing."""
+    if device_type == "cuda" and dtype == torch.float64:
+        return "blocked"  # nothing faster is missing: GPU kernels are made for tensor cores, which fp64 has no use for
+    reason = why_unavailable(device_type) if device_type in BACKENDS else f"no kernel for device '{device_type}'"
+    if reason is None:
+        return "fused"
+    if device_type == "cuda":
+        no_triton = why_unavailable("triton")
+        if no_triton is None:
+            return "triton"
+        reason = f"CUDA kernels: {reason}. Triton kernels: {no_triton}"
+    _warn_once(f"tcm_fused runs its slower PyTorch fallback on '{device_type}': {reason}")
+    return "blocked"
 
 
 @cache
 def _warn_once(message: str) -> None:
-    warnings.warn(message, stacklevel=4)  # at the caller of `tcm_loss`
+    warnings.warn(message, stacklevel=5)  # at the caller of `tcm_loss`

@@ -1,0 +1,340 @@
+"""The loss in Triton: the operator `tcm_fused::triton`, for any GPU that Triton knows and without a compiler.
+
+How a call goes (`tcm_triton`):
+
+1. Sort rows and columns by label, those that take no part last, and store them as unit vectors X^ in fp16: once, or for
+   fp32 accuracy as a high and a low part, x^ = high + low / 2^11 (`normalise`). A row's positives are then one range of
+   columns, and most tiles need no look at labels.
+2. Cut the rows into panels. For each panel:
+   a. `similarity`: tiles of s = X^ X^T (the upper triangle where rows are columns); penalty, count and class of each
+      tile and side: empty, mixed or full. A mixed tile writes its 0/1 mask, in fp16, which is exact.
+   b. `lists`: the mixed and the full tiles of every row and every column of tiles.
+   c. `masked_sum`: G_I += M X^_J and G_J += M^T X^_I over the mixed tiles only.
+   d. `collect`: a full tile adds the sum of its unit vectors, from `tile_sums`.
+3. `totals`: loss, counts and w = lambda / n. `project`: dL/dx = (g - (g . x^) x^) / |x| with g = w- G- - w+ G+.
+
+The host never waits for the device, and every sum has one owner and a fixed order: two runs give the same bits.
+
+Cost for N rows = columns and D components, in 16-bit products (three times that for fp32 accuracy): N^2 D flops for the
+similarities, and 2 N^2 D more where every tile is mixed. The masks are written once and read twice, 6 bytes for two
+ordered pairs that cost 6 D flops: at D = 512 that is 512 flops a byte, above the 180 to 300 that sm_80 to sm_100 need.
+Launches are 6 a panel and 20 besides. `panel_bytes` of masks, for pairs of the upper triangle only, make
+2 N^2 / panel_bytes panels or 2 more: 17 at N = 65,536.
+"""
+
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from tcm_fused import triton_kernels as kernels
+from tcm_fused.reference import EPS
+
+INTERPRETED = bool(triton.knobs.runtime.interpret)  # kernels run in NumPy, on CPU tensors
+
+
+@dataclass(frozen=True)
+class Config:
+    """How the products are cut up on one architecture."""
+
+    rows: int = 128  # of a similarity tile, and of a masked sum
+    columns: int = 256  # of a similarity tile, a multiple of `rows`
+    step: int = 64  # terms of a product at a time; D is padded to a multiple of it
+    width: int = 256  # components of a masked sum
+    tma: bool = False  # operands by descriptor, else by pointer
+    warps: int = 8
+    similarity_stages: int = 3
+    sum_stages: int = 3
+    panel_bytes: int = 2**29  # least memory for the masks of a panel; 4 bytes for a pair, one mask a side
+
+
+CONFIGS = {
+    "interpreter": Config(32, 64, 16, 32, tma=False, panel_bytes=2**16),  # small: many tiles and panels in small tests
+    "sm_80": Config(),
+    "sm_90": Config(tma=True, similarity_stages=4, sum_stages=4),
+    "sm_100": Config(tma=True, similarity_stages=4, sum_stages=4),
+    "other": Config(128, 128, 32, 128, similarity_stages=2, sum_stages=2),
+}
+
+
+@dataclass(frozen=True)
+class Device:
+    name: str  # its row of CONFIGS
+    processors: int  # streaming multiprocessors
+
+
+@cache
+def device_of(device: torch.device) -> Device:
+    if device.type == "cpu":
+        return Device("interpreter", 4)
+    properties = torch.cuda.get_device_properties(device)
+    name = "other"
+    if torch.version.hip is None and properties.major >= 8:
+        name = {8: "sm_80", 9: "sm_90"}.get(properties.major, "sm_100" if properties.major == 10 else "sm_80")
+    return Device(name, properties.multi_processor_count)
+
+
+@dataclass
+class Embeddings:
+    """Rows or columns, sorted by label, and what is summed for their gradient."""
+
+    x: Tensor  # [N, D] as given
+    key: Tensor  # [N] sorted labels, with the sign bit flipped: those that take no part are the largest
+    order: Tensor  # [N] row of x that sorted row r is
+    valid: Tensor  # [] int32, rows that take part
+    unit: Tensor  # [parts * padded, d] fp16
+    norm: Tensor  # [padded]
+    sums: Tensor  # [padded / tile rows, d] sums of x^
+    g: Tensor | None  # [2, padded, d] masked sums over hard positives, hard negatives
+
+    @property
+    def padded(self) -> int:
+        return self.norm.shape[0]
+
+
+def tcm_triton(
+    x: Tensor,
+    y: Tensor,
+    ref_x: Tensor | None,
+    ref_y: Tensor | None,
+    row_offset: int | None,
+    margin_plus: float,
+    margin_minus: float,
+    lambda_plus: float,
+    lambda_minus: float,
+    fp16: bool,
+    grad_x: bool,
+    grad_ref: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The operator of `tcm_fused.ops`, for embeddings of 16 or 32 bits."""
+    sets = (x, y, ref_x, ref_y, row_offset)
+    options = ((margin_plus, margin_minus), (lambda_plus, lambda_minus), 1 if fp16 else 2, grad_x, grad_ref)
+    with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
+        device = device_of(x.device)
+        if os.environ.get("TCM_FUSED_TUNE") == "1":
+            config = tuned(device, sets, options)
+        else:
+            config = CONFIGS[device.name]
+        return run(config, device.processors, *sets, *options)
+
+
+def run(
+    config: Config,
+    processors: int,
+    x: Tensor,
+    y: Tensor,
+    ref_x: Tensor | None,
+    ref_y: Tensor | None,
+    row_offset: int | None,
+    margin: tuple[float, float],
+    weight: tuple[float, float],
+    parts: int,
+    grad_x: bool,
+    grad_ref: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Loss and gradients with `parts` fp16 numbers for a component."""
+    symmetric = ref_x is None or ref_y is None
+    rows = prepare(config, x, y, parts, grad_x)
+    columns = rows if ref_x is None or ref_y is None else prepare(config, ref_x, ref_y, parts, grad_ref)
+    walk = Walk(config, processors, rows, columns, parts, margin, symmetric, row_offset)
+    walk.run()
+
+    loss, penalty, count, w = (
+        torch.empty(shape, dtype=dtype, device=x.device)
+        for shape, dtype in (((), torch.float32), (2, torch.float64), (2, torch.int64), (2, torch.float32))
+    )
+    # A norm may be infinite, which is none of the embedding's fault; only NaN says that it was not finite.
+    checks = (rows.norm.sum(), columns.norm.sum())
+    kernels.totals[(1,)](
+        walk.penalty, walk.count, *checks, loss, penalty, count, w, *weight, walk.penalty.shape[1], BLOCK=1024
+    )
+    none = x.new_empty(0, dtype=torch.float32)
+    return (
+        loss,
+        project(rows, w, 2.0 if symmetric else 1.0) if grad_x else none,
+        project(columns, w, 1.0) if grad_ref and not symmetric else none.clone(),
+        penalty,
+        count,
+    )
+
+
+def prepare(config: Config, x: Tensor, y: Tensor, parts: int, gradient: bool) -> Embeddings:
+    """Step 1."""
+    n, d_given = x.shape
+    padded = max(triton.cdiv(n, config.columns), 1) * config.columns
+    d = triton.cdiv(d_given, config.step) * config.step
+    key, order = torch.sort(y ^ torch.iinfo(torch.int64).min, stable=True)
+    new = x.new_empty
+    e = Embeddings(
+        x=x,
+        key=key,
+        order=order,
+        valid=(key < 0).sum(dtype=torch.int32),
+        unit=new((parts * padded, d), dtype=torch.float16),
+        norm=new(padded, dtype=torch.float32),
+        sums=new((padded // config.rows, d), dtype=torch.float32),
+        g=x.new_zeros((2, padded, d), dtype=torch.float32) if gradient else None,
+    )
+    block = min(triton.next_power_of_2(d), 1024)
+    height = max(1, min(4096 // block, config.rows))
+    kernels.normalise[(padded // height,)](
+        x, order, e.valid, e.unit, e.norm, d_given, padded, d, *x.stride(), EPSILON=EPS, PARTS=parts, ROWS=height,
+        BLOCK=block,
+    )  # fmt: skip
+    width = min(block, 64)
+    kernels.tile_sums[(triton.cdiv(d, width), padded // config.rows)](
+        e.unit, e.sums, padded, d, PARTS=parts, TILE=config.rows, BLOCK=width
+    )
+    return e
+
+
+def project(e: Embeddings, weight: Tensor, factor: float) -> Tensor:
+    """dL/dx [N, D] from the masked sums."""
+    assert e.g is not None
+    n, d = e.x.shape
+    out = e.x.new_empty((n, d), dtype=torch.float32)
+    block = min(triton.next_power_of_2(e.g.shape[2]), 1024)
+    height = max(1, min(2048 // block, 16))
+    kernels.project[(triton.cdiv(n, height),)](
+        e.x, e.order, e.valid, e.norm, e.g, weight, out, n, d, e.g.stride(0), e.g.shape[2], *e.x.stride(), factor,
+        EPSILON=EPS, ROWS=height, BLOCK=block,
+    )  # fmt: skip
+    return out
+
+
+class Walk:
+    """Step 2: the panels of one call, with the sums of the loss by tile of rows."""
+
+    def __init__(
+        self,
+        config: Config,
+        processors: int,
+        rows: Embeddings,
+        columns: Embeddings,
+        parts: int,
+        margin: tuple[float, float],
+        symmetric: bool,
+        row_offset: int | None,
+    ) -> None:
+        self.config, self.processors, self.parts, self.margin = config, processors, parts, margin
+        self.rows, self.columns, self.symmetric = rows, columns, symmetric
+        self.d = rows.unit.shape[1]
+        self.masked = rows.g is not None or columns.g is not None
+        # Columns of each row's label.
+        self.first = torch.searchsorted(columns.key, rows.key, out_int32=True)
+        self.last = torch.searchsorted(columns.key, rows.key, out_int32=True, right=True)
+        self.own, self.self_pairs = self.first, kernels.NO_SELF
+        if symmetric:
+            self.self_pairs = kernels.DIAGONAL
+        elif row_offset is not None:
+            self.self_pairs = kernels.TABLE
+            position = torch.empty_like(columns.order, dtype=torch.int32)
+            position[columns.order] = torch.arange(len(position), dtype=torch.int32, device=position.device)
+            self.own = position[rows.order + row_offset]
+        tiles = rows.padded // config.rows
+        self.penalty = torch.empty((2, tiles), dtype=torch.float64, device=rows.x.device)
+        self.count = torch.empty((2, tiles), dtype=torch.int64, device=rows.x.device)
+
+    def run(self) -> None:
+        panels = list(self.panels())
+        pairs = max(height * width for _, height, _, width in panels)
+        new = self.rows.unit.new_empty
+        masks = new(2 * pairs if self.masked else 16)
+        for panel in panels:
+            self.one_panel(masks, *panel)
+
+    def panels(self) -> Iterator[tuple[int, int, int, int]]:
+        """First row and height, first column and width of each. Where rows are columns they grow as they get shorter.
+
+        A panel gets as much memory as the masked sums have, if that is more than `panel_bytes`.
+        """
+        config = self.config
+        least = config.panel_bytes // 4
+        pairs = max(least, self.rows.padded * self.d, self.columns.padded * self.d)
+        row = 0
+        while row < self.rows.padded:
+            column = row if self.symmetric else 0
+            width = self.columns.padded - column
+            height = min(max(pairs // width // config.columns, 1) * config.columns, self.rows.padded - row)
+            yield row, height, column, width
+            row += height
+
+    def one_panel(self, masks: Tensor, row: int, height: int, column: int, width: int) -> None:
+        config, rows, columns = self.config, self.rows, self.columns
+        i, j = height // config.rows, width // config.columns
+        device = rows.x.device
+        penalty = torch.empty((2, i, j), dtype=torch.float32, device=device)
+        count, kind = torch.empty((2, 2, i, j), dtype=torch.int32, device=device)
+        kernels.similarity[(i * j,)](
+            self.operand(rows.unit, config.rows, config.step),
+            self.operand(columns.unit, config.columns, config.step),
+            self.first, self.last, self.own, rows.valid, columns.valid, masks, penalty, count, kind, *self.margin,
+            row, column, rows.padded, columns.padded, self.d, i, j,
+            PARTS=self.parts, SELF=self.self_pairs, MASKS=self.masked, ROWS=config.rows, COLUMNS=config.columns,
+            STEP=config.step, TMA=config.tma, num_warps=config.warps, num_stages=config.similarity_stages,
+        )  # fmt: skip
+        lists = torch.empty((2, 2 * i * j), dtype=torch.int32, device=device)
+        sizes = torch.empty((2, 2, i + j), dtype=torch.int32, device=device)
+        first_tile = row // config.rows
+        kernels.lists[(i + j if self.masked else i, 2)](
+            penalty, count, kind, self.penalty[:, first_tile:], self.count[:, first_tile:], lists, sizes, i, j,
+            self.penalty.shape[1], SYMMETRIC=self.symmetric, RATIO=config.columns // config.rows, BLOCK=256,
+        )  # fmt: skip
+        if rows.g is not None:
+            self.add(rows.g[:, row:], columns, column, masks, lists[0], sizes, i, j, transposed=False)
+        g = rows.g if self.symmetric else columns.g
+        if g is not None:
+            self.add(g[:, column:], rows, row, masks, lists[1], sizes[:, :, i:], i, j, transposed=True)
+
+    def add(
+        self,
+        g: Tensor,
+        of: Embeddings,
+        begin: int,
+        masks: Tensor,
+        lists: Tensor,
+        sizes: Tensor,
+        row_tiles: int,
+        column_tiles: int,
+        *,
+        transposed: bool,
+    ) -> None:
+        """G += M X^, or M^T X^ if `transposed`: X^ from row `begin` of `of` on, G at the panel's first row."""
+        config, d = self.config, self.d
+        ratio = config.columns // config.rows
+        out_tiles, length = (column_tiles * ratio, row_tiles) if transposed else (row_tiles, column_tiles)
+        width = min(config.width, triton.next_power_of_2(d))
+        blocks = triton.cdiv(d, width)
+        # A panel has few tiles of rows, and each sums over all columns: it is split until the card is busy twice over.
+        splits = max(1, min(triton.cdiv(2 * self.processors, out_tiles * blocks), length))
+        parts = g
+        if splits > 1:
+            parts = g.new_empty((2, splits, out_tiles * config.rows, d))
+        mask_rows, mask_width = row_tiles * config.rows, column_tiles * config.columns
+        mask = masks[: 2 * mask_rows * mask_width].view(2 * mask_rows, mask_width)
+        mask_block = (config.step, config.rows) if transposed else (config.rows, config.step)
+        kernels.masked_sum[(blocks, out_tiles, 2 * splits)](
+            self.operand(mask, *mask_block), self.operand(of.unit, config.step, width), lists, sizes, parts,
+            parts.stride(1) if splits > 1 else g.stride(0), mask_rows, mask_width, begin, of.padded, d, length,
+            sizes.stride(1), splits, PARTS=self.parts, SPLIT=splits > 1, TRANSPOSED=transposed, ROWS=config.rows,
+            COLUMNS=config.columns, STEP=config.step, WIDTH=width, TMA=config.tma, num_warps=config.warps,
+            num_stages=config.sum_stages,
+        )  # fmt: skip
+        kernels.collect[(triton.cdiv(d, min(width, 64)), out_tiles, 2)](
+            g, parts, of.sums[begin // config.rows :], lists, sizes[0], sizes[1], g.stride(0), d, length,
+            sizes.stride(1), splits, SPLIT=splits > 1, TRANSPOSED=transposed, RATIO=ratio, ROWS=config.rows,
+            WIDTH=min(width, 64), BLOCK=16,
+        )  # fmt: skip
+
+    def operand(self, matrix: Tensor, rows: int, columns: int) -> Any:
+        """What a kernel reads blocks [rows, columns] of `matrix` from."""
+        return TensorDescriptor.from_tensor(matrix, [rows, columns]) if self.config.tma else matrix
