@@ -114,30 +114,57 @@ def _block(source, row, column, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 
 
 @triton.jit
-def _classify(
-    hard,  # [ROWS, COLUMNS] which pairs of the tile are
-    violation,
-    pairs,  # that take part in the whole tile
-    mask,  # pointers [ROWS, COLUMNS]
-    penalty,  # pointers to the tile's results
-    count,
-    kind,
-    MASKS: tl.constexpr,
+def _product(
+    rows,  # [PARTS, padded_rows, d]
+    columns,  # [PARTS, padded_columns, d]
+    row,
+    column,
+    padded_rows,
+    padded_columns,
+    d,
+    PARTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    STEP: tl.constexpr,
+    TMA: tl.constexpr,
 ):
-    n = tl.sum(hard.to(tl.int32))
-    tl.store(penalty, tl.sum(tl.where(hard, violation, 0.0)))
-    tl.store(count, n)
-    what = tl.where(n == 0, EMPTY, tl.where(n == pairs, FULL, MIXED))
-    tl.store(kind, what)
-    if MASKS:
-        if what == MIXED:
-            tl.store(mask, hard.to(tl.float16))
+    """s [ROWS, COLUMNS] in fp32."""
+    s = tl.zeros((ROWS, COLUMNS), tl.float32)
+    if PARTS == 2:
+        # x.y = high.high + (low.high + high.low) / 2^11; the product of the low parts is below 2^-22 of |x||y|.
+        for k in range(0, 2 * d, STEP):
+            swapped = k >= d
+            here = k - tl.where(swapped, d, 0)
+            a = _block(rows, row + tl.where(swapped, 0, padded_rows), here, d, ROWS, STEP, TMA)
+            b = _block(columns, column + tl.where(swapped, padded_columns, 0), here, d, COLUMNS, STEP, TMA)
+            s = tl.dot(a, tl.trans(b), s)
+        s = s / LOW_SCALE
+    for k in range(0, d, STEP):
+        a = _block(rows, row, k, d, ROWS, STEP, TMA)
+        b = _block(columns, column, k, d, COLUMNS, STEP, TMA)
+        s = tl.dot(a, tl.trans(b), s)
+    return s
+
+
+@triton.jit
+def _write_mask(mask, hard, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Writes `hard` [ROWS, COLUMNS] as 0 and 1 into a matrix `width` wide."""
+    r = tl.arange(0, ROWS).to(tl.int64)
+    tl.store(mask + r[:, None] * width + tl.arange(0, COLUMNS)[None, :], hard.to(tl.float16))
+
+
+@triton.jit
+def _write_tile(penalty, count, kind, tile, sum_, n, what):
+    tl.store(penalty + tile, sum_)
+    tl.store(count + tile, n)
+    tl.store(kind + tile, what)
 
 
 @triton.jit(do_not_specialize=["row_tiles", "column_tiles"])
 def similarity(
     rows,  # [PARTS, padded_rows, d] X^ of the rows
     columns,  # [PARTS, padded_columns, d]
+    narrow_columns,  # the same in blocks of NARROW
     first,  # [N] columns first[r] to last[r] - 1 have the label of row r; both grow with r
     last,
     own,  # [N] column that is row r itself, -1 if none (SELF == TABLE)
@@ -161,6 +188,7 @@ def similarity(
     MASKS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    NARROW: tl.constexpr,
     STEP: tl.constexpr,
     TMA: tl.constexpr,
 ):
@@ -182,74 +210,89 @@ def similarity(
     if SELF == DIAGONAL:
         skipped |= column + COLUMNS <= row
     if skipped:
-        for side in tl.static_range(2):
-            tl.store(penalty + side * tiles + tile, 0.0)
-            tl.store(count + side * tiles + tile, 0)
-            tl.store(kind + side * tiles + tile, EMPTY)
+        _write_tile(penalty, count, kind, tile, 0.0, 0, EMPTY)
+        _write_tile(penalty, count, kind, tile + tiles, 0.0, 0, EMPTY)
         return
 
-    s = tl.zeros((ROWS, COLUMNS), tl.float32)
-    if PARTS == 2:
-        # x.y = high.high + (low.high + high.low) / 2^11; the product of the low parts is below 2^-22 of |x||y|.
-        for k in range(0, 2 * d, STEP):
-            swap = k >= d
-            a = _block(rows, row + tl.where(swap, 0, padded_rows), k - tl.where(swap, d, 0), d, ROWS, STEP, TMA)
-            b = _block(
-                columns, column + tl.where(swap, padded_columns, 0), k - tl.where(swap, d, 0), d, COLUMNS, STEP, TMA
-            )
-            s = tl.dot(a, tl.trans(b), s)
-        s = s / LOW_SCALE
-    for k in range(0, d, STEP):
-        a = _block(rows, row, k, d, ROWS, STEP, TMA)
-        b = _block(columns, column, k, d, COLUMNS, STEP, TMA)
-        s = tl.dot(a, tl.trans(b), s)
-
+    # Most tiles are of one side: no label, no pair of a row with itself, no padding to look at.
     r = row + tl.arange(0, ROWS)
-    c = column + tl.arange(0, COLUMNS)
-    width = column_tiles * COLUMNS
-    mask = masks + (i * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None] * width
-    mask += (j * COLUMNS + tl.arange(0, COLUMNS))[None, :]
-    # Labels, the pair of a row with itself and the padding are looked at only in the few tiles that have them.
-    special = (tl.load(first + row) < columns_end) & (tl.load(last + rows_end - 1) > column)
-    special |= (rows_end < row + ROWS) | (columns_end < column + COLUMNS)
+    is_plus = (tl.load(first + rows_end - 1) <= column) & (tl.load(last + row) >= columns_end)
+    is_minus = (tl.load(first + row) >= columns_end) | (tl.load(last + rows_end - 1) <= column)
+    plain = (is_plus | is_minus) & (rows_end == row + ROWS) & (columns_end == column + COLUMNS)
     if SELF == DIAGONAL:
-        special |= (row < column + COLUMNS) & (column < row + ROWS)
+        plain &= column >= row + ROWS
     if SELF == TABLE:
-        special = True
-    pairs = (rows_end - row) * (columns_end - column)
-    hard = s >= margin_minus
-    if special:
-        present = (r < rows_end)[:, None] & (c < columns_end)[None, :]
-        if SELF == DIAGONAL:
-            present &= r[:, None] != c[None, :]
-        if SELF == TABLE:
-            present &= tl.load(own + r, mask=r < rows_end, other=-1)[:, None] != c[None, :]
-        from_ = tl.load(first + r, mask=r < rows_end, other=0)
-        to = tl.load(last + r, mask=r < rows_end, other=0)
-        same = (c[None, :] >= from_[:, None]) & (c[None, :] < to[:, None])
-        hard &= present & (same == 0)
-        _classify(
-            present & same & (s <= margin_plus),
-            margin_plus - s,
-            pairs,
-            mask,
-            penalty + tile,
-            count + tile,
-            kind + tile,
-            MASKS,
-        )
+        self_column = tl.load(own + r, mask=r < rows_end, other=-1)
+        plain &= tl.max(((self_column >= column) & (self_column < column + COLUMNS)).to(tl.int32)) == 0
+    width = column_tiles * COLUMNS
+    mask = masks + tl.cast(i * ROWS, tl.int64) * width + j * COLUMNS
+    minus_mask = mask + tl.cast(row_tiles * ROWS, tl.int64) * width
+    if plain:
+        s = _product(rows, columns, row, column, padded_rows, padded_columns, d, PARTS, ROWS, COLUMNS, STEP, TMA)
+        if is_plus:  # the same rule for either side: s >= margin is hard
+            s = -s
+        margin = tl.where(is_plus, -margin_plus, margin_minus)
+        mine = tl.where(is_plus, tile, tile + tiles)
+        _write_tile(penalty, count, kind, 2 * tile + tiles - mine, 0.0, 0, EMPTY)
+        if tl.max(s) >= margin:
+            what = tl.where(tl.min(s) >= margin, FULL, MIXED)
+            if MASKS:
+                if what == MIXED:
+                    _write_mask(tl.where(is_plus, mask, minus_mask), s >= margin, width, ROWS, COLUMNS)
+            _write_tile(
+                penalty,
+                count,
+                kind,
+                mine,
+                tl.sum(tl.maximum(s - margin, 0.0)),
+                tl.sum((s >= margin).to(tl.int32)),
+                what,
+            )
+        else:
+            _write_tile(penalty, count, kind, mine, 0.0, 0, EMPTY)
     else:
-        tl.store(penalty + tile, 0.0)
-        tl.store(count + tile, 0)
-        tl.store(kind + tile, EMPTY)
-    tile += tiles
-    if special | (tl.max(s) >= margin_minus):
-        mask += tl.cast(row_tiles * ROWS, tl.int64) * width
-        _classify(hard, s - margin_minus, pairs, mask, penalty + tile, count + tile, kind + tile, MASKS)
-    else:
-        tl.store(penalty + tile, 0.0)
-        tl.store(count + tile, 0)
-        tl.store(kind + tile, EMPTY)
+        # In narrow pieces: with masks for both sides a whole tile does not fit the registers.
+        sum_plus = tl.zeros((ROWS,), tl.float32)
+        sum_minus = tl.zeros((ROWS,), tl.float32)
+        n_plus = tl.zeros((ROWS,), tl.int32)
+        n_minus = tl.zeros((ROWS,), tl.int32)
+        begin = tl.load(first + r, mask=r < rows_end, other=0)
+        end = tl.load(last + r, mask=r < rows_end, other=0)
+        for piece in range(0, COLUMNS, NARROW):
+            s = _product(
+                rows,
+                narrow_columns,
+                row,
+                column + piece,
+                padded_rows,
+                padded_columns,
+                d,
+                PARTS,
+                ROWS,
+                NARROW,
+                STEP,
+                TMA,
+            )
+            c = column + piece + tl.arange(0, NARROW)
+            present = (r < rows_end)[:, None] & (c < columns_end)[None, :]
+            if SELF == DIAGONAL:
+                present &= r[:, None] != c[None, :]
+            if SELF == TABLE:
+                present &= self_column[:, None] != c[None, :]
+            same = (c[None, :] >= begin[:, None]) & (c[None, :] < end[:, None])
+            plus = present & same & (s <= margin_plus)
+            minus = present & (same == 0) & (s >= margin_minus)
+            if MASKS:
+                _write_mask(mask + piece, plus, width, ROWS, NARROW)
+                _write_mask(minus_mask + piece, minus, width, ROWS, NARROW)
+            sum_plus += tl.sum(tl.where(plus, margin_plus - s, 0.0), 1)
+            sum_minus += tl.sum(tl.where(minus, s - margin_minus, 0.0), 1)
+            n_plus += tl.sum(plus.to(tl.int32), 1)
+            n_minus += tl.sum(minus.to(tl.int32), 1)
+        n = tl.sum(n_plus)
+        _write_tile(penalty, count, kind, tile, tl.sum(sum_plus), n, tl.where(n > 0, MIXED, EMPTY))
+        n = tl.sum(n_minus)
+        _write_tile(penalty, count, kind, tile + tiles, tl.sum(sum_minus), n, tl.where(n > 0, MIXED, EMPTY))
 
 
 @triton.jit(do_not_specialize=["row_tiles", "column_tiles", "all_row_tiles"])

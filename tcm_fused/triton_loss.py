@@ -48,6 +48,7 @@ class Config:
 
     rows: int = 128  # of a similarity tile, and of a masked sum
     columns: int = 256  # of a similarity tile, a multiple of `rows`
+    narrow: int = 64  # columns of a piece of a tile that has labels or edges to look at
     step: int = 64  # terms of a product at a time; D is padded to a multiple of it
     width: int = 256  # components of a masked sum
     tma: bool = False  # operands by descriptor, else by pointer
@@ -58,11 +59,11 @@ class Config:
 
 
 CONFIGS = {
-    "interpreter": Config(32, 64, 16, 32, tma=False, panel_bytes=2**16),  # small: many tiles and panels in small tests
+    "interpreter": Config(32, 64, 32, 16, 32, tma=False, panel_bytes=2**16),  # small: many tiles and panels in small tests
     "sm_80": Config(),
     "sm_90": Config(tma=True, similarity_stages=4, sum_stages=4),
     "sm_100": Config(tma=True, similarity_stages=4, sum_stages=4),
-    "other": Config(128, 128, 32, 128, similarity_stages=2, sum_stages=2),
+    "other": Config(128, 128, 64, 32, 128, similarity_stages=2, sum_stages=2),
 }
 
 
@@ -277,10 +278,12 @@ class Walk:
         kernels.similarity[(i * j,)](
             self.operand(rows.unit, config.rows, config.step),
             self.operand(columns.unit, config.columns, config.step),
+            self.operand(columns.unit, config.narrow, config.step),
             self.first, self.last, self.own, rows.valid, columns.valid, masks, penalty, count, kind, *self.margin,
             row, column, rows.padded, columns.padded, self.d, i, j,
             PARTS=self.parts, SELF=self.self_pairs, MASKS=self.masked, ROWS=config.rows, COLUMNS=config.columns,
-            STEP=config.step, TMA=config.tma, num_warps=config.warps, num_stages=config.similarity_stages,
+            NARROW=config.narrow, STEP=config.step, TMA=config.tma, num_warps=config.warps,
+            num_stages=config.similarity_stages,
         )  # fmt: skip
         lists = torch.empty((2, 2 * i * j), dtype=torch.int32, device=device)
         sizes = torch.empty((2, 2, i + j), dtype=torch.int32, device=device)
