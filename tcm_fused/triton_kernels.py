@@ -108,9 +108,9 @@ def _block(source, row, column, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr
     if TMA:
         return source.load([row, column])
     else:
-        r = row + tl.arange(0, ROWS)
-        c = column + tl.arange(0, COLUMNS)
-        return tl.load(source + r.to(tl.int64)[:, None] * width + c[None, :], mask=(c < width)[None, :], other=0.0)
+        c = tl.arange(0, COLUMNS)
+        source += tl.cast(row, tl.int64) * width + column
+        return tl.load(source + (tl.arange(0, ROWS)[:, None] * width + c[None, :]), (column + c < width)[None, :], 0.0)
 
 
 @triton.jit
@@ -389,9 +389,6 @@ def masked_sum(
     of_side = tl.num_programs(1) // (COLUMNS // ROWS) if TRANSPOSED else tl.num_programs(1)
     lists += (side * of_side + across) * length
     mask_row = side * mask_rows
-    c = column + tl.arange(0, WIDTH)
-    target = out + z.to(tl.int64) * out_stride
-    target += (o * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None] * d + c[None, :]
     g = tl.zeros((ROWS, WIDTH), tl.float32)
     if PARTS == 2:
         for t in range(begin, end):
@@ -402,8 +399,6 @@ def masked_sum(
                 m = _block(masks, mask_row + o * ROWS, k, width, ROWS, STEP, TMA)
             g = tl.dot(m, _block(x, padded + x_begin + k, column, d, STEP, WIDTH, TMA), g)
         g = g / LOW_SCALE
-    if not SPLIT:
-        g += tl.load(target, mask=(c < d)[None, :], other=0.0)
     for t in range(begin, end):
         k = tl.load(lists + t // PER_TILE) * (PER_TILE * STEP) + t % PER_TILE * STEP
         if TRANSPOSED:
@@ -411,7 +406,13 @@ def masked_sum(
         else:
             m = _block(masks, mask_row + o * ROWS, k, width, ROWS, STEP, TMA)
         g = tl.dot(m, _block(x, x_begin + k, column, d, STEP, WIDTH, TMA), g)
-    tl.store(target, g, mask=(c < d)[None, :])
+    out += z.to(tl.int64) * out_stride + tl.cast(o * ROWS, tl.int64) * d + column
+    c = tl.arange(0, WIDTH)
+    target = out + (tl.arange(0, ROWS)[:, None] * d + c[None, :])
+    inside = (column + c < d)[None, :]
+    if not SPLIT:
+        g += tl.load(target, inside, 0.0)
+    tl.store(target, g, mask=inside)
 
 
 @triton.jit(do_not_specialize=["length", "outs", "splits"])

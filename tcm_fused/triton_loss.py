@@ -46,42 +46,46 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)  # kernels run in NumPy, on C
 class Config:
     """How the products are cut up on one architecture."""
 
-    rows: int = 128  # of a similarity tile, and of a masked sum
-    columns: int = 256  # of a similarity tile, a multiple of `rows`
-    narrow: int = 64  # columns of a piece of a tile that has labels or edges to look at
-    step: int = 64  # terms of a product at a time; D is padded to a multiple of it
-    width: int = 256  # components of a masked sum
-    tma: bool = False  # operands by descriptor, else by pointer
-    warps: int = 8
-    similarity_stages: int = 3
-    sum_stages: int = 3
-    panel_bytes: int = 2**29  # least memory for the masks of a panel; 4 bytes for a pair, one mask a side
+    rows: int  # of a similarity tile, and of a masked sum
+    columns: int  # of a similarity tile, a multiple of `rows`
+    narrow: int  # columns of a piece of a tile that has labels or edges to look at
+    step: int  # terms of a product at a time; D is padded to a multiple of it
+    width: int  # components of a masked sum
+    tma: bool  # operands by descriptor, else by pointer
+    warps: int
+    similarity_stages: int
+    sum_stages: int
+    panel_bytes: int = 2**29  # memory for the masks of a panel
 
 
+# Registers and shared memory are what ptxas reports for Triton 3.7.1 (tests/test_triton_aot.py holds all rows to no spill
+# and to the limits); nothing here is measured. A block of 8 warps may have 255 registers a thread. In a masked sum half of
+# the stages are buffers: the others are on the way from the list to the address.
 CONFIGS = {
-    "interpreter": Config(32, 64, 32, 16, 32, tma=False, panel_bytes=2**16),  # small: many tiles and panels in small tests
-    "sm_80": Config(),
-    "sm_90": Config(tma=True, similarity_stages=4, sum_stages=4),
-    "sm_100": Config(tma=True, similarity_stages=4, sum_stages=4),
-    "other": Config(128, 128, 64, 32, 128, similarity_stages=2, sum_stages=2),
+    # 255 and 205 to 254 registers, 72 and 48 KiB, which sm_86, sm_89 and sm_120 have too. A step of 64 spills.
+    "sm_80": Config(128, 256, 32, 32, 256, False, 8, similarity_stages=4, sum_stages=5),
+    # 242 and 204 registers, 192 and 144 KiB of 227. Without the narrow pieces the similarity tile spills.
+    "sm_90": Config(128, 256, 64, 64, 256, True, 8, similarity_stages=4, sum_stages=5),
+    # 246 to 252 and 226 registers, 192 and 144 KiB; the accumulator is in tensor memory.
+    "sm_100": Config(128, 256, 64, 64, 256, True, 8, similarity_stages=4, sum_stages=5),
+    # ROCm and what is older than sm_80: 64 KiB of shared memory hold two stages.
+    "other": Config(128, 128, 32, 32, 128, False, 8, similarity_stages=2, sum_stages=2),
+    # Small, so that small tests have many tiles and panels.
+    "interpreter": Config(32, 64, 32, 16, 32, False, 1, 1, 1, panel_bytes=2**16),
 }
 
 
-@dataclass(frozen=True)
-class Device:
-    name: str  # its row of CONFIGS
-    processors: int  # streaming multiprocessors
-
-
 @cache
-def device_of(device: torch.device) -> Device:
+def device_of(device: torch.device) -> tuple[str, int]:
+    """The device's row of CONFIGS and its number of multiprocessors."""
     if device.type == "cpu":
-        return Device("interpreter", 4)
+        return "interpreter", 4
     properties = torch.cuda.get_device_properties(device)
-    name = "other"
-    if torch.version.hip is None and properties.major >= 8:
-        name = {8: "sm_80", 9: "sm_90"}.get(properties.major, "sm_100" if properties.major == 10 else "sm_80")
-    return Device(name, properties.multi_processor_count)
+    if torch.version.hip is not None or properties.major < 8:
+        return "other", properties.multi_processor_count
+    # What runs on sm_80 runs on every later architecture; descriptors and their tile sizes are for these two.
+    name = {9: "sm_90", 10: "sm_100"}.get(properties.major, "sm_80")
+    return name, properties.multi_processor_count
 
 
 @dataclass
@@ -117,15 +121,14 @@ def tcm_triton(
     grad_ref: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The operator of `tcm_fused.ops`, for embeddings of 16 or 32 bits."""
-    sets = (x, y, ref_x, ref_y, row_offset)
-    options = ((margin_plus, margin_minus), (lambda_plus, lambda_minus), 1 if fp16 else 2, grad_x, grad_ref)
+    call = (x, y, ref_x, ref_y, row_offset, (margin_plus, margin_minus), (lambda_plus, lambda_minus))
+    options = (1 if fp16 else 2, grad_x, grad_ref)
     with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
-        device = device_of(x.device)
+        name, processors = device_of(x.device)
+        config = CONFIGS[name]
         if os.environ.get("TCM_FUSED_TUNE") == "1":
-            config = tuned(device, sets, options)
-        else:
-            config = CONFIGS[device.name]
-        return run(config, device.processors, *sets, *options)
+            config = tuned(config, processors, call, options)
+        return run(config, processors, *call, *options)
 
 
 def run(
@@ -204,7 +207,7 @@ def project(e: Embeddings, weight: Tensor, factor: float) -> Tensor:
     n, d = e.x.shape
     out = e.x.new_empty((n, d), dtype=torch.float32)
     block = min(triton.next_power_of_2(e.g.shape[2]), 1024)
-    height = max(1, min(2048 // block, 16))
+    height = max(1, min(1024 // block, 16))
     kernels.project[(triton.cdiv(n, height),)](
         e.x, e.order, e.valid, e.norm, e.g, weight, out, n, d, e.g.stride(0), e.g.shape[2], *e.x.stride(), factor,
         EPSILON=EPS, ROWS=height, BLOCK=block,
@@ -254,13 +257,13 @@ class Walk:
             self.one_panel(masks, *panel)
 
     def panels(self) -> Iterator[tuple[int, int, int, int]]:
-        """First row and height, first column and width of each. Where rows are columns they grow as they get shorter.
+        """First row and height, first column and width of each. Where rows are columns they grow taller as they narrow.
 
-        A panel gets as much memory as the masked sums have, if that is more than `panel_bytes`.
+        A pair takes 4 bytes, 2 for each side. The masks get `panel_bytes`, or as much as one matrix of masked sums
+        where that is more: memory is O(N D), and no panel is lower than D at any N.
         """
         config = self.config
-        least = config.panel_bytes // 4
-        pairs = max(least, self.rows.padded * self.d, self.columns.padded * self.d)
+        pairs = max(config.panel_bytes // 4, self.rows.padded * self.d, self.columns.padded * self.d)
         row = 0
         while row < self.rows.padded:
             column = row if self.symmetric else 0
@@ -341,3 +344,41 @@ class Walk:
     def operand(self, matrix: Tensor, rows: int, columns: int) -> Any:
         """What a kernel reads blocks [rows, columns] of `matrix` from."""
         return TensorDescriptor.from_tensor(matrix, [rows, columns]) if self.config.tma else matrix
+
+
+_TUNED: dict[tuple[Any, ...], Config] = {}
+
+
+def tuned(config: Config, processors: int, call: tuple[Any, ...], options: tuple[Any, ...]) -> Config:
+    """The fastest of `config` and its neighbours for calls of this shape: timed once a process, and told on stderr."""
+    x, ref_x = call[0], call[2]
+    key = (str(x.device), x.dtype, tuple(x.shape), None if ref_x is None else tuple(ref_x.shape), *options)
+    if key not in _TUNED:
+        neighbours = [
+            config,
+            replace(config, columns=config.rows),  # half the registers and memory: two blocks a multiprocessor
+            *(replace(config, similarity_stages=max(1, config.similarity_stages + k)) for k in (-1, 1)),
+            *(replace(config, sum_stages=max(1, config.sum_stages + k)) for k in (-2, 2)),
+            replace(config, panel_bytes=2 * config.panel_bytes),
+        ]
+        seconds = [_time(neighbour, processors, call, options) for neighbour in neighbours]
+        _TUNED[key] = neighbours[seconds.index(min(seconds))]
+        print(
+            f"tcm_fused: TCM_FUSED_TUNE on {key}: {1e3 * min(seconds):.3f} ms with {_TUNED[key]}, "
+            f"{1e3 * seconds[0]:.3f} ms as shipped",
+            file=sys.stderr,
+        )
+    return _TUNED[key]
+
+
+def _time(config: Config, processors: int, call: tuple[Any, ...], options: tuple[Any, ...]) -> float:
+    """Shortest of 5 runs in seconds, infinite where the device lacks the memory; the first run compiles."""
+    seconds = []
+    for _ in range(6):
+        try:
+            start = time.perf_counter()
+            run(config, processors, *call, *options)[0].item()
+        except triton.runtime.errors.OutOfResources:
+            return float("inf")
+        seconds.append(time.perf_counter() - start)
+    return min(seconds[1:])
