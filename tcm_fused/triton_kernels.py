@@ -451,7 +451,9 @@ def collect(
     common = tl.zeros((WIDTH,), tl.float32)
     for k in range(0, n_full * PER_TILE, BLOCK):
         t = k + tl.arange(0, BLOCK)
-        tile = tl.load(lists + length - 1 - t // PER_TILE, mask=t < n_full * PER_TILE, other=0) * PER_TILE + t % PER_TILE
+        tile = (
+            tl.load(lists + length - 1 - t // PER_TILE, mask=t < n_full * PER_TILE, other=0) * PER_TILE + t % PER_TILE
+        )
         inside = (t < n_full * PER_TILE)[:, None] & (c < d)[None, :]
         common += tl.sum(tl.load(sums + tile.to(tl.int64)[:, None] * d + c[None, :], mask=inside, other=0.0), 0)
     r = (o * ROWS + tl.arange(0, ROWS)).to(tl.int64)

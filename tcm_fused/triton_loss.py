@@ -71,7 +71,7 @@ CONFIGS = {
     # ROCm and what is older than sm_80: 64 KiB of shared memory hold two stages.
     "other": Config(128, 128, 32, 32, 128, False, 8, similarity_stages=2, sum_stages=2),
     # Small, so that small tests have many tiles and panels.
-    "interpreter": Config(32, 64, 32, 16, 32, False, 1, 1, 1, panel_bytes=2**16),
+    "interpreter": Config(32, 64, 32, 16, 32, True, 1, 1, 1, panel_bytes=2**16),
 }
 
 
@@ -189,7 +189,7 @@ def prepare(config: Config, x: Tensor, y: Tensor, parts: int, gradient: bool) ->
         g=x.new_zeros((2, padded, d), dtype=torch.float32) if gradient else None,
     )
     block = min(triton.next_power_of_2(d), 1024)
-    height = max(1, min(4096 // block, config.rows))
+    height = max(1, min(2048 // block, config.rows))
     kernels.normalise[(padded // height,)](
         x, order, e.valid, e.unit, e.norm, d_given, padded, d, *x.stride(), EPSILON=EPS, PARTS=parts, ROWS=height,
         BLOCK=block,

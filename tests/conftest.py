@@ -1,10 +1,17 @@
-"""Every test that takes `backend` runs on each. Hypothesis draws new inputs each time and prints how to repeat them."""
+"""Every test that takes `backend` runs on each. Hypothesis draws new inputs each time and prints how to repeat them.
 
+Triton kernels run in its interpreter, on CPU tensors: that is decided here, since Triton reads the variable when the
+kernels are imported. TRITON_INTERPRET=0 leaves it to the GPU; the tests of the interpreter are then skipped.
+"""
+
+import os
 from collections.abc import Iterator
 
-import pytest
-import torch
-from hypothesis import settings
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from hypothesis import settings  # noqa: E402
 
 settings.register_profile("tcm_fused", deadline=None, derandomize=False, print_blob=True)
 settings.load_profile("tcm_fused")
