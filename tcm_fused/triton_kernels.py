@@ -355,8 +355,9 @@ def masked_sum(
     x,  # [PARTS, padded, d] X^ of what is summed
     lists,  # [2, out tiles, length] mixed tiles
     sizes,  # [2, outs] how many, at the first out tile
-    out,  # [2, splits, out rows, d] with `out_stride` from one matrix to the next
+    out,  # [2, splits, out rows, d] with `out_stride` from one matrix to the next, `out_row` from one row to the next
     out_stride,
+    out_row,
     mask_rows,
     width,
     x_begin,  # row of x that is the first of the panel
@@ -389,8 +390,13 @@ def masked_sum(
     of_side = tl.num_programs(1) // (COLUMNS // ROWS) if TRANSPOSED else tl.num_programs(1)
     lists += (side * of_side + across) * length
     mask_row = side * mask_rows
-    g = tl.zeros((ROWS, WIDTH), tl.float32)
+    out += z.to(tl.int64) * out_stride
+    if SPLIT:
+        g = tl.zeros((ROWS, WIDTH), tl.float32)
+    else:
+        g = _block(out, o * ROWS, column, d, ROWS, WIDTH, False)
     if PARTS == 2:
+        g *= LOW_SCALE  # exact, and undone below
         for t in range(begin, end):
             k = tl.load(lists + t // PER_TILE) * (PER_TILE * STEP) + t % PER_TILE * STEP
             if TRANSPOSED:
@@ -406,13 +412,10 @@ def masked_sum(
         else:
             m = _block(masks, mask_row + o * ROWS, k, width, ROWS, STEP, TMA)
         g = tl.dot(m, _block(x, x_begin + k, column, d, STEP, WIDTH, TMA), g)
-    out += z.to(tl.int64) * out_stride + tl.cast(o * ROWS, tl.int64) * d + column
+    # By `out_row`, which is d: with the same address as above the compiler keeps it for the whole sum, and spills.
     c = tl.arange(0, WIDTH)
-    target = out + (tl.arange(0, ROWS)[:, None] * d + c[None, :])
-    inside = (column + c < d)[None, :]
-    if not SPLIT:
-        g += tl.load(target, inside, 0.0)
-    tl.store(target, g, mask=inside)
+    out += tl.cast(o * ROWS, tl.int64) * out_row + column
+    tl.store(out + (tl.arange(0, ROWS)[:, None] * out_row + c[None, :]), g, mask=(column + c < d)[None, :])
 
 
 @triton.jit(do_not_specialize=["length", "outs", "splits"])

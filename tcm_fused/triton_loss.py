@@ -330,7 +330,7 @@ class Walk:
         mask_block = (config.step, config.rows) if transposed else (config.rows, config.step)
         kernels.masked_sum[(blocks, out_tiles, 2 * splits)](
             self.operand(mask, *mask_block), self.operand(of.unit, config.step, width), lists, sizes, parts,
-            parts.stride(1) if splits > 1 else g.stride(0), mask_rows, mask_width, begin, of.padded, d, length,
+            parts.stride(1) if splits > 1 else g.stride(0), parts.stride(-2), mask_rows, mask_width, begin, of.padded, d, length,
             sizes.stride(1), splits, PARTS=self.parts, SPLIT=splits > 1, TRANSPOSED=transposed, ROWS=config.rows,
             COLUMNS=config.columns, STEP=config.step, WIDTH=width, TMA=config.tma, num_warps=config.warps,
             num_stages=config.sum_stages,

@@ -122,9 +122,9 @@ def test_random_batches(call: dict[str, Any]) -> None:
     ("operands", "form", "precision"),
     [
         ("descriptors", "symmetric", "fp32"),
-        ("descriptors", "rectangular", "fp16"),
+        ("descriptors", "rectangular", "fp32"),
         ("pointers", "symmetric", "fp16"),
-        ("pointers", "rectangular", "fp32"),
+        ("pointers", "rectangular", "fp16"),
     ],
     indirect=["operands"],
 )
@@ -147,7 +147,7 @@ def test_every_kind_of_tile(form: str, precision: str, monkeypatch: pytest.Monke
     order = rng.permutation(len(y))
     sets = [torch.from_numpy(x[order]).float(), torch.from_numpy(y[order])]
     if form == "rectangular":
-        sets = [sets[0][:150], sets[1][:150], *sets]
+        sets = [sets[0][:250], sets[1][:250], *sets]
     seen: set[tuple[int, int]] = set()
     panels = 0
     one_panel = triton_kernels.lists
