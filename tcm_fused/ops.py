@@ -164,9 +164,12 @@ def choose(backend: str, device_type: str, dtype: torch.dtype) -> str:
 
 
 def _choose_best(device_type: str, dtype: torch.dtype) -> str:
-    """The extension's kernel, on a GPU else Triton's, else the blocked form, with a warning where a kernel is missing."""
+    """The extension's kernel, else on a GPU Triton's, else the blocked form, with a warning that says what is missing.
+
+    Embeddings in float64 on a GPU take the blocked form without one: GPU kernels live off 16-bit products.
+    """
     if device_type == "cuda" and dtype == torch.float64:
-        return "blocked"  # nothing faster is missing: GPU kernels are made for tensor cores, which fp64 has no use for
+        return "blocked"
     reason = why_unavailable(device_type) if device_type in BACKENDS else f"no kernel for device '{device_type}'"
     if reason is None:
         return "fused"

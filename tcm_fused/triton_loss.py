@@ -18,8 +18,10 @@ The host never waits for the device, and every sum has one owner and a fixed ord
 Cost for N rows = columns and D components, in 16-bit products (three times that for fp32 accuracy): N^2 D flops for the
 similarities, and 2 N^2 D more where every tile is mixed. The masks are written once and read twice, 6 bytes for two
 ordered pairs that cost 6 D flops: at D = 512 that is 512 flops a byte, above the 180 to 300 that sm_80 to sm_100 need.
-Launches are 6 a panel and 20 besides. `panel_bytes` of masks, for pairs of the upper triangle only, make
-2 N^2 / panel_bytes panels or 2 more: 17 at N = 65,536.
+Launches are 6 a panel and about 20 besides. A panel's masks take `panel_bytes`, 4 bytes a pair, for the upper triangle
+only: 2 N^2 / panel_bytes panels, rounded up by at most 2. At N = 65,536 and D = 512 these are 9 or 10; the first has 4096
+rows, which is 8192 similarity tiles for some 132 multiprocessors, 1024 sums of columns, and 64 sums of rows, which are
+split in 4. It takes about 1 ms at the tensor cores' rate, far more than 6 launches take the host.
 """
 
 import contextlib
@@ -55,19 +57,19 @@ class Config:
     warps: int
     similarity_stages: int
     sum_stages: int
-    panel_bytes: int = 2**29  # memory for the masks of a panel
+    panel_bytes: int = 2**30  # memory for the masks of a panel
 
 
-# Registers and shared memory are what ptxas reports for Triton 3.7.1 (tests/test_triton_aot.py holds all rows to no spill
-# and to the limits); nothing here is measured. A block of 8 warps may have 255 registers a thread. In a masked sum half of
-# the stages are buffers: the others are on the way from the list to the address.
+# Registers and shared memory are what ptxas reports for Triton 3.7.1 (tests/test_triton_aot.py holds the rows of sm_80,
+# sm_90 and sm_100 to no spill and to the limits); nothing here is measured. A block of 8 warps may have 255 registers a
+# thread. In a masked sum half of the stages are buffers: the others are on the way from the list to the address.
 CONFIGS = {
     # 255 and 205 to 254 registers, 72 and 48 KiB, which sm_86, sm_89 and sm_120 have too. A step of 64 spills.
     "sm_80": Config(128, 256, 32, 32, 256, False, 8, similarity_stages=4, sum_stages=5),
     # 242 and 204 registers, 192 and 144 KiB of 227. Without the narrow pieces the similarity tile spills.
     "sm_90": Config(128, 256, 64, 64, 256, True, 8, similarity_stages=4, sum_stages=5),
-    # 246 to 252 and 226 registers, 192 and 144 KiB; the accumulator is in tensor memory.
-    "sm_100": Config(128, 256, 64, 64, 256, True, 8, similarity_stages=4, sum_stages=5),
+    # 246 and 230 to 242 registers, 192 and 144 KiB; the accumulator is in tensor memory. Triton 3.6 spills with pieces of 64.
+    "sm_100": Config(128, 256, 32, 64, 256, True, 8, similarity_stages=4, sum_stages=5),
     # ROCm and what is older than sm_80: 64 KiB of shared memory hold two stages.
     "other": Config(128, 128, 32, 32, 128, False, 8, similarity_stages=2, sum_stages=2),
     # Small, so that small tests have many tiles and panels.
@@ -320,8 +322,8 @@ class Walk:
         out_tiles, length = (column_tiles * ratio, row_tiles) if transposed else (row_tiles, column_tiles)
         width = min(config.width, triton.next_power_of_2(d))
         blocks = triton.cdiv(d, width)
-        # A panel has few tiles of rows, and each sums over all columns: it is split until the card is busy twice over.
-        splits = max(1, min(triton.cdiv(2 * self.processors, out_tiles * blocks), length))
+        # A panel has few tiles of rows, and each sums over all columns: they are split into up to two for each processor.
+        splits = max(1, min(2 * self.processors // (out_tiles * blocks), length))
         parts = g
         if splits > 1:
             parts = g.new_empty((2, splits, out_tiles * config.rows, d))
@@ -330,8 +332,8 @@ class Walk:
         mask_block = (config.step, config.rows) if transposed else (config.rows, config.step)
         kernels.masked_sum[(blocks, out_tiles, 2 * splits)](
             self.operand(mask, *mask_block), self.operand(of.unit, config.step, width), lists, sizes, parts,
-            parts.stride(1) if splits > 1 else g.stride(0), parts.stride(-2), mask_rows, mask_width, begin, of.padded, d, length,
-            sizes.stride(1), splits, PARTS=self.parts, SPLIT=splits > 1, TRANSPOSED=transposed, ROWS=config.rows,
+            parts.stride(-3), parts.stride(-2), mask_rows, mask_width, begin, of.padded, d, length, sizes.stride(1),
+            splits, PARTS=self.parts, SPLIT=splits > 1, TRANSPOSED=transposed, ROWS=config.rows,
             COLUMNS=config.columns, STEP=config.step, WIDTH=width, TMA=config.tma, num_warps=config.warps,
             num_stages=config.sum_stages,
         )  # fmt: skip

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
-from hypothesis import settings  # noqa: E402
+import pytest
+import torch
+from hypothesis import settings
 
 settings.register_profile("tcm_fused", deadline=None, derandomize=False, print_blob=True)
 settings.load_profile("tcm_fused")

@@ -1,7 +1,7 @@
 """Compiles every kernel that the Triton backend launches on an architecture, without a GPU, and tells what came out.
 
-`python tests/triton_aot.py sm_90` prints one JSON object a kernel. The launches are those of `triton_loss.run` itself, on
-tensors without memory, recorded instead of launched: argument types, alignments and constants are what a GPU would get.
+`python tests/triton_aot.py sm_90` prints one JSON object a kernel. The launches are those of `triton_loss.run` itself,
+on tensors without memory, recorded instead of launched: argument types, alignments and constants are those of a GPU.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ TYPES = {
     torch.int32: "i32",
     torch.int64: "i64",
 }
-# Rows, columns (None: the rows), components, dtype, fp16 numbers for a component, row_offset, whether gradients are wanted.
+# Rows, columns (None: the rows), components, dtype, fp16 numbers for a component, row_offset, whether with gradients.
 CALLS: list[tuple[int, int | None, int, torch.dtype, int, int | None, bool]] = [
     (65_536, None, 512, torch.bfloat16, 1, None, True),
     (65_536, None, 512, torch.float32, 2, None, True),
@@ -137,7 +137,7 @@ def disassemble(cubin: bytes) -> list[str]:
 
 
 def up_to_exit(code: list[str]) -> list[str]:
-    """The kernel's own path: behind its last EXIT lie out-of-line guards, of tensor memory on sm_100, which may trap."""
+    """The kernel's own path: behind its last EXIT lie out-of-line guards of tensor memory on sm_100, which may trap."""
     last = max(i for i, line in enumerate(code) if re.search(r"\bEXIT\b", line))
     return code[: last + 1]
 
