@@ -196,7 +196,7 @@ class _Sum:
 
         16 roundings for the factors, 4 sqrt(D) for the projection, and those of the sum: n of them at partial sums of
         up to max(|g|, sqrt(n)), a random walk, or a drift of unit / 2 a term where all terms are alike (|g| = n).
-        In fp16 each unit vector is off by 2^-11: that adds up like a random walk too, or, where they are alike, as they do.
+        In fp16 each unit vector is off by 2^-11: that adds up like a random walk too, or as the vectors do if alike.
         """
         size = np.linalg.norm(self.g, axis=1)
         roundings = 16 + 4 * self.g.shape[1] ** 0.5 + 2 * self.n**0.5 + size / 2
