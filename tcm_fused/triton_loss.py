@@ -68,7 +68,7 @@ CONFIGS = {
     "sm_80": Config(128, 256, 32, 32, 256, False, 8, similarity_stages=4, sum_stages=5),
     # 242 and 204 registers, 192 and 144 KiB of 227. Without the narrow pieces the similarity tile spills.
     "sm_90": Config(128, 256, 64, 64, 256, True, 8, similarity_stages=4, sum_stages=5),
-    # 246 and 230 to 242 registers, 192 and 144 KiB; accumulators are in tensor memory. Triton 3.6 spills with pieces of 64.
+    # 246 and 230 to 242 registers, 192 and 144 KiB; accumulators in tensor memory. Pieces of 64 spill in Triton 3.6.
     "sm_100": Config(128, 256, 32, 64, 256, True, 8, similarity_stages=4, sum_stages=5),
     # ROCm and what is older than sm_80: 64 KiB of shared memory hold two stages.
     "other": Config(128, 128, 32, 32, 128, False, 8, similarity_stages=2, sum_stages=2),
