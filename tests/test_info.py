@@ -89,7 +89,7 @@ def test_public_names() -> None:
 def test_import_brings_nothing_optional() -> None:
     """No plots, no peers, no Triton, no compiler, and no touch of a GPU.
 
-    Not counted is what torch.compile's side of torch brings, which its decorators import: Triton too, where it is there.
+    Not counted is what torch.compile's side of torch brings, which its decorators import: Triton too, if it is there.
     """
     script = """
 import sys, torch, torch._dynamo
