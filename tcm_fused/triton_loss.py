@@ -73,7 +73,7 @@ CONFIGS = {
     # ROCm and what is older than sm_80: 64 KiB of shared memory hold two stages.
     "other": Config(128, 128, 32, 32, 128, False, 8, similarity_stages=2, sum_stages=2),
     # Small, so that small tests have many tiles and panels.
-    "interpreter": Config(32, 64, 32, 16, 32, True, 1, 1, 1, panel_bytes=2**16),
+    "interpreter": Config(32, 64, 32, 32, 32, True, 1, 1, 1, panel_bytes=2**16),
 }
 
 

@@ -38,8 +38,8 @@ WIDE = replace(SHIPPED, rows=64, step=64, width=256)
 
 @pytest.fixture(params=["descriptors", "pointers"])
 def operands(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both ways to read a tile, as on sm_90 and on sm_80."""
-    config = replace(SHIPPED, tma=request.param == "descriptors")
+    """Both ways to read a tile, as on sm_90 and on sm_80, by steps that are a tile and half a tile long."""
+    config = SHIPPED if request.param == "descriptors" else replace(SHIPPED, tma=False, step=16)
     monkeypatch.setitem(triton_loss.CONFIGS, "interpreter", config)
 
 
@@ -111,7 +111,7 @@ def calls(draw: st.DrawFn) -> dict[str, Any]:
     return call
 
 
-@settings(max_examples=30)
+@settings(max_examples=25)
 @given(call=calls())
 def test_random_batches(call: dict[str, Any]) -> None:
     check("triton", **call)
@@ -177,7 +177,7 @@ def test_every_kind_of_tile(form: str, precision: str, monkeypatch: pytest.Monke
 def test_densities(kind: str, share: float) -> None:
     """From no hard pair to all, and as the kernel on the CPU."""
     rng = np.random.default_rng(3)
-    y = rng.integers(6, size=161)
+    y = rng.integers(6, size=131)
     x, labels = torch.from_numpy(embeddings(kind, y, 33, rng)).float(), torch.from_numpy(y)
     options = margins(oracle_of(x, labels), share)
     result = check("triton", x, labels, **options)
@@ -188,7 +188,6 @@ def test_densities(kind: str, share: float) -> None:
         np.testing.assert_allclose(result.grad_x, other.grad_x, rtol=0, atol=2e-6 * np.abs(other.grad_x).max())
 
 
-@pytest.mark.usefixtures("operands")
 @pytest.mark.parametrize(("grad_x", "grad_ref"), [(True, True), (True, False), (False, True), (False, False)])
 @pytest.mark.parametrize("row_offset", [None, 0, 60])
 def test_gradients_asked_for(row_offset: int | None, grad_x: bool, grad_ref: bool) -> None:
@@ -209,8 +208,10 @@ def test_row_offset(n: int, classes: int) -> None:
         assert result.count.sum() == n * 130 - n
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    ("dtype", "precision"),
+    [(torch.float16, "auto"), (torch.bfloat16, "auto"), (torch.float32, "fp16"), (torch.float32, "fp32")],
+)
 def test_similarities_on_the_margin(dtype: torch.dtype, precision: str) -> None:
     """Multiples of 1/4 against margins that are too: both inequalities are inclusive, for zero rows as well."""
     rng = np.random.default_rng(1)
@@ -221,8 +222,9 @@ def test_similarities_on_the_margin(dtype: torch.dtype, precision: str) -> None:
         compare(result, oracle_of(x, y, **options), dtype, exact=True)
 
 
-@pytest.mark.parametrize("margin_plus", [-0.4, 3.0, -3.0, 1e30])
-@pytest.mark.parametrize("margin_minus", [-0.4, 3.0, -3.0, -1e30])
+@pytest.mark.parametrize(
+    ("margin_plus", "margin_minus"), [(-0.4, -0.4), (3.0, -3.0), (-3.0, 3.0), (3.0, 3.0), (1e30, -1e30)]
+)
 def test_margins(margin_plus: float, margin_minus: float) -> None:
     x, y = batch(67, 3, 4)
     check("triton", x, y, margin_plus=margin_plus, margin_minus=margin_minus)
@@ -335,8 +337,18 @@ def test_labels() -> None:
     assert check("triton", x, torch.arange(100), margin_minus=-2.0).count.tolist() == [0, 9900]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
-@pytest.mark.parametrize("scale", [1e37, 1e19, 1e-11, 1e-13, 1e-30, 1e-40])
+@pytest.mark.parametrize(
+    ("scale", "precision"),
+    [
+        (1e37, "fp32"),
+        (1e37, "fp16"),
+        (1e19, "fp32"),
+        (1e-11, "fp32"),
+        (1e-13, "fp16"),
+        (1e-30, "fp32"),
+        (1e-40, "fp32"),
+    ],
+)
 def test_scales(scale: float, precision: str) -> None:
     """Norms whose squares overflow or vanish; norms below 1e-12, which the divisor replaces; subnormal numbers."""
     x, y = batch(70, 9, 5, torch.float64)
@@ -367,8 +379,16 @@ def test_zero_rows(dtype: torch.dtype) -> None:
         assert not result.grad_x[1::7].any()
 
 
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    ("dtype", "value"),
+    [
+        (torch.float16, torch.nan),
+        (torch.bfloat16, torch.inf),
+        (torch.float32, torch.nan),
+        (torch.float32, torch.inf),
+        (torch.float32, -torch.inf),
+    ],
+)
 def test_non_finite(dtype: torch.dtype, value: float) -> None:
     """One value of one row that takes part: loss NaN, and all of the gradient of rows that take part."""
     x, y = batch(70, 9, 5, dtype)
@@ -415,7 +435,6 @@ def test_padding_is_not_looked_at(value: float) -> None:
             np.testing.assert_array_equal(padded.grad_ref, clean.grad_ref)
 
 
-@pytest.mark.usefixtures("operands")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_layouts(dtype: torch.dtype) -> None:
     """Views inside buffers of NaN, of any strides: nothing outside the tensors is read."""
@@ -463,11 +482,10 @@ def poisoned() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
-@pytest.mark.parametrize("rectangular", [False, True])
+@pytest.mark.parametrize(("rectangular", "precision"), [(False, "fp32"), (False, "fp16"), (True, "fp32")])
 def test_same_bits_whatever_the_memory_held(rectangular: bool, precision: str, request: pytest.FixtureRequest) -> None:
     """Two runs, the second on poisoned memory; ragged in rows, columns and components."""
-    sets = batch(173, 37, 9) + (batch(97, 37, 9, seed=1) if rectangular else ())
+    sets = batch(135, 37, 9) + (batch(67, 37, 9, seed=1) if rectangular else ())
     options: dict[str, Any] = {"margin_plus": 0.0, "margin_minus": 0.0, "precision": precision}
     first = check("triton", *sets, **options)
     request.getfixturevalue("poisoned")
