@@ -103,14 +103,22 @@ def tile_sums(
 
 
 @triton.jit
-def _block(source, row, column, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TMA: tl.constexpr):
-    """[ROWS, COLUMNS] of a matrix `width` wide, from a descriptor or a pointer; right of the matrix anything finite."""
+def _block(
+    source, row, column, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TMA: tl.constexpr, LONG: tl.constexpr = False
+):
+    """[ROWS, COLUMNS] of a matrix `width` wide, from a descriptor or a pointer; right of the matrix anything finite.
+
+    LONG: offsets within the block take 64 bits too, which costs registers.
+    """
     if TMA:
         return source.load([row, column])
     else:
         c = tl.arange(0, COLUMNS)
         source += tl.cast(row, tl.int64) * width + column
-        return tl.load(source + (tl.arange(0, ROWS)[:, None] * width + c[None, :]), (column + c < width)[None, :], 0.0)
+        r = tl.arange(0, ROWS)
+        if LONG:
+            r = r.to(tl.int64)
+        return tl.load(source + (r[:, None] * width + c[None, :]), (column + c < width)[None, :], 0.0)
 
 
 @triton.jit
@@ -374,6 +382,7 @@ def masked_sum(
     STEP: tl.constexpr,
     WIDTH: tl.constexpr,
     TMA: tl.constexpr,
+    LONG: tl.constexpr,  # a block of a mask spans 2^31 numbers
 ):
     column = tl.program_id(0) * WIDTH
     o = tl.program_id(1)
@@ -400,17 +409,17 @@ def masked_sum(
         for t in range(begin, end):
             k = tl.load(lists + t // PER_TILE) * (PER_TILE * STEP) + t % PER_TILE * STEP
             if TRANSPOSED:
-                m = tl.trans(_block(masks, mask_row + k, o * ROWS, width, STEP, ROWS, TMA))
+                m = tl.trans(_block(masks, mask_row + k, o * ROWS, width, STEP, ROWS, TMA, LONG))
             else:
-                m = _block(masks, mask_row + o * ROWS, k, width, ROWS, STEP, TMA)
+                m = _block(masks, mask_row + o * ROWS, k, width, ROWS, STEP, TMA, LONG)
             g = tl.dot(m, _block(x, padded + x_begin + k, column, d, STEP, WIDTH, TMA), g)
         g = g / LOW_SCALE
     for t in range(begin, end):
         k = tl.load(lists + t // PER_TILE) * (PER_TILE * STEP) + t % PER_TILE * STEP
         if TRANSPOSED:
-            m = tl.trans(_block(masks, mask_row + k, o * ROWS, width, STEP, ROWS, TMA))
+            m = tl.trans(_block(masks, mask_row + k, o * ROWS, width, STEP, ROWS, TMA, LONG))
         else:
-            m = _block(masks, mask_row + o * ROWS, k, width, ROWS, STEP, TMA)
+            m = _block(masks, mask_row + o * ROWS, k, width, ROWS, STEP, TMA, LONG)
         g = tl.dot(m, _block(x, x_begin + k, column, d, STEP, WIDTH, TMA), g)
     # By `out_row`, which is d: with the same address as above the compiler keeps it for the whole sum, and spills.
     c = tl.arange(0, WIDTH)

@@ -41,6 +41,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from tcm_fused import triton_kernels as kernels
 from tcm_fused.reference import EPS
 
+LONGEST = 2**31  # numbers that offsets of 32 bits reach
 INTERPRETED = bool(triton.knobs.runtime.interpret)  # kernels run in NumPy, on CPU tensors
 
 
@@ -262,7 +263,7 @@ class Walk:
         """First row and height, first column and width of each. Where rows are columns they grow taller as they narrow.
 
         A pair takes 4 bytes, 2 for each side. The masks get `panel_bytes`, or as much as one matrix of masked sums
-        where that is more: memory is O(N D), and no panel is lower than D at any N.
+        where that is more, or what one row of tiles takes (`columns` high): 1 KiB a column.
         """
         config = self.config
         pairs = max(config.panel_bytes // 4, self.rows.padded * self.d, self.columns.padded * self.d)
@@ -334,8 +335,8 @@ class Walk:
             self.operand(mask, *mask_block), self.operand(of.unit, config.step, width), lists, sizes, parts,
             parts.stride(-3), parts.stride(-2), mask_rows, mask_width, begin, of.padded, d, length, sizes.stride(1),
             splits, PARTS=self.parts, SPLIT=splits > 1, TRANSPOSED=transposed, ROWS=config.rows,
-            COLUMNS=config.columns, STEP=config.step, WIDTH=width, TMA=config.tma, num_warps=config.warps,
-            num_stages=config.sum_stages,
+            COLUMNS=config.columns, STEP=config.step, WIDTH=width, TMA=config.tma,
+            LONG=config.rows * mask_width >= LONGEST, num_warps=config.warps, num_stages=config.sum_stages,
         )  # fmt: skip
         kernels.collect[(triton.cdiv(d, min(width, 64)), out_tiles, 2)](
             g, parts, of.sums[begin // config.rows :], lists, sizes[0], sizes[1], g.stride(0), d, length,

@@ -235,6 +235,13 @@ def test_weights(lambda_plus: float, lambda_minus: float) -> None:
     check("triton", *batch(67, 7, 4), margin_minus=0.1, lambda_plus=lambda_plus, lambda_minus=lambda_minus)
 
 
+def test_masks_beyond_32_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The form that 17 million columns need, at a size that fits."""
+    monkeypatch.setattr(triton_loss, "LONGEST", 1)
+    monkeypatch.setitem(triton_loss.CONFIGS, "interpreter", replace(SHIPPED, tma=False))
+    check("triton", *batch(70, 9, 5), *batch(40, 9, 5, seed=1), margin_minus=0.1)
+
+
 # Precision.
 
 
