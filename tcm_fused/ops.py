@@ -139,6 +139,13 @@ def _why_no_triton() -> str | None:
     return "torch finds no GPU; use backend='torch' (or, to test, set TRITON_INTERPRET=1 before Triton is imported)"
 
 
+def _triton_device() -> str:
+    """Device of the tensors that Triton's kernels take in this process, where they can run."""
+    from tcm_fused.triton_loss import INTERPRETED
+
+    return "cpu" if INTERPRETED else "cuda"
+
+
 @torch.compiler.assume_constant_result  # torch.compile asks once and does not look inside
 def choose(backend: str, device_type: str, dtype: torch.dtype) -> str:
     """Which of OPERATORS runs `backend` on embeddings of `dtype` on `device_type`; RuntimeError if none does."""
@@ -151,9 +158,7 @@ def choose(backend: str, device_type: str, dtype: torch.dtype) -> str:
         return "blocked"
     device = backend
     if backend == "triton":
-        from tcm_fused.triton_loss import INTERPRETED
-
-        device = "cpu" if INTERPRETED else "cuda"
+        device = _triton_device()
     if device_type != device:
         raise RuntimeError(f"backend={backend!r} needs tensors on device '{device}', embeddings are on '{device_type}'")
     if backend == "triton" and dtype == torch.float64:
@@ -175,6 +180,8 @@ def _choose_best(device_type: str, dtype: torch.dtype) -> str:
         return "fused"
     if device_type == "cuda":
         no_triton = why_unavailable("triton")
+        if no_triton is None and _triton_device() == "cpu":
+            no_triton = "TRITON_INTERPRET is set; unset it"
         if no_triton is None:
             return "triton"
         reason = f"CUDA kernels: {reason}. Triton kernels: {no_triton}"

@@ -490,12 +490,14 @@ def totals(
     panel_count,
     row_check,  # [] NaN if an embedding is not finite
     column_check,
-    loss,  # []
-    penalty,  # [2]
+    loss,  # [], NaN if an embedding is not finite
+    penalty,  # [2], likewise
     count,  # [2]
-    weight,  # [2] lambda / n, NaN if an embedding is not finite
+    weight,  # [2] lambda / n, likewise
     lambda_plus,
     lambda_minus,
+    excess_plus,  # what a hard pair adds to its penalty besides
+    excess_minus,
     tiles,
     BLOCK: tl.constexpr,
 ):
@@ -509,9 +511,10 @@ def totals(
             t = k + tl.arange(0, BLOCK)
             total += tl.load(panel_penalty + side * tiles + t, mask=t < tiles, other=0.0)
             pairs += tl.load(panel_count + side * tiles + t, mask=t < tiles, other=0)
-        sum_ = tl.sum(total)
         n = tl.sum(pairs)
         factor = lambda_plus if side == 0 else lambda_minus
+        excess = excess_plus if side == 0 else excess_minus
+        sum_ = tl.sum(total) + n.to(tl.float64) * excess + poison
         w = tl.cast(factor, tl.float64) / tl.maximum(n, 1).to(tl.float64)
         tl.store(penalty + side, sum_)
         tl.store(count + side, n)

@@ -124,6 +124,14 @@ def tcm_triton(
     grad_ref: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The operator of `tcm_fused.ops`, for embeddings of 16 or 32 bits."""
+    _check(x, y, x)
+    if ref_x is not None and ref_y is not None:
+        _check(ref_x, ref_y, x)
+    elif ref_x is not ref_y:
+        raise RuntimeError("tcm_fused::triton: give both ref_x and ref_y, or neither")
+    last = 0 if ref_x is None else ref_x.shape[0] - x.shape[0]
+    if row_offset is not None and not 0 <= row_offset <= last:
+        raise RuntimeError("tcm_fused::triton: row_offset must put every row among the columns")
     call = (x, y, ref_x, ref_y, row_offset, (margin_plus, margin_minus), (lambda_plus, lambda_minus))
     options = (1 if fp16 else 2, grad_x, grad_ref)
     with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
@@ -132,6 +140,18 @@ def tcm_triton(
         if os.environ.get("TCM_FUSED_TUNE") == "1":
             config = tuned(config, processors, call, options)
         return run(config, processors, *call, *options)
+
+
+def _check(x: Tensor, y: Tensor, like: Tensor) -> None:
+    """RuntimeError for what kernels would read out of bounds: the operator may be called without `tcm_loss`."""
+    if x.dtype not in (torch.float16, torch.bfloat16, torch.float32) or x.dtype != like.dtype:
+        raise RuntimeError("tcm_fused::triton: embeddings must be float16, bfloat16 or float32, and of one dtype")
+    if y.dtype != torch.int64:
+        raise RuntimeError("tcm_fused::triton: labels must be int64")
+    if x.ndim != 2 or y.ndim != 1 or x.shape[0] != y.shape[0] or x.shape[1] != like.shape[1] or x.shape[1] == 0:
+        raise RuntimeError("tcm_fused::triton: embeddings must be [N, D] and [M, D], labels [N] and [M]")
+    if x.device != like.device or y.device != like.device:
+        raise RuntimeError("tcm_fused::triton: embeddings and labels must be on one device")
 
 
 def run(
@@ -152,7 +172,11 @@ def run(
     symmetric = ref_x is None or ref_y is None
     rows = prepare(config, x, y, parts, grad_x)
     columns = rows if ref_x is None or ref_y is None else prepare(config, ref_x, ref_y, parts, grad_ref)
-    walk = Walk(config, processors, rows, columns, parts, margin, symmetric, row_offset)
+    # |s| is below 2, so that a margin beyond decides as 2 does; what it adds to penalties is added at the end, in fp64,
+    # since the sum of a tile could overflow.
+    near = (max(-2.0, min(margin[0], 2.0)), max(-2.0, min(margin[1], 2.0)))
+    excess = (margin[0] - near[0], near[1] - margin[1])
+    walk = Walk(config, processors, rows, columns, parts, near, symmetric, row_offset)
     walk.run()
 
     loss, penalty, count, w = (
@@ -162,7 +186,7 @@ def run(
     # A norm may be infinite, which is none of the embedding's fault; only NaN says that it was not finite.
     checks = (rows.norm.sum(), columns.norm.sum())
     kernels.totals[(1,)](
-        walk.penalty, walk.count, *checks, loss, penalty, count, w, *weight, walk.penalty.shape[1], BLOCK=1024
+        walk.penalty, walk.count, *checks, loss, penalty, count, w, *weight, *excess, walk.penalty.shape[1], BLOCK=1024
     )
     none = x.new_empty(0, dtype=torch.float32)
     return (
