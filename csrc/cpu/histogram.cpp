@@ -36,18 +36,18 @@ class Count {
     int64_t bins = 2 * int64_t{half_} + 1;
     for (int side : {kPlus, kMinus}) {
       std::fill_n(result_.count[side], bins, 0);
-      std::fill_n(result_.class_count[side], p_.classes * p_.thresholds, 0);
+      std::fill_n(result_.class_count[side], (p_.classes + 1) * p_.thresholds, 0);
       std::fill_n(result_.best[side], p_.n, -std::numeric_limits<real>::infinity());
     }
     walk();
   }
 
  private:
-  // The counts of one side of a block: its classes' rows [classes, thresholds]. All classes without counts share the last.
+  // The counts of one side of a block, [its classes, thresholds].
   struct Table {
     int64_t first = 0;            // its first class
-    int64_t size = 0;             // classes that have counts
-    std::vector<uint32_t> count;  // a block and run have less than 2^32 pairs
+    int64_t size = 0;             // its classes; those from p_.classes on are one
+    std::vector<uint32_t> count;  // a run has less than 2^32 pairs
   };
 
   struct Worker {
@@ -75,7 +75,7 @@ class Count {
   // start_[k]: how many thresholds are at or below the lower end of cell k. From there the exact comparison goes on.
   void make_starts() {
     first_bin_ = 2 * half_ + 1;
-    if (p_.thresholds == 0 || p_.classes == 0) return;
+    if (p_.thresholds == 0) return;
     start_.resize(2 * int64_t{half_} + 1);
     int32_t t = 0;
     for (int64_t k = 0; k <= 2 * int64_t{half_}; ++k) {
@@ -132,7 +132,7 @@ class Count {
       multiply(i, j, w);
       reset(w.column_table, j);
       for (int column = 0; column < rows_.rows(j); ++column)
-        w.column_base[column] = static_cast<int32_t>(local(w.column_table, rows_.begin(j) + column) * p_.thresholds);
+        w.column_base[column] = static_cast<int32_t>(offset(w.column_table, rows_.begin(j) + column));
       bool any = false;
       for (int row = 0; row < rows_.rows(i); ++row) any |= count_row(i, j, row, w);
       if (any) flush(w.column_table, kMinus);
@@ -145,13 +145,15 @@ class Count {
 
   void reset(Table& table, int64_t panel) {
     int64_t end = rows_.begin(panel) + rows_.rows(panel);
-    table.first = std::min(rows_.label[rows_.begin(panel)], p_.classes);
-    table.size = std::min(rows_.label[end - 1] + 1, p_.classes) - table.first;
-    table.count.assign((table.size + 1) * p_.thresholds, 0);
+    table.first = class_of(rows_.begin(panel));
+    table.size = class_of(end - 1) + 1 - table.first;
+    table.count.assign(table.size * p_.thresholds, 0);
   }
 
-  // Row of `table` that has the counts of sorted row k.
-  int64_t local(const Table& table, int64_t k) const { return std::min(rows_.label[k] - table.first, table.size); }
+  int64_t class_of(int64_t k) const { return std::min(rows_.label[k], p_.classes); }
+
+  // Where `table` has the counts of sorted row k.
+  int64_t offset(const Table& table, int64_t k) const { return (class_of(k) - table.first) * p_.thresholds; }
 
   void flush(const Table& table, int side) {
     const uint32_t* count = table.count.data();
@@ -192,7 +194,7 @@ class Count {
     int64_t* count = w.count[kPlus].get();
     real top = loops_.bin_row(s + from, to - from, half_, w.bin + from, best + rows_.begin(j) + from);
     best[k] = std::max(best[k], top);
-    uint32_t* table = w.row_table[kPlus].count.data() + local(w.row_table[kPlus], k) * p_.thresholds;
+    uint32_t* table = w.row_table[kPlus].count.data() + offset(w.row_table[kPlus], k);
     for (int column = from; column < to; ++column) {
       int32_t bin = w.bin[column];
       ++count[bin];
@@ -215,7 +217,7 @@ class Count {
       w.listed[listed] = column;
       listed += bin >= first_bin_;
     }
-    uint32_t* table = w.row_table[kMinus].count.data() + local(w.row_table[kMinus], k) * p_.thresholds;
+    uint32_t* table = w.row_table[kMinus].count.data() + offset(w.row_table[kMinus], k);
     uint32_t* columns = w.column_table.count.data();
     for (int l = 0; l < listed; ++l) {
       int column = w.listed[l], cell = cell_of(w.bin[column], s[column]);

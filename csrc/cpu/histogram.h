@@ -7,7 +7,7 @@
 namespace tcm::cpu {
 
 // The unordered pairs of n rows. Rows of one class are positives of it; a pair of different classes is a negative of
-// both. A row of a class from `classes` on is in no class's counts, one of a negative class in no count at all.
+// both. Classes from `classes` on share one row of counts; a row of a negative class is in no count at all.
 template <class real>
 struct PairCountProblem {
   int64_t n, d, classes, thresholds;
@@ -20,7 +20,7 @@ struct PairCountProblem {
 template <class real>
 struct PairCounts {
   int64_t* count[2];        // [2^(bits + 1) + 1] positives, negatives in each cell [k, k + 1) 2^-bits - 1; the last is s = 1
-  int64_t* class_count[2];  // [classes, thresholds] those of each class with threshold k <= s < threshold k + 1
+  int64_t* class_count[2];  // [classes + 1, thresholds] those of each class with threshold k <= s < threshold k + 1
   real* best[2];            // [n] largest similarity to a positive, to a negative; -infinity where there is none
   int64_t* progress;        // [2] blocks done and to do, written as it goes; or null
 };
