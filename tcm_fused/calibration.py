@@ -181,7 +181,7 @@ def _middle(values: Array, best: Any) -> int:
 
 def _operation(curves: tuple[Array, Array], k: int) -> Operation:
     similarity = k / HALF - 1
-    return Operation(similarity, float(as_distance(np.float64(similarity))), float(curves[0][k]), float(curves[1][k]))
+    return Operation(similarity, float(as_distance(np.array(similarity))), float(curves[0][k]), float(curves[1][k]))
 
 
 def _tar(curves: tuple[Array, Array], bound: float) -> TAR:

@@ -14,7 +14,7 @@ except ImportError as error:
     raise ImportError("OPIS needs torchmetrics: pip install torchmetrics, or 'tcm_fused[metrics]'") from error
 
 
-class OPIS(Metric):  # type: ignore[misc]
+class OPIS(Metric):
     """`opis` as a torchmetrics metric: embeddings come in batches, the pairs are counted over all of them.
 
     The state is the embeddings themselves, moved to the CPU or not as `compute_on_cpu` says, since every pair of

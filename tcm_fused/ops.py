@@ -177,9 +177,7 @@ def choose_counter(backend: str, device_type: str) -> Any:
     """
     if backend == "auto":
         return _COUNTERS["cpu" if device_type == "cpu" and why_unavailable("cpu") is None else "torch"]
-    reason = (
-        why_unavailable(backend) if backend in _COUNTERS else "pairs are counted on a CPU or by PyTorch; use 'torch'"
-    )
+    reason = why_unavailable(backend) if backend in _COUNTERS else "pairs are counted by 'cpu' or 'torch' only"
     if reason is not None:
         raise RuntimeError(f"backend={backend!r} is not available: {reason}")
     if backend == "cpu" != device_type:

@@ -28,8 +28,8 @@ def pair_counts_blocked(
     Returns:
         counts [2, 2^(bits + 1) + 1] int64: positives and negatives with floor(s 2^bits) + 2^bits = k; similarities
         beyond +-1 count as +-1.
-        class_counts [2, classes + 1, T] int64: those of each class with thresholds[k] <= s < thresholds[k + 1] (the last
-        without an upper bound).
+        class_counts [2, classes + 1, T] int64: those of each class with thresholds[k] <= s < thresholds[k + 1], the
+        last without an upper bound.
         best [2, N]: each row's largest similarity to a positive and to a negative, -inf where there is none.
     """
     half, t = 1 << bits, thresholds.shape[0]

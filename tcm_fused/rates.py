@@ -1,4 +1,4 @@
-"""The pairs of a labelled set: counted by similarity, and the error rates that follow. Shared by `opis` and `calibration`."""
+"""The pairs of a labelled set, counted by similarity, and the rates that follow: what `opis` and `calibrate` share."""
 
 import math
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -75,7 +75,7 @@ class Counts(NamedTuple):
     recall_at_1: float
 
     def accepted(self, index: Array) -> tuple[Array, Array, Array]:
-        """Accepted pairs at thresholds `index` [K]: positives [C, K] and negatives [C, K] of each class, in all [2, K]."""
+        """Accepted pairs at thresholds `index` [K]: positives and negatives of each class [C, K], and in all [2, K]."""
         below = self.class_below
         at = torch.from_numpy(np.array(index, dtype=np.int64)).to(below.device)
         rejected = torch.where(at > 0, below[:, :, (at - 1).clamp_min(0)], 0)
@@ -106,8 +106,8 @@ class Pairs:
         if not bool(finite.all()):
             row = int((~finite).nonzero()[0])
             raise ValueError(
-                f"embeddings must be finite, but {int((~finite).sum())} of {len(finite)} rows hold NaN or infinity, the "
-                f"first is row {row}; a model that diverged or an overflow in float16 gives such rows"
+                f"embeddings must be finite, but {int((~finite).sum())} of {len(finite)} rows hold NaN or infinity, "
+                f"the first is row {row}; a model that diverged or an overflow in float16 gives such rows"
             )
         ids, inverse, sizes = labels[takes_part].unique(return_inverse=True, return_counts=True)
         if len(ids) < 2:
@@ -164,7 +164,7 @@ class Pairs:
             raise ImportError("progress=True needs tqdm: pip install tqdm, or 'tcm_fused[progress]'") from error
         done = torch.zeros(2, dtype=torch.int64)
         with ThreadPoolExecutor(1) as pool, tqdm(total=1.0, desc="pairs", bar_format="{l_bar}{bar}| {elapsed}") as bar:
-            future = pool.submit(self._operator, *arguments, done)
+            future = pool.submit(lambda: self._operator(*arguments, done))
             while wait([future], timeout=0.1).not_done:
                 bar.update(float(done[0] / done[1].clamp_min(1)) - bar.n)
             bar.update(1 - bar.n)
