@@ -1,5 +1,5 @@
-"""`python -m tcm_fused`: what this installation can do (`info`), how well one threshold serves all classes of embeddings
-that lie in files (`opis`), which threshold and margins to take (`calibrate`, `margins`), which model (`compare`)."""
+"""`python -m tcm_fused`: what this installation can do (`info`), how well one threshold serves the classes of files of
+embeddings (`opis`), which threshold and margins to take (`calibrate`, `margins`), and which model (`compare`)."""
 
 import argparse
 import importlib

@@ -63,12 +63,12 @@ def _read(path: Path, name: str, rows: int | None = None) -> Array:
         raise
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
         if "pickle" in str(error):
-            raise ValueError(
-                f"{path} holds pickled objects, which are not read; save a plain array of numbers"
-            ) from error
+            raise ValueError(f"{path} is no plain array but damaged or pickled; pickles are not read") from error
         raise ValueError(f"cannot read {name} from {path}: {error}") from error
     if not isinstance(array, np.ndarray):  # an .npz by another name
         raise ValueError(f"cannot read {name} from {path}: it is not a single array")
+    if array.size == 0:
+        raise ValueError(f"cannot read {name} from {path}: it is empty")
     return array.astype(array.dtype.newbyteorder("="), copy=False)
 
 

@@ -479,8 +479,8 @@ def test_rates_outside_0_and_1(rate: float) -> None:
 
 
 def test_one_bound() -> None:
-    bounds: dict[str, Any]
-    for bounds in ({}, {"far": 0.1, "frr": 0.1}):
+    both: tuple[dict[str, Any], ...] = ({}, {"far": 0.1, "frr": 0.1})
+    for bounds in both:
         with pytest.raises(ValueError, match="give exactly one of far and frr"):
             calibrate(*GOOD, **bounds)
 

@@ -221,7 +221,8 @@ void check_counts(std::mt19937_64& random) {
     }
     y[i] = static_cast<int64_t>(random() % (labels + 1)) - (random() % 8 == 0);
   }
-  for (int64_t k = random() % 12; k-- > 0;) thresholds.push_back(static_cast<real>(random() % 21) / 8 - real{1.25});
+  int64_t lowest = random() % 2 ? 0 : 16;  // in eighths: all pairs have a threshold below them, or few have
+  for (int64_t k = random() % 12; k-- > 0;) thresholds.push_back(static_cast<real>(lowest + random() % (21 - lowest)) / 8 - real{1.25});
   std::sort(thresholds.begin(), thresholds.end());
   int64_t bins = (int64_t{2} << bits) + 1, t = thresholds.size();
 
