@@ -57,7 +57,7 @@ class OPIS(Metric):
 
     def compute(self) -> dict[str, Tensor]:
         """The scores of everything added since the last `reset`."""
-        if not self.labels:
+        if len(self.labels) == 0:  # a list of batches, or after a sync one tensor
             raise ValueError("OPIS has no embeddings yet: call update(embeddings, labels) before compute()")
         self.result = opis(dim_zero_cat(self.embeddings), dim_zero_cat(self.labels), **self.options)
         scores = {name: getattr(self.result, name) for name in ("opis", "eps_opis", "recall_at_1")}
