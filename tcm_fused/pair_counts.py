@@ -33,12 +33,12 @@ def pair_counts_blocked(
         best [2, N]: each row's largest similarity to a positive and to a negative, -inf where there is none.
     """
     half, t = 1 << bits, thresholds.shape[0]
-    counts = torch.zeros(2, 2 * half + 1, dtype=torch.int64, device=x.device)
-    class_counts = torch.zeros(2, classes + 1, t, dtype=torch.int64, device=x.device)
+    bins = 2 * half + 1
+    counts = torch.zeros(2 * bins + 1, dtype=torch.int64, device=x.device)  # the last: what is no pair
+    class_counts = torch.zeros(2 * (classes + 1) * t, dtype=torch.int64, device=x.device)
     best = x.new_full((2, x.shape[0]), -torch.inf)
     order = torch.nonzero(y >= 0).flatten()
-    (x_hat, _), label = _unit_and_norm(x, y >= 0), y[order]
-    x_hat = x_hat[order]
+    x_hat, label = _unit_and_norm(x, y >= 0)[0][order], y[order]
     table = label.clamp(max=classes)
     starts = range(0, len(order), BLOCK)
     if progress is not None:
@@ -47,23 +47,25 @@ def pair_counts_blocked(
         for j in starts[i // BLOCK :]:
             rows, columns = slice(i, i + BLOCK), slice(j, j + BLOCK)
             s = x_hat[rows] @ x_hat[columns].T
-            pair = torch.ones_like(s, dtype=torch.bool)
-            if i == j:
-                pair = pair.triu(1)
-            same = label[rows, None] == label[columns]
-            for side, mask in enumerate((pair & same, pair & ~same)):
-                row, column = mask.nonzero(as_tuple=True)
-                value = s[row, column]
-                cell = ((value * half).floor().to(torch.int64) + half).clamp(0, 2 * half)
-                counts[side] += torch.bincount(cell, minlength=2 * half + 1)
-                masked = torch.where(mask, s, -torch.inf)
+            negative = label[rows, None] != label[columns]
+            no_pair = torch.ones_like(negative).tril() if i == j else None
+            cell = (s * half).floor_().to(torch.int64).add_(half).clamp_(0, 2 * half) + bins * negative
+            if no_pair is not None:
+                cell[no_pair] = 2 * bins
+            counts += torch.bincount(cell.flatten(), minlength=2 * bins + 1)
+            for side, other in enumerate((negative, ~negative)):
+                own = s.masked_fill(other if no_pair is None else other | no_pair, -torch.inf)
                 for index, dim in ((order[rows], 1), (order[columns], 0)):
-                    best[side, index] = torch.maximum(best[side, index], masked.amax(dim))
-                threshold = torch.bucketize(value, thresholds, right=True) - 1
-                listed = threshold >= 0
-                for index in (table[rows][row],) if side == 0 else (table[rows][row], table[columns][column]):
-                    flat = (index * t + threshold)[listed]
-                    class_counts[side] += torch.bincount(flat, minlength=(classes + 1) * t).view(classes + 1, t)
+                    best[side, index] = torch.maximum(best[side, index], own.amax(dim))
+            if t > 0:
+                listed = s >= thresholds[0]
+                row, column = (listed if no_pair is None else listed & ~no_pair).nonzero(as_tuple=True)
+                at = torch.bucketize(s[row, column], thresholds, right=True) - 1
+                is_negative = negative[row, column]
+                index = (is_negative * (classes + 1) + table[rows][row]) * t + at
+                index_of_columns = ((classes + 1 + table[columns][column]) * t + at)[is_negative]
+                for flat in (index, index_of_columns):
+                    class_counts += torch.bincount(flat, minlength=len(class_counts))
             if progress is not None:
                 progress[0] += 1
-    return counts, class_counts, best
+    return counts[:-1].view(2, bins).clone(), class_counts.view(2, classes + 1, t), best

@@ -8,8 +8,8 @@ import batches
 import pytest
 import torch
 import torch.distributed
-import torch.multiprocessing.spawn
 from torch import Tensor
+from torch.multiprocessing.spawn import spawn
 
 import tcm_fused
 from tcm_fused import OPIS, opis
@@ -77,7 +77,7 @@ def _worker(rank: int, folder: str) -> None:
 
 def test_two_processes(tmp_path: Path) -> None:
     """Both see all rows: `compute` gathers them, and both return what one process would."""
-    torch.multiprocessing.spawn.spawn(_worker, (str(tmp_path),), nprocs=2)
+    spawn(_worker, (str(tmp_path),), nprocs=2)
 
 
 def test_without_torchmetrics(monkeypatch: pytest.MonkeyPatch) -> None:
