@@ -43,8 +43,8 @@ def load(embeddings: Path, labels: Path | None) -> Labelled:
         y = y.astype(np.int64)
     if y.dtype.kind not in "iu":
         raise ValueError(f"{labels or embeddings} must hold integer or text labels, got {y.dtype}")
-    wide = x.astype(np.float64 if x.dtype.itemsize > 4 else np.float16 if x.dtype == np.float16 else np.float32)
-    return Labelled(wide, y, names)
+    dtype = np.float64 if x.dtype.itemsize > 4 else np.float16 if x.dtype == np.float16 else np.float32
+    return Labelled(x.astype(dtype, copy=False), y, names)
 
 
 def _read(path: Path, name: str, rows: int | None = None) -> Array:

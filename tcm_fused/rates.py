@@ -94,7 +94,7 @@ class Pairs:
     """
 
     def __init__(self, embeddings: Any, labels: Any, backend: str, progress: bool) -> None:
-        embeddings, labels = (torch.as_tensor(t) if isinstance(t, np.ndarray) else t for t in (embeddings, labels))
+        embeddings, labels = (_as_tensor(t) for t in (embeddings, labels))
         _check_choice("backend", backend, ("auto", *ops.BACKENDS))
         _check_set("embeddings", embeddings, "labels", labels)
         self._operator = ops.choose_counter(backend, embeddings.device.type)
@@ -189,6 +189,11 @@ def _rates(counts: Tensor) -> Rates:
     """From counts [2, 2 HALF + 1] of the cells."""
     accepted = counts.flip(1).cumsum(1).flip(1).cpu().numpy()
     return Rates(accepted[0], accepted[1], int(accepted[0, 0]), int(accepted[1, 0]))
+
+
+def _as_tensor(value: Any) -> Any:
+    """A tensor of an array: in memory that may be written to and in C order, as PyTorch wants it."""
+    return torch.from_numpy(np.require(value, requirements=("C", "W"))) if isinstance(value, np.ndarray) else value
 
 
 def as_distance(similarity: Array) -> Array:

@@ -203,6 +203,33 @@ def test_kernel_and_blocked_form_agree(dtype: torch.dtype) -> None:
     assert torch.allclose(kernel[2], blocked[2], rtol=0, atol=16 * torch.finfo(dtype).eps)
 
 
+@pytest.mark.parametrize("classes", [3, 900, 4000])
+def test_kernel_over_many_blocks(classes: int) -> None:
+    """Blocks of full size, runs of several, classes within a block and across many; similarities are exact."""
+    rng = np.random.default_rng(classes)
+    x, y = torch.from_numpy(batches.dyadic(4700, 12, rng)), torch.from_numpy(rng.integers(-1, classes, size=4700))
+    t = torch.tensor([-0.5, -0.25, 0.0, 0.25, 0.75, 1.0], dtype=torch.float64)
+    kernel = torch.ops.tcm_fused.pair_counts(x, y, classes // 2, t, 4, None)
+    blocked = torch.ops.tcm_fused.pair_counts_blocked(x, y, classes // 2, t, 4, None)
+    in_float32 = torch.ops.tcm_fused.pair_counts(x.float(), y, classes // 2, t.float(), 4, None)
+    for ours, theirs, single in zip(kernel, blocked, in_float32, strict=True):
+        assert torch.equal(ours, theirs)
+        assert torch.equal(ours, single.to(ours.dtype))
+    assert int(kernel[0].sum()) == int((y >= 0).sum()) * int((y >= 0).sum() - 1) // 2
+
+
+def test_arrays_of_any_layout() -> None:
+    """Read-only, reversed and Fortran-ordered arrays are taken as they are, without a warning."""
+    x, y = (t.numpy() for t in clustered(n=200))
+    expected = opis(x, y)
+    odd = np.asfortranarray(x[::-1])[::-1]
+    odd.setflags(write=False)
+    labels = y.copy()
+    labels.setflags(write=False)
+    assert opis(odd, labels).to_dict() == expected.to_dict()
+    assert opis(x[::-1], y[::-1]).recall_at_1 == expected.recall_at_1
+
+
 def test_opcheck() -> None:
     x, y = batches.batch(40, 5, 6)
     for name in ("pair_counts", "pair_counts_blocked"):
