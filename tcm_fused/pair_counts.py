@@ -4,7 +4,7 @@ checked against it."""
 import torch
 from torch import Tensor
 
-from tcm_fused.reference import _unit_and_norm
+from tcm_fused.reference import _as_precise_as_asked, _unit_and_norm
 
 BLOCK = 1024  # rows and columns of one similarity tile
 
@@ -32,6 +32,13 @@ def pair_counts_blocked(
         last without an upper bound.
         best [2, N]: each row's largest similarity to a positive and to a negative, -inf where there is none.
     """
+    with _as_precise_as_asked(x.device.type, False):
+        return _count(x, y, classes, thresholds, bits, progress)
+
+
+def _count(
+    x: Tensor, y: Tensor, classes: int, thresholds: Tensor, bits: int, progress: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     half, t = 1 << bits, thresholds.shape[0]
     bins = 2 * half + 1
     counts = torch.zeros(2 * bins + 1, dtype=torch.int64, device=x.device)  # the last: what is no pair

@@ -319,6 +319,14 @@ def test_half_precision_is_worked_in_float32(dtype: torch.dtype) -> None:
     assert opis(x.to(dtype), y).to_dict() == opis(x.to(dtype).float(), y).to_dict()
 
 
+def test_autocast_changes_nothing(backend: str) -> None:
+    """Products are not made 16-bit behind the measure's back."""
+    x, y = clustered(n=200)
+    expected = opis(x, y, backend=backend)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert opis(x, y, backend=backend).to_dict() == expected.to_dict()
+
+
 def test_rows_left_out_and_order_do_not_matter(backend: str) -> None:
     """Negative labels are not looked at (not even for NaN), and no order of the rows is special."""
     x, y = clustered(n=300)
@@ -520,9 +528,15 @@ def test_kernel_refuses_what_python_would_not_send() -> None:
         (x, y, 2, t.double(), 5),
         (x, y, 2, t, 21),
         (x, y, -1, t, 5),
+        (x, y[:3], 2, t, 5),
+        (x[0], y, 2, t, 5),
+        (x, y, 2, t[None], 5),
     ):
         with pytest.raises((RuntimeError, ValueError)):
             torch.ops.tcm_fused.pair_counts(*bad, None)
+    for progress in (torch.zeros(2), torch.zeros(1, dtype=torch.int64), torch.zeros(4, dtype=torch.int64)[::2]):
+        with pytest.raises(RuntimeError, match="progress must be two int64"):
+            torch.ops.tcm_fused.pair_counts(x, y, 2, t, 5, progress)
 
 
 def test_without_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:

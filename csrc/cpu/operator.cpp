@@ -168,13 +168,19 @@ std::tuple<Tensor, Tensor, Tensor> count(const Tensor& x, const Tensor& y, int64
 
 std::tuple<Tensor, Tensor, Tensor> pair_counts(const Tensor& x, const Tensor& y, int64_t classes, const Tensor& threshold,
                                                int64_t bits, std::optional<Tensor> progress) {
-  STD_TORCH_CHECK(y.scalar_type() == ScalarType::Long, "tcm_fused::pair_counts: classes must be int64");
-  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float || x.scalar_type() == ScalarType::Double,
+  bool is_float = x.scalar_type() == ScalarType::Float;
+  STD_TORCH_CHECK(is_float || x.scalar_type() == ScalarType::Double,
                   "tcm_fused::pair_counts: embeddings must be float32 or float64");
-  STD_TORCH_CHECK(threshold.scalar_type() == x.scalar_type(),
-                  "tcm_fused::pair_counts: thresholds must have the dtype of the embeddings");
-  STD_TORCH_CHECK(0 <= bits && bits <= 20 && classes >= 0, "tcm_fused::pair_counts: bits must be from 0 to 20, classes 0 or more");
-  auto f = x.scalar_type() == ScalarType::Float ? count<float> : count<double>;
+  STD_TORCH_CHECK(threshold.scalar_type() == x.scalar_type() && threshold.dim() == 1,
+                  "tcm_fused::pair_counts: thresholds must be [T] in the dtype of the embeddings");
+  STD_TORCH_CHECK(y.scalar_type() == ScalarType::Long, "tcm_fused::pair_counts: classes must be int64");
+  STD_TORCH_CHECK(x.dim() == 2 && y.dim() == 1 && x.size(0) == y.size(0),
+                  "tcm_fused::pair_counts: embeddings must be [N, D] and classes [N]");
+  STD_TORCH_CHECK(0 <= bits && bits <= 20 && classes >= 0,
+                  "tcm_fused::pair_counts: bits must be from 0 to 20, the number of classes 0 or more");
+  STD_TORCH_CHECK(!progress || (progress->scalar_type() == ScalarType::Long && progress->numel() == 2 && progress->is_contiguous()),
+                  "tcm_fused::pair_counts: progress must be two int64");
+  auto f = is_float ? count<float> : count<double>;
   return f(torch::stable::contiguous(x), torch::stable::contiguous(y), classes, torch::stable::contiguous(threshold), bits,
            progress);
 }
