@@ -238,6 +238,24 @@ def test_opcheck() -> None:
             torch.library.opcheck(operator, (x, y, 6, torch.tensor([0.0, 0.5]), 5, progress))
 
 
+def test_counts_in_float32(backend: str) -> None:
+    """512 columns in float32: each count is the exact one but for pairs within 1e-6 of the threshold."""
+    x, y = clustered(n=800, classes=50, d=512, seed=4)
+    t = np.linspace(-0.1, 0.9, 200)
+    result = opis(x, y, thresholds=t, distance="cosine", backend=backend)
+    unit = x.double().numpy()
+    unit /= np.linalg.norm(unit, axis=1, keepdims=True)
+    s = unit @ unit.T
+    for c, label in enumerate(result.class_ids):
+        mine = y.numpy() == label
+        pairs = s[np.ix_(mine, mine)][np.triu_indices(mine.sum(), 1)], s[np.ix_(mine, ~mine)].ravel()
+        for values, share in zip(pairs, (result.sensitivity[c], 1 - result.specificity[c]), strict=True):
+            values = np.sort(values)
+            accepted = np.rint(share * len(values))
+            assert (accepted >= len(values) - np.searchsorted(values, t + NEAR)).all()
+            assert (accepted <= len(values) - np.searchsorted(values, t - NEAR)).all()
+
+
 def clustered(n: int = 900, classes: int = 60, d: int = 24, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Classes of very different tightness: OPIS has something to find."""
     rng = np.random.default_rng(seed)
