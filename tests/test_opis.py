@@ -218,6 +218,18 @@ def test_kernel_over_many_blocks(classes: int) -> None:
     assert int(kernel[0].sum()) == int((y >= 0).sum()) * int((y >= 0).sum() - 1) // 2
 
 
+def test_counts_beyond_2_31() -> None:
+    """A collapsed set: more than 2^31 pairs in one cell of the grid and of a class."""
+    n = 66_000
+    y = torch.zeros(n, dtype=torch.int64).index_fill(0, torch.tensor(n - 1), 1)
+    counts, class_counts, _ = torch.ops.tcm_fused.pair_counts(torch.ones(n, 1), y, 1, torch.tensor([0.5]), 3, None)
+    positives = (n - 1) * (n - 2) // 2
+    assert positives > 2**31
+    assert counts[:, -1].tolist() == [positives, n - 1]
+    assert counts[:, :-1].sum() == 0
+    assert class_counts.tolist() == [[[positives], [0]], [[n - 1], [n - 1]]]
+
+
 def test_arrays_of_any_layout() -> None:
     """Read-only, reversed and Fortran-ordered arrays are taken as they are, without a warning."""
     x, y = (t.numpy() for t in clustered(n=200))
