@@ -2,6 +2,7 @@
 
 import math
 import numbers
+import sys
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
@@ -101,9 +102,9 @@ def tcm_loss(
         lambda_minus: weight of the negatives' term, at least 0.
         row_offset: the column of `ref_emb` that is row 0 itself: pairs (i, row_offset + i) are left out. None:
             no row is among the columns.
-        precision: the least precision of the products: "fp32", "fp16", or "auto", which is that of the input
-            and the user's `torch.set_float32_matmul_precision`. On a CPU 16-bit input is always worked in
-            float32, and float64 in float64.
+        precision: the least precision of the products: "fp32", "fp16", or "auto": "fp16" for 16-bit input, under
+            autocast, and where `torch.set_float32_matmul_precision` allows less than the highest; else "fp32".
+            On a CPU and with backend="torch" 16-bit input is always worked in float32, and float64 in float64.
         backend: "auto", "cpu", "cuda", "triton" or "torch". One asked for by name runs or raises.
         return_stats: also return a `TCMStats`.
 
@@ -146,23 +147,24 @@ def tcm_loss(
         _check_reference(embeddings, ref_emb, row_offset)
         ref_labels = _int64(ref_labels, "ref_labels")
 
-    operator = ops.choose(backend, device.type)
-    dtype = torch.float64 if embeddings.dtype == torch.float64 else torch.float32
-    x = embeddings.to(dtype)  # the gradient is scaled in this dtype and cast back last, so fp16 loss scaling works
-    ref_x = None if ref_emb is None else ref_emb.to(dtype)
+    operator = ops.OPERATORS[ops.choose(backend, device.type, embeddings.dtype)]
+    if ref_emb is not None and ref_emb.dtype != embeddings.dtype:  # under autocast
+        wide = torch.float64 if embeddings.dtype == torch.float64 else torch.float32
+        embeddings, ref_emb = embeddings.to(wide), ref_emb.to(wide)
     grad = torch.is_grad_enabled()
     loss, _, _, penalty, count = operator(
-        x,
+        embeddings,
         _int64(labels, "labels"),
-        ref_x,
+        ref_emb,
         ref_labels,
         row_offset,
         float(margin_plus),
         float(margin_minus),
         float(lambda_plus),
         float(lambda_minus),
-        grad and x.requires_grad,
-        grad and ref_x is not None and ref_x.requires_grad,
+        _one_fp16_product(embeddings, precision),
+        grad and embeddings.requires_grad,
+        grad and ref_emb is not None and ref_emb.requires_grad,
     )
     if not return_stats:
         return loss
@@ -240,10 +242,33 @@ def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 def _check_number(name: str, value: Any, least: float = -math.inf) -> None:
     if not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not math.isfinite(value) or value < least:
+    try:
+        number = float(value)
+    except OverflowError:  # an int beyond the range of a float
+        number = math.inf
+    # Not math.isfinite: torch.compile cannot trace it where the number changes from call to call.
+    if not max(least, -sys.float_info.max) <= number <= sys.float_info.max:
         raise ValueError(
             f"{name} must be finite{f' and at least {least:g}' if math.isfinite(least) else ''}, got {value}"
         )
+
+
+def _one_fp16_product(embeddings: Tensor, precision: str) -> bool:
+    """Whether similarities may come from one fp16 product, on kernels that have it."""
+    if precision != "auto":
+        return precision == "fp16"
+    if embeddings.dtype == torch.float32:
+        return _in_autocast(embeddings) or _user_allows_less_than_float32()
+    return embeddings.dtype != torch.float64
+
+
+def _in_autocast(x: Tensor) -> bool:
+    return torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)
+
+
+@torch.compiler.assume_constant_result  # torch.compile cannot trace it, and compiles again when the setting changes
+def _user_allows_less_than_float32() -> bool:
+    return torch.get_float32_matmul_precision() != "highest"
 
 
 def _check_set(name: str, x: Any, labels_name: str, labels: Any) -> None:
@@ -251,7 +276,7 @@ def _check_set(name: str, x: Any, labels_name: str, labels: Any) -> None:
     for argument, value in ((name, x), (labels_name, labels)):
         if not isinstance(value, Tensor):
             raise TypeError(f"{argument} must be a torch.Tensor, got {type(value).__name__}")
-    if not x.is_floating_point():
+    if x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
     if labels.is_floating_point() or labels.is_complex():
         raise TypeError(f"{labels_name} must have an integer dtype, got {labels.dtype}; use {labels_name}.long()")
@@ -270,7 +295,7 @@ def _check_reference(embeddings: Tensor, ref_emb: Tensor, row_offset: Any) -> No
         raise ValueError(f"ref_emb has D={ref_emb.shape[1]}, embeddings have D={embeddings.shape[1]}; they must agree")
     if ref_emb.device != embeddings.device:
         raise ValueError(f"ref_emb is on {ref_emb.device}, embeddings on {embeddings.device}; move them to one device")
-    if ref_emb.dtype != embeddings.dtype and not torch.is_autocast_enabled(embeddings.device.type):
+    if ref_emb.dtype != embeddings.dtype and not _in_autocast(embeddings):
         raise TypeError(f"ref_emb is {ref_emb.dtype}, embeddings are {embeddings.dtype}; cast one, or use autocast")
     if row_offset is None:
         return

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tcm_fused.reference import tcm_blocked, wide_dtype
+from tcm_fused.reference import loss_dtype, tcm_blocked, wide_dtype
 
 try:
     import tcm_fused._C as _C
@@ -24,11 +24,13 @@ else:
 BACKENDS = ("cpu", "cuda", "triton", "torch")
 
 _LIBRARY = torch.library.Library("tcm_fused", "FRAGMENT")
-# x [N, D], y [N] int64, ref_x [M, D], ref_y [M] int64; without a reference set the rows are the columns.
-# penalty [2] and count [2]: hard positives, hard negatives. A gradient not asked for is empty.
+# x [N, D] and ref_x [M, D] of one floating dtype, y [N] and ref_y [M] int64; without a reference set the rows are the
+# columns. fp16: similarities may come from one product in fp16; a kernel that has nothing less than fp32 ignores it.
+# loss [] and gradients are float64 for float64 embeddings and float32 otherwise; a gradient not asked for is empty.
+# penalty [2] and count [2]: hard positives, hard negatives.
 _SCHEMA = (
     "(Tensor x, Tensor y, Tensor? ref_x, Tensor? ref_y, int? row_offset, float margin_plus, float margin_minus, "
-    "float lambda_plus, float lambda_minus, bool grad_x, bool grad_ref) "
+    "float lambda_plus, float lambda_minus, bool fp16, bool grad_x, bool grad_ref) "
     "-> (Tensor loss, Tensor grad_x, Tensor grad_ref, Tensor penalty, Tensor count)"
 )
 
@@ -37,10 +39,11 @@ def _fake(
     x: Tensor, y: Tensor, ref_x: Tensor | None, ref_y: Tensor | None, *options: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     *_, grad_x, grad_ref = options
+    dtype = loss_dtype(x)
     return (
-        x.new_empty(()),
-        x.new_empty(x.shape if grad_x else 0),
-        x.new_empty(ref_x.shape if grad_ref and ref_x is not None else 0),
+        x.new_empty((), dtype=dtype),
+        x.new_empty(x.shape if grad_x else 0, dtype=dtype),
+        x.new_empty(ref_x.shape if grad_ref and ref_x is not None else 0, dtype=dtype),
         x.new_empty(2, dtype=wide_dtype(x)),
         x.new_empty(2, dtype=torch.int64),
     )
@@ -48,19 +51,22 @@ def _fake(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, grad_x, grad_ref, penalty, count = output
-    ctx.save_for_backward(grad_x, grad_ref, inputs[0], inputs[2])
+    ctx.save_for_backward(grad_x, grad_ref)
+    # Not saved with the others: backward does not read their values, which may change after forward.
+    ctx.embeddings = inputs[0], inputs[2]
     ctx.mark_non_differentiable(grad_x, grad_ref, penalty, count)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    if grad_loss is None:
-        return (None,) * 11
-    saved_x, saved_ref, x, ref_x = ctx.saved_tensors
-    scale = _OnceDifferentiable.apply if torch.is_grad_enabled() else _scale
-    grad_x = scale(saved_x, grad_loss, x, ref_x) if ctx.needs_input_grad[0] else None
-    grad_ref = scale(saved_ref, grad_loss, x, ref_x) if ctx.needs_input_grad[2] else None
-    return (grad_x, None, grad_ref) + (None,) * 8
+    grads: list[Tensor | None] = [None] * 12
+    if grad_loss is not None:
+        scale = _OnceDifferentiable.apply if torch.is_grad_enabled() else _scale
+        for argument, saved, x in zip((0, 2), ctx.saved_tensors, ctx.embeddings, strict=True):
+            if ctx.needs_input_grad[argument]:
+                # Cast last: a gradient too small for float16 is multiplied by the loss scale before it is rounded.
+                grads[argument] = scale(saved, grad_loss, *ctx.embeddings).to(x.dtype)
+    return tuple(grads)
 
 
 def _scale(saved: Tensor, grad_loss: Tensor, *_: Any) -> Tensor:
@@ -90,6 +96,7 @@ for _name in ("fused", "blocked"):
     torch.library.register_fake(f"tcm_fused::{_name}", _fake, lib=_LIBRARY)
     torch.library.register_autograd(f"tcm_fused::{_name}", _backward, setup_context=_setup_context, lib=_LIBRARY)
 _LIBRARY.impl("blocked", tcm_blocked, "CompositeExplicitAutograd")
+OPERATORS = {"fused": torch.ops.tcm_fused.fused.default, "blocked": torch.ops.tcm_fused.blocked.default}
 
 
 def build_info() -> dict[str, Any] | None:
@@ -97,7 +104,6 @@ def build_info() -> dict[str, Any] | None:
     return None if _IMPORT_ERROR else _C.build_info()
 
 
-@cache
 def why_unavailable(backend: str) -> str | None:
     """None if the backend can run in this process, else the reason and the remedy."""
     if backend == "torch":
@@ -114,21 +120,26 @@ def why_unavailable(backend: str) -> str | None:
     return None
 
 
-@cache
-def choose(backend: str, device_type: str) -> Any:
-    """The operator that runs `backend` on tensors of `device_type`; RuntimeError if none does."""
+@torch.compiler.assume_constant_result  # torch.compile asks once and does not look inside
+def choose(backend: str, device_type: str, dtype: torch.dtype) -> str:
+    """Which of OPERATORS runs `backend` on embeddings of `dtype` on `device_type`; RuntimeError if none does."""
     if backend == "auto":
         reason = why_unavailable(device_type) if device_type in BACKENDS else f"no kernel for device '{device_type}'"
         if reason is not None:
-            warnings.warn(f"tcm_fused runs its slower PyTorch fallback on '{device_type}': {reason}", stacklevel=3)
-        return torch.ops.tcm_fused.fused.default if reason is None else torch.ops.tcm_fused.blocked.default
+            _warn_once(f"tcm_fused runs its slower PyTorch fallback on '{device_type}': {reason}")
+        return "fused" if reason is None else "blocked"
     reason = why_unavailable(backend)
     if reason is not None:
         raise RuntimeError(f"backend={backend!r} is not available: {reason}")
     if backend == "torch":
-        return torch.ops.tcm_fused.blocked.default
+        return "blocked"
     if backend != device_type:
         raise RuntimeError(
             f"backend={backend!r} needs tensors on device '{backend}', embeddings are on '{device_type}'"
         )
-    return torch.ops.tcm_fused.fused.default
+    return "fused"
+
+
+@cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, stacklevel=4)  # at the caller of `tcm_loss`

@@ -1,6 +1,8 @@
 """The loss in plain PyTorch: the definition, which everything else is checked against, and a blocked
 form of it in O(N D) memory, which runs on any device."""
 
+import contextlib
+
 import torch
 from torch import Tensor
 
@@ -64,6 +66,7 @@ def tcm_blocked(
     margin_minus: float,
     lambda_plus: float,
     lambda_minus: float,
+    fp16: bool,
     grad_x: bool,
     grad_ref: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -72,13 +75,36 @@ def tcm_blocked(
     The loss is piecewise linear in s, so the sums of the gradient, G+ = M+ X^ and G- = M- X^, need
     no counts: they are taken while the penalties are, and scaled at the end.
 
-    Arguments and results: the operator of `tcm_fused.ops`.
+    Arguments and results: the operator of `tcm_fused.ops`; `fp16` is ignored.
     """
-    if ref_x is None or ref_y is None:  # rows are columns: each row's sum also stands for its column's
-        loss, grad_x_half, grad_none, penalty, count = tcm_blocked(
-            x, y, x, y, 0, margin_plus, margin_minus, lambda_plus, lambda_minus, grad_x, False
-        )
-        return loss, 2 * grad_x_half, grad_none, penalty, count
+    options = (margin_plus, margin_minus, lambda_plus, lambda_minus)
+    no_autocast = (
+        torch.autocast(x.device.type, enabled=False)
+        if torch.amp.is_autocast_available(x.device.type)
+        else contextlib.nullcontext()
+    )
+    with no_autocast:  # it would make the products' results 16-bit
+        x = x.to(loss_dtype(x)).contiguous()
+        if ref_x is None or ref_y is None:  # rows are columns: each row's sum also stands for its column's
+            loss, half_grad, grad_none, penalty, count = _blocked(x, y, x, y, 0, *options, grad_x, False)
+            return loss, 2 * half_grad, grad_none, penalty, count
+        return _blocked(x, y, ref_x.to(x.dtype).contiguous(), ref_y, row_offset, *options, grad_x, grad_ref)
+
+
+def _blocked(
+    x: Tensor,
+    y: Tensor,
+    ref_x: Tensor,
+    ref_y: Tensor,
+    row_offset: int | None,
+    margin_plus: float,
+    margin_minus: float,
+    lambda_plus: float,
+    lambda_minus: float,
+    grad_x: bool,
+    grad_ref: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`tcm_blocked` for a reference set."""
     wide = wide_dtype(x)
     rows, columns = y >= 0, ref_y >= 0
     x_hat, x_norm = _unit_and_norm(x, rows)
@@ -117,6 +143,11 @@ def tcm_blocked(
         penalty,
         count,
     )
+
+
+def loss_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of loss and gradient: float64 for float64 embeddings, else float32."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def wide_dtype(x: Tensor) -> torch.dtype:

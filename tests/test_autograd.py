@@ -250,7 +250,7 @@ def test_reference_has_second_derivatives(form: str) -> None:
 def test_opcheck(backend: str, dtype: torch.dtype, grad_x: bool, grad_ref: bool, form: str) -> None:
     """Schema, fake kernel, autograd registration, and tracing with static and dynamic shapes."""
     call = make(form, 70, 90, 5, dtype)
-    torch.library.opcheck(ops.choose(backend, "cpu"), operator_arguments(call, grad_x, grad_ref))
+    torch.library.opcheck(ops.OPERATORS[ops.choose(backend, "cpu", dtype)], operator_arguments(call, grad_x, grad_ref))
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -271,7 +271,9 @@ def test_opcheck_of_layouts(backend: str, layout: str, form: str) -> None:
                 call["labels" if name == "embeddings" else "ref_labels"] = torch.empty(0, dtype=torch.int64)
     if layout == "empty" and form == "row_offset":
         call["row_offset"] = 0
-    torch.library.opcheck(ops.choose(backend, "cpu"), operator_arguments(call, True, True))
+    torch.library.opcheck(
+        ops.OPERATORS[ops.choose(backend, "cpu", torch.float64)], operator_arguments(call, True, True)
+    )
 
 
 def operator_arguments(call: dict[str, Any], grad_x: bool, grad_ref: bool) -> tuple[Any, ...]:
@@ -287,6 +289,7 @@ def operator_arguments(call: dict[str, Any], grad_x: bool, grad_ref: bool) -> tu
         call["margin_minus"],
         call["lambda_plus"],
         call["lambda_minus"],
+        False,
         grad_x,
         grad_ref,
     )

@@ -140,7 +140,7 @@ def test_rows_without_hard_pairs_among_rows_with_all(backend: str, negatives: bo
         x[quiet, 0] = 0  # s is about 0 with the others
     sets = (torch.from_numpy(x).to(dtype), labels)
     for call in (sets, (*sets, *sets)):
-        result = check(backend, *call, margin_plus=0.63, margin_minus=0.3, row_offset=0 if len(call) == 4 else None)
+        result = check(backend, *call, margin_plus=0.68, margin_minus=0.3, row_offset=0 if len(call) == 4 else None)
         assert not result.grad_x[quiet].any()
         assert result.grad_ref is None or not result.grad_ref[quiet].any()
         assert result.count.sum() == (n - 3) * (n - 4)

@@ -81,17 +81,18 @@ Results run(const Tensor& x, const Tensor& y, const std::optional<Tensor>& ref_x
 
 Results fused(const Tensor& x, const Tensor& y, std::optional<Tensor> ref_x, std::optional<Tensor> ref_y,
               std::optional<int64_t> row_offset, double margin_plus, double margin_minus, double lambda_plus,
-              double lambda_minus, bool grad_x, bool grad_ref) {
-  auto contiguous = [](std::optional<Tensor>& t) {
-    if (t) t = torch::stable::contiguous(*t);
-  };
-  contiguous(ref_x), contiguous(ref_y);
+              double lambda_minus, bool /* fp16: there is nothing less than fp32 here */, bool grad_x, bool grad_ref) {
   STD_TORCH_CHECK(ref_x.has_value() == ref_y.has_value(), "tcm_fused::fused: give both ref_x and ref_y, or neither");
   STD_TORCH_CHECK(y.scalar_type() == ScalarType::Long, "tcm_fused::fused: labels must be int64");
-  auto f = x.scalar_type() == ScalarType::Float ? run<float> : run<double>;
-  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float || x.scalar_type() == ScalarType::Double,
-                  "tcm_fused::fused: embeddings must be float32 or float64");
-  return f(torch::stable::contiguous(x), torch::stable::contiguous(y), ref_x, ref_y, row_offset.value_or(-1),
+  bool floating = false;
+  for (ScalarType type : {ScalarType::Half, ScalarType::BFloat16, ScalarType::Float, ScalarType::Double})
+    floating |= x.scalar_type() == type;
+  STD_TORCH_CHECK(floating, "tcm_fused::fused: embeddings must be float16, bfloat16, float32 or float64");
+  ScalarType dtype = x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  auto embeddings = [dtype](const Tensor& t) { return torch::stable::contiguous(torch::stable::to(t, dtype)); };
+  if (ref_x) ref_x = embeddings(*ref_x), ref_y = torch::stable::contiguous(*ref_y);
+  auto f = dtype == ScalarType::Float ? run<float> : run<double>;
+  return f(embeddings(x), torch::stable::contiguous(y), ref_x, ref_y, row_offset.value_or(-1),
            {margin_plus, margin_minus}, {lambda_plus, lambda_minus}, grad_x, grad_ref && ref_x);
 }
 

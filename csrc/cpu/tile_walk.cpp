@@ -24,7 +24,8 @@
 // 2. Cut both into panels of `tile` rows. Each pair of panels (the upper triangle where rows are columns) is a tile
 //    of similarities: a matrix product, made for a group of panels at once. Count its hard pairs, sum their excess.
 // 3. Add the masked sums M X^ to the panels' gradients: nothing for an empty tile; pair by pair for few hard
-//    pairs; by table look-up for many; and where most pairs are hard, the panel's column sum less the rest.
+//    pairs; by table look-up for many; and where few are not hard, the panel's column sum less those. A row that
+//    differs from its tile in that takes its own hard pairs: no row's gradient is a small difference of large sums.
 // 4. Scale by the counts, project off the unit sphere's normal, undo the sort.
 // Panels take their sums in a fixed order (`Turn`), so the result does not depend on timing.
 
@@ -78,7 +79,8 @@ struct Embeddings {
 
   bool wants_gradient = false;
   Array<real> sum[2];            // [size, d] masked sums over hard positives, hard negatives
-  Array<real> shared[2];         // [panels, d] what every row of a panel gets besides
+  Array<real> shared[2];         // [panels, d] what every row of a panel gets besides, but for those set apart
+  std::vector<char> apart[2];    // [size] rows set apart
   std::vector<char> touched[2];  // [panels] whether sum or shared are more than zero
   std::unique_ptr<std::atomic<int64_t>[]> turn;  // [groups] see `Turn`
 
@@ -163,6 +165,7 @@ class Walk {
   struct Scratch {   // one a thread
     Array<real> s;   // [kGroup tile, kGroup tile]
     uint64_t mask[kTile * kWords] = {}, transposed[kTile * kWords] = {};  // words past the tile stay 0
+    uint64_t missing[kTile * kWords], hard[kTile * kWords];               // see add_most
   };
 
   Embeddings<real>& columns() { return symmetric_ ? rows_ : other_; }
@@ -186,7 +189,8 @@ class Walk {
     for (int64_t group = 0; group < e.groups(); ++group) e.turn[group] = 0;
     for (int side : {kPlus, kMinus}) {
       e.touched[side].resize(e.panels);
-      if (wants_gradient) e.sum[side].allocate(e.size * e.d), e.shared[side].allocate(e.panels * e.d);
+      if (!wants_gradient) continue;
+      e.sum[side].allocate(e.size * e.d), e.shared[side].allocate(e.panels * e.d), e.apart[side].resize(e.size);
     }
     parallel(e.panels, [&](int64_t from, int64_t to) {
       for (int64_t panel = from; panel < to; ++panel) {
@@ -318,34 +322,62 @@ class Walk {
       bool to_rows = rows_.wants_gradient, to_columns = !diagonal && columns().wants_gradient;
       if (count == 0 || !(to_rows || to_columns)) continue;
       if (diagonal) count *= 2;
-      bool most = 2 * count > t.m * t.n;  // take all pairs, less those that are not hard
+      bool most = kDensePairs * (t.m * t.n - count) < t.m * t.n;
       int64_t listed = most ? t.m * t.n - count : count;
       if (listed > 0) make_mask(t, side, most, scratch);
-      if (to_rows) add_masked(rows_, t.i, columns(), t.j, side, most, listed, scratch.mask);
+      if (to_rows) add_masked(rows_, t.i, columns(), t.j, side, most, listed, scratch.mask, scratch);
       if (!to_columns) continue;
       if (listed > 0) transpose_mask(scratch.mask, rows_.tile / 64, scratch.transposed);
-      add_masked(columns(), t.j, rows_, t.i, side, most, listed, scratch.transposed);
+      add_masked(columns(), t.j, rows_, t.i, side, most, listed, scratch.transposed, scratch);
     }
   }
 
   // Adds M X^ to one side's sums of panel `i` of `to`, X^ being panel `j` of `from`. The mask holds the `listed` pairs
   // of M, or with `most` those that M lacks.
   void add_masked(Embeddings<real>& to, int64_t i, const Embeddings<real>& from, int64_t j, int side, bool most,
-                  int64_t listed, const uint64_t* mask) {
+                  int64_t listed, const uint64_t* mask, Scratch& scratch) {
     int m = to.rows(i), n = from.rows(j);
+    real* sum = to.sum[side].get() + to.begin(i) * p_.d;
     to.touched[side][i] = 1;
     if (most) {
-      real* shared = to.shared[side].get() + i * p_.d;
-      const real* panel_sum = from.panel_sum.get() + j * p_.d;
-      for (int64_t c = 0; c < p_.d; ++c) shared[c] += panel_sum[c];
-    }
-    if (listed == 0) return;
-    real weight = most ? -1 : 1, *sum = to.sum[side].get() + to.begin(i) * p_.d;
-    if (kDensePairs * listed < m * n) {
-      loops_.sparse_sum(mask, m, from.unit_at(j), p_.d, weight, sum);
+      add_most(to, i, from, j, side, listed > 0 ? mask : nullptr, scratch);
+    } else if (kDensePairs * listed < m * n) {
+      loops_.sparse_sum(mask, m, from.unit_at(j), p_.d, 1, sum);
     } else {
-      loops_.dense_sum(mask, m, n, from.unit_at(j), p_.d, weight, sum);
+      loops_.dense_sum(mask, m, n, from.unit_at(j), p_.d, 1, sum);
     }
+  }
+
+  // The same where M is nearly full: the panel's column sum for all rows at once, less the pairs that M lacks (null:
+  // none). A row that lacks more than half takes its hard pairs instead, and from then on no part in the shared sum.
+  void add_most(Embeddings<real>& to, int64_t i, const Embeddings<real>& from, int64_t j, int side, const uint64_t* lacks,
+                Scratch& scratch) {
+    int m = to.rows(i), n = from.rows(j);
+    real *shared = to.shared[side].get() + i * p_.d, *sum = to.sum[side].get() + to.begin(i) * p_.d;
+    const real* panel_sum = from.panel_sum.get() + j * p_.d;
+    auto add_row = [&](const real* row, real* out) {
+      for (int64_t c = 0; c < p_.d; ++c) out[c] += row[c];
+    };
+    uint64_t all[kWords];
+    range_mask(0, n, all);
+    if (lacks) std::copy_n(lacks, m * kWords, scratch.missing), std::fill_n(scratch.hard, m * kWords, 0);
+    for (int row = 0; row < m; ++row) {
+      char& apart = to.apart[side][to.begin(i) + row];
+      uint64_t *missing = scratch.missing + row * kWords, *hard = scratch.hard + row * kWords;
+      int count = 0;
+      for (int word = 0; lacks && word < kWords; ++word) count += __builtin_popcountll(missing[word]);
+      if (2 * count <= n) {
+        if (apart) add_row(panel_sum, sum + row * p_.d);
+        continue;
+      }
+      if (!apart) add_row(shared, sum + row * p_.d);
+      apart = 1;
+      for (int word = 0; word < kWords; ++word) hard[word] = all[word] & ~missing[word], missing[word] = 0;
+    }
+    add_row(panel_sum, shared);
+    if (!lacks) return;
+    loops_.sparse_sum(scratch.missing, m, from.unit_at(j), p_.d, -1, sum);
+    loops_.sparse_sum(scratch.hard, m, from.unit_at(j), p_.d, 1, sum);
   }
 
   // scratch.mask [kTile, kWords]: the tile's hard pairs of one side, or with `inverted` all its other pairs.
@@ -414,14 +446,14 @@ class Walk {
       for (int64_t panel = from; panel < to; ++panel)
         for (int64_t k = e.begin(panel); k < e.begin(panel) + e.rows(panel); ++k) {
           real* out = grad + e.order[k] * e.d;
-          bool plus = e.touched[kPlus][panel], minus = e.touched[kMinus][panel];
-          if (!finite || (!plus && !minus)) {
+          if (!finite || !(e.touched[kPlus][panel] || e.touched[kMinus][panel])) {
             std::fill_n(out, e.d, finite ? real{0} : std::numeric_limits<real>::quiet_NaN());
             continue;
           }
           // A side that was not touched is not read: its memory does not exist yet.
-          RowSums<real> sums{plus ? e.sum[kPlus].get() + k * e.d : zeros.data(), e.shared[kPlus].get() + panel * e.d,
-                             minus ? e.sum[kMinus].get() + k * e.d : zeros.data(), e.shared[kMinus].get() + panel * e.d};
+          auto own = [&](int side) { return e.touched[side][panel] ? e.sum[side].get() + k * e.d : zeros.data(); };
+          auto shared = [&](int side) { return e.apart[side][k] ? zeros.data() : e.shared[side].get() + panel * e.d; };
+          RowSums<real> sums{own(kPlus), shared(kPlus), own(kMinus), shared(kMinus)};
           bool constant_norm = e.inverse[k] >= 1 / kEps;  // below kEps the divisor does not depend on x
           loops_.gradient_row(sums, constant_norm ? nullptr : e.unit.get() + k * e.d, e.d, w_plus, w_minus, e.inverse[k], out);
         }

@@ -23,10 +23,6 @@ struct Case {
   int threads;
 };
 
-// Where most pairs of a tile are hard, a row gets the tile's column sum less the rest: its rounding is that of a sum
-// over 256 columns, about sqrt(256) units, however few hard pairs the row itself has.
-constexpr int kSpill = 16;
-
 struct Gradient {
   std::vector<double> value, reach;  // reach: sum of the magnitudes that were added up, the yardstick of rounding
 };
@@ -116,8 +112,8 @@ bool oracle(const tcm::Problem<real>& p, Answer* out) {
       }
       for (int64_t k = 0; k < p.d; ++k) {
         grad[k] = norm == 0 ? 0 : (grad[k] - along * unit[i * p.d + k]) / std::max(norm, tcm::kEps);
-        out.reach[i * p.d + k] = (weight[kMinus] * (pairs[kMinus][i] + kSpill) + weight[kPlus] * (pairs[kPlus][i] + kSpill)) /
-                                 std::max(norm, tcm::kEps);
+        out.reach[i * p.d + k] =
+            (weight[kMinus] * pairs[kMinus][i] + weight[kPlus] * pairs[kPlus][i]) / std::max(norm, tcm::kEps);
       }
     }
     return out;
