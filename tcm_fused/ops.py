@@ -135,8 +135,8 @@ def _why_no_cuda() -> str | None:
     error = _C.cuda_runtime_error()
     if error:
         return (
-            f"the CUDA runtime of {built['cuda_compiler']} does not start ({error}); update the driver, build again with "
-            "an older nvcc, or use backend='torch'"
+            f"the CUDA runtime of {built['cuda_compiler']} does not start ({error}); update the driver, build with an "
+            "older nvcc, or use backend='torch'"
         )
     gpus = [torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())]
     if not any(_runs_on(architecture, gpu) for architecture in architectures for gpu in gpus):
