@@ -1,0 +1,372 @@
+// Masked sums of a block of tiles: G_I += M_IJ X^_J, and by symmetry, or for the reference set, G_J += M_IJ^T X^_I.
+//
+// A tile of G (128 rows, 128 columns, one side) belongs to one block of threads, which takes the tiles of similarities
+// of its row or column in order: no atomics, the same bits each time. Of these
+//   empty tiles   cost nothing;
+//   mixed tiles   are a product by mma.sync: the bits become halves 0 and 1 in registers, the operand `a` of a warp's
+//                 32 x 64; 2 * 128^3 flop for 34 KB from L2, 17 bytes a cycle on an A100;
+//   sparse tiles  (up to kSparse hard pairs) are summed pair by pair: 256 bytes a pair from L2, which at 1e-3 hard pairs
+//                 and N = 65,536, D = 512 are 4.4 GB, against 6.6e12 flop of the products;
+//   full tiles    add one sum over the tile, the same for all rows.
+#pragma once
+
+#include "work.h"
+
+namespace tcm::cuda {
+namespace {
+
+constexpr int kItems = 2 * kBlock;      // tiles that add to one tile of G, at most
+constexpr int kQueue = 256;             // pairs a warp collects before it adds them
+constexpr int kOwnRows = kTile / kWarps;  // rows of a warp in the second half
+constexpr int kPitch = kSlice + 4;      // floats a row of the staged sums: rows start in different banks
+
+enum ItemClass { kEmpty = -1, kMixed, kFew, kFull };
+
+// Shared memory of `masked_sum`.
+struct MaskedSumMemory {
+  union {
+    struct {
+      unsigned char unit[2][kTile * kSlice * 2];  // x^ [row, 16-byte chunk], chunks swizzled
+      uint4 mask[2][kTile];
+    } stage;
+    float sum[kTile * kPitch];
+  };
+  float shared_sum[2][kSlice];             // what full tiles add, by halves of the list
+  uint32_t queue[kWarps][kQueue];          // own row and source row of a pair
+  uint16_t item[3][kItems];                // by class, in order
+  int before[3][kWarps];
+};
+
+// The owner of one tile of G, and the tiles of similarities that add to it: numbers [0, transposed) are those above it in
+// its column, read by columns; [transposed, size) those to its right in its row.
+struct Owner {
+  int tile, set, other;  // tile of `set`, gets x^ of set `other`
+  int transposed, size;
+  Block block;
+
+  __device__ int source(int item) const {
+    return item < transposed ? block.i0 + item : (block.diagonal ? tile : block.j0) + item - transposed;
+  }
+  __device__ int number(int item) const {  // of the tile in the block
+    return item < transposed ? block.tile(source(item), tile) : block.tile(tile, source(item));
+  }
+  // Where the tile's masks begin, as seen from the owner's rows.
+  __device__ int64_t orientation(int item) const { return number(item) * int64_t{2} + (item < transposed); }
+};
+
+__device__ __forceinline__ Owner find_owner(const Work& w, const Block& block, int number) {
+  int rows = w.set[0].sum[0] == nullptr ? 0 : block.i1 - block.i0;
+  if (number < rows) {
+    int i = block.i0 + number, above = block.diagonal ? number : 0;
+    return {i, 0, 1, above, above + block.j1 - (block.diagonal ? i : block.j0), block};
+  }
+  return {block.j0 + number - rows, 1, 0, block.i1 - block.i0, block.i1 - block.i0, block};
+}
+
+// The bits of `word` that belong to `side`, where columns `first` to `last`, counted from its first, are the positives.
+__device__ __forceinline__ uint32_t of_side(uint32_t word, int first, int last, int side) {
+  int a = min(max(first, 0), 32), b = min(max(last, 0), 32);
+  // See mask_bit: columns a to b without b are bits (a + 1) / 2 to (b + 1) / 2 below and a / 2 to b / 2 above.
+  uint32_t even = ((1u << (b + 1) / 2) - 1) & ~((1u << (a + 1) / 2) - 1);
+  uint32_t odd = ((1u << b / 2) - 1) & ~((1u << a / 2) - 1);
+  uint32_t positive = even | odd << 16;
+  return word & (side == kPlus ? positive : ~positive);
+}
+
+__device__ __forceinline__ void positives(const Set& set, int64_t row, int source, int& first, int& last) {
+  bool valid = row < set.n;
+  first = valid ? set.first[row] - source * kTile : 0, last = valid ? set.last[row] - source * kTile : 0;
+}
+
+constexpr uint16_t kBoth = 0x8000;  // of an item: its tile has hard pairs of both sides
+
+// Sorts the items into memory.item by class, in order, and returns how many there are of each.
+__device__ __forceinline__ int3 classify(const Work& w, const Owner& owner, int side, MaskedSumMemory& memory) {
+  int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  int rows = valid_rows(w.state->valid[owner.set], owner.tile), size[3] = {0, 0, 0};
+  for (int begin = 0; begin < owner.size; begin += kThreads) {
+    int item = begin + static_cast<int>(threadIdx.x), kind = kEmpty;
+    uint16_t entry = static_cast<uint16_t>(item);
+    if (item < owner.size) {
+      int all = rows * valid_rows(w.state->valid[owner.other], owner.source(item));
+      int2 record = all == 0 ? make_int2(0, 0) : w.record[owner.number(item)];  // no record of a tile without pairs
+      int count = side == kPlus ? record.x : record.y;
+      if (count > 0) kind = count == all ? kFull : record.x + record.y <= kSparse ? kFew : kMixed;
+      if (record.x > 0 && record.y > 0) entry |= kBoth;
+    }
+    unsigned ballot[3];
+    for (int k = 0; k < 3; ++k) {
+      ballot[k] = __ballot_sync(~0u, kind == k);
+      if (lane == 0) memory.before[k][warp] = __popc(ballot[k]);
+    }
+    __syncthreads();
+    for (int k = 0; k < 3; ++k) {
+      int place = size[k] + __popc(ballot[k] & ((1u << lane) - 1));
+      for (int other = 0; other < kWarps; ++other) {
+        if (other < warp) place += memory.before[k][other];
+        size[k] += memory.before[k][other];
+      }
+      if (kind == k) memory.item[k][place] = entry;
+    }
+    __syncthreads();
+  }
+  return {size[0], size[1], size[2]};
+}
+
+__device__ __forceinline__ int chunk_of(int r, int c) { return r * (kSlice * 2) + ((c ^ (r & 7)) << 4); }
+
+// Copies x^ of one mixed tile (rows of the source, this slice's columns; zeros past the last) and its masks.
+__device__ __forceinline__ void load_item(const Work& w, const Owner& owner, int slice, int item, int part, int stage,
+                                          MaskedSumMemory& memory) {
+  const Set& from = w.set[owner.other];
+  int64_t row = static_cast<int64_t>(part) * from.tiles * kTile + static_cast<int64_t>(owner.source(item)) * kTile;
+  int r = threadIdx.x / 16, c = threadIdx.x % 16;
+  const Half* unit = from.unit + row * w.width + slice * kSlice + c * 8;
+  int bytes = slice * kSlice + c * 8 < w.width ? 16 : 0;
+#pragma unroll
+  for (int k = 0; k < kTile * 16 / kThreads; ++k, r += kThreads / 16)
+    copy_16(memory.stage.unit[stage] + chunk_of(r, c), bytes ? unit + static_cast<int64_t>(r) * w.width : from.unit, bytes);
+  if (threadIdx.x < kTile)
+    copy_16(&memory.stage.mask[stage][threadIdx.x], w.mask + owner.orientation(item) * kTile + threadIdx.x, 16);
+}
+
+// Two bits of a mask as two halves: `one`, or 0.
+__device__ __forceinline__ uint32_t two_halves(uint32_t word, int shift, uint32_t one) {
+  return (word >> shift & 0x10001) * one;
+}
+
+// The products of the mixed tiles: a warp's 32 rows and 64 columns from (row, column) on.
+__device__ __forceinline__ void add_products(const Work& w, const Owner& owner, int side, int slice, int items,
+                                             MaskedSumMemory& memory, float (&sum)[2][8][4]) {
+  int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  int row = threadIdx.x / 64 * 32, column = threadIdx.x / 32 % 2 * 64;
+  int steps = items * w.parts;
+  load_item(w, owner, slice, memory.item[kMixed][0] & ~kBoth, 0, 0, memory);
+  copies_commit();
+  for (int step = 0; step < steps; ++step) {
+    copies_wait<0>();
+    __syncthreads();  // the stage is there for all, and the other one has been read by all
+    int next = step + 1, stage = step % 2;
+    if (next < steps) load_item(w, owner, slice, memory.item[kMixed][next / w.parts] & ~kBoth, next % w.parts, 1 - stage, memory);
+    copies_commit();
+    uint16_t entry = memory.item[kMixed][step / w.parts];
+    uint32_t one = step % w.parts == 0 ? 0x3c00 : 0x1000;  // 1, or 1 / kLowScale
+    uint32_t word[2][2];
+#pragma unroll
+    for (int k = 0; k < kTile / 16; ++k) {
+      uint32_t a[2][4];
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          if (k % 2 == 0) {  // 32 columns of the mask
+            int r = row + i * 16 + h * 8 + g;
+            word[i][h] = reinterpret_cast<const uint32_t*>(&memory.stage.mask[stage][r])[k / 2];
+            if (entry & kBoth) {
+              int first, last;
+              positives(w.set[owner.set], static_cast<int64_t>(owner.tile) * kTile + r, owner.source(entry & ~kBoth), first, last);
+              word[i][h] = of_side(word[i][h], first - 16 * k, last - 16 * k, side);
+            }
+            word[i][h] >>= t;
+          }
+          a[i][h] = two_halves(word[i][h], k % 2 * 8, one), a[i][h + 2] = two_halves(word[i][h], k % 2 * 8 + 4, one);
+        }
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        uint32_t b[4];
+        load_matrices<true>(b, memory.stage.unit[stage] + chunk_of(k * 16 + lane % 16, column / 8 + 2 * j + lane / 16));
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          multiply_add(sum[i][2 * j], a[i], b[0], b[1]);
+          multiply_add(sum[i][2 * j + 1], a[i], b[2], b[3]);
+        }
+      }
+    }
+  }
+  copies_wait<0>();
+}
+
+// Four neighbours of a row of x^.
+__device__ __forceinline__ float4 load_unit(const Set& set, int64_t row, int column, int width, int parts) {
+  float4 v;
+  const Half* from = set.unit + row * width + column;
+  uint2 four = *reinterpret_cast<const uint2*>(from);
+  v = make_float4(to_float(low(four.x)), to_float(high(four.x)), to_float(low(four.y)), to_float(high(four.y)));
+  if (parts == 2) {
+    four = *reinterpret_cast<const uint2*>(from + static_cast<int64_t>(set.tiles) * kTile * width);
+    v.x += to_float(low(four.x)) / kLowScale, v.y += to_float(high(four.x)) / kLowScale;
+    v.z += to_float(low(four.y)) / kLowScale, v.w += to_float(high(four.y)) / kLowScale;
+  }
+  return v;
+}
+
+__device__ __forceinline__ float4 operator+(float4 a, float4 b) {
+  return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w);
+}
+
+// The sparse tiles, for the 16 rows of the warp: pairs are queued, and added eight at a time so that eight loads are
+// under way. A lane has four columns.
+struct PairSums {
+  const Work& w;
+  const Owner& owner;
+  MaskedSumMemory& memory;
+  int slice, lane, warp, queued = 0;
+
+  // `sum` (of four columns) of row `row` of the warp.
+  __device__ float4& cell(int row) { return *reinterpret_cast<float4*>(memory.sum + (warp * kOwnRows + row) * kPitch + lane * 4); }
+
+  __device__ void flush(int64_t base) {
+    __syncwarp();  // the queue is written
+    int column = slice * kSlice + lane * 4, row = -1;
+    bool inside = column < w.width;
+    float4 run = make_float4(0, 0, 0, 0);
+    for (int k = 0; k < queued; k += 8) {
+      float4 v[8];
+#pragma unroll
+      for (int e = 0; e < 8; ++e) {
+        uint32_t pair = memory.queue[warp][min(k + e, queued - 1)];
+        if (inside && k + e < queued) v[e] = load_unit(w.set[owner.other], base + (pair & 0xffff), column, w.width, w.parts);
+        else v[e] = make_float4(0, 0, 0, 0);
+      }
+#pragma unroll
+      for (int e = 0; e < 8; ++e) {
+        if (k + e >= queued) break;
+        int of = static_cast<int>(memory.queue[warp][k + e] >> 16);
+        if (of != row) {
+          if (row >= 0) cell(row) = cell(row) + run;
+          row = of, run = make_float4(0, 0, 0, 0);
+        }
+        run = run + v[e];
+      }
+    }
+    if (row >= 0) cell(row) = cell(row) + run;
+    queued = 0;
+    __syncwarp();  // the queue has been read
+  }
+
+  // Queues what the lanes bring: the pairs of row `row` with the set bits' rows, `offset` rows from the base.
+  __device__ void queue(uint4 mask, int row, int offset, int64_t base) {
+    int count = __popc(mask.x) + __popc(mask.y) + __popc(mask.z) + __popc(mask.w);
+    while (__any_sync(~0u, count > 0)) {
+      int until = count;
+      for (int k = 1; k < 32; k *= 2) {
+        int before = __shfl_up_sync(~0u, until, k);
+        if (lane >= k) until += before;
+      }
+      bool fits = queued + until <= kQueue;
+      if (fits && count > 0) {
+        int place = queued + until - count;
+        uint32_t word[4] = {mask.x, mask.y, mask.z, mask.w};
+#pragma unroll
+        for (int k = 0; k < 4; ++k)
+          for (uint32_t rest = word[k]; rest != 0; rest &= rest - 1)
+            memory.queue[warp][place++] = row << 16 | (offset + 32 * k + mask_column(__ffs(rest) - 1));
+        count = 0;
+      }
+      unsigned done = __ballot_sync(~0u, fits);  // the first lanes
+      if (done != 0) queued += __shfl_sync(~0u, until, __popc(done) - 1);
+      if (done != ~0u) flush(base);
+    }
+  }
+
+  __device__ void run(int items, int side) {
+    int64_t own = static_cast<int64_t>(owner.tile) * kTile + warp * kOwnRows;
+    // All sources lie in one side of the block.
+    int first_source = owner.transposed > 0 ? owner.block.i0 : owner.block.j0;
+    int64_t base = static_cast<int64_t>(first_source) * kTile;
+    for (int begin = 0; begin < items; begin += 32) {
+      bool has = begin + lane < items;
+      uint16_t entry = has ? memory.item[kFew][begin + lane] : 0;
+      int item = entry & ~kBoth, source = owner.source(item);
+      int64_t at = owner.orientation(item);
+      unsigned rows = 0;  // of the warp, those with a pair in this lane's tile
+      if (has) rows = reinterpret_cast<const unsigned*>(w.occupied)[at * 4 + warp / 2] >> (warp % 2 * kOwnRows) & 0xffff;
+      for (int row = 0; row < kOwnRows; row += 4) {
+        if (!__any_sync(~0u, (rows >> row & 15) != 0)) continue;
+        uint4 mask[4];
+#pragma unroll
+        for (int k = 0; k < 4; ++k)
+          mask[k] = rows >> (row + k) & 1 ? w.mask[at * kTile + warp * kOwnRows + row + k] : make_uint4(0, 0, 0, 0);
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+          if (entry & kBoth) {
+            int first, last;
+            positives(w.set[owner.set], own + row + k, source, first, last);
+            uint32_t* word = reinterpret_cast<uint32_t*>(&mask[k]);
+#pragma unroll
+            for (int of = 0; of < 4; ++of) word[of] = of_side(word[of], first - 32 * of, last - 32 * of, side);
+          }
+          queue(mask[k], row + k, (source - first_source) * kTile, base);
+        }
+      }
+    }
+    flush(base);
+  }
+};
+
+// Grid: owners * slices, sides.
+__global__ void __launch_bounds__(kThreads, 2) masked_sum(const __grid_constant__ Work w, const __grid_constant__ Block block) {
+  MaskedSumMemory& memory = *reinterpret_cast<MaskedSumMemory*>(shared_memory());
+  const int side = blockIdx.y, slice = blockIdx.x % w.slices, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const Owner owner = find_owner(w, block, blockIdx.x / w.slices);
+  const Set& set = w.set[owner.set];
+  if (valid_rows(w.state->valid[owner.set], owner.tile) == 0) return;
+
+  // 1. What there is to add.
+  int3 size = classify(w, owner, side, memory);
+  int mixed = size.x, few = size.y, full = size.z;
+  if (mixed + few + full == 0) return;
+
+  // 2. Full tiles: a thread has a column and every other tile.
+  {
+    int column = threadIdx.x % kSlice, half = threadIdx.x / kSlice;
+    float sum = 0;
+    if (slice * kSlice + column < w.width) {
+      const float* tile_sum = w.set[owner.other].tile_sum + slice * kSlice + column;
+#pragma unroll 4
+      for (int k = half; k < full; k += 2)
+        sum += tile_sum[static_cast<int64_t>(owner.source(memory.item[kFull][k] & ~kBoth)) * w.width];
+    }
+    memory.shared_sum[half][column] = sum;
+  }
+
+  // 3. Mixed tiles, whose sums go from registers to shared memory: a warp then has 16 whole rows.
+  float sum[2][8][4] = {};
+  if (mixed > 0) add_products(w, owner, side, slice, mixed, memory, sum);
+  __syncthreads();
+  {
+    int row = warp / 2 * 32 + lane / 4, column = warp % 2 * 64 + lane % 4 * 2;
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+#pragma unroll
+      for (int j = 0; j < 8; ++j)
+#pragma unroll
+        for (int h = 0; h < 2; ++h)
+          *reinterpret_cast<float2*>(memory.sum + (row + i * 16 + h * 8) * kPitch + column + j * 8) =
+              make_float2(sum[i][j][2 * h], sum[i][j][2 * h + 1]);
+  }
+  __syncthreads();
+
+  // 4. Sparse tiles.
+  PairSums pairs{w, owner, memory, slice, lane, warp};
+  if (few > 0) pairs.run(few, side);
+
+  // 5. All into G.
+  uint8_t* touched = set.touched + (static_cast<int64_t>(side) * set.tiles + owner.tile) * w.slices + slice;
+  const bool add = *touched != 0;
+  __syncthreads();  // all have read it
+  if (threadIdx.x == 0) *touched = 1;
+  int column = slice * kSlice + lane * 4;
+  if (column >= w.width) return;
+  float4 shared = *reinterpret_cast<const float4*>(&memory.shared_sum[0][lane * 4]) +
+                  *reinterpret_cast<const float4*>(&memory.shared_sum[1][lane * 4]);
+  for (int k = 0; k < kOwnRows; ++k) {
+    int64_t row = static_cast<int64_t>(owner.tile) * kTile + warp * kOwnRows + k;
+    float4* out = reinterpret_cast<float4*>(set.sum[side] + row * w.width + column);
+    float4 total = pairs.cell(k) + shared;
+    *out = add ? *out + total : total;
+  }
+}
+
+}  // namespace
+}  // namespace tcm::cuda
