@@ -5,11 +5,20 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <optional>
 #include <tuple>
 #include <type_traits>
 
 #include "tile_walk.h"
+
+// PyTorch's door to oneDNN's matrix kernels: s (+)= a b with operands as they lie, nothing packed. Not part of the stable
+// ABI, so it is null where a torch lacks it.
+namespace at::native::cpublas {
+__attribute__((weak, visibility("default"))) void brgemm(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb,
+                                                         int64_t ldc, bool add, const float* a, const float* b,
+                                                         float* c, bool vnni);
+}
 
 namespace tcm::cpu {
 namespace {
@@ -37,13 +46,29 @@ class View {
 };
 
 template <class real>
-void product(const real* a, int64_t m, const real* b, int64_t n, int64_t d, real* s, int64_t stride) {
-  View<real> out(s, m, n, stride, 1), left(a, m, d, d, 1), right(b, d, n, 1, d);
+void product(const real* a, int64_t m, const real* b, int64_t n, int64_t d, int64_t b_stride, real* s, int64_t stride) {
+  View<real> out(s, m, n, stride, 1), left(a, m, d, d, 1), right(b, d, n, 1, b_stride);
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.handle, left.handle, right.handle));
+}
+
+// In steps of 256 columns: the operands of a step stay in cache, and its partial sums are shorter, so rounded less.
+void transposed_product(const float* a, int64_t m, const float* b, int64_t n, int64_t d, int64_t b_stride, float* s,
+                        int64_t stride) {
+  for (int64_t k = 0; k < d; k += 256)
+    at::native::cpublas::brgemm(m, n, std::min<int64_t>(256, d - k), d, b_stride, stride, k > 0, a + k, b + k * b_stride,
+                                s, false);
 }
 
 void parallel_for(int64_t size, const std::function<void(int64_t, int64_t)>& body) {
   torch::stable::parallel_for(0, size, 1, body);
+}
+
+template <class real>
+Host<real> host(int threads) {
+  Host<real> host{threads, parallel_for, product<real>};
+  if constexpr (std::is_same_v<real, float>)
+    if (at::native::cpublas::brgemm) host.product = transposed_product, host.transposed = true;
+  return host;
 }
 
 using Results = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
@@ -75,7 +100,7 @@ Results run(const Tensor& x, const Tensor& y, const std::optional<Tensor>& ref_x
   };
   constexpr int64_t kWorthThreads = 1 << 19;  // multiplications; below, starting threads costs more than they save
   int threads = n * m * d < kWorthThreads ? 1 : static_cast<int>(torch::stable::get_num_threads());
-  tcm_loss<real>(problem, result, {threads, parallel_for, product<real>}, best_isa());
+  tcm_loss<real>(problem, result, host<real>(threads), best_isa());
   return {loss, dx, dref, penalty, count};
 }
 

@@ -138,6 +138,14 @@ TCM_INLINE void dense_sum(const uint64_t* bits, int m, int n, const real* x, int
 }
 
 template <class real>
+TCM_INLINE void transposed(const real* x, int64_t n, int64_t d, real* out) {
+  constexpr int kBlock = 16;  // rows whose cache lines are all in use while a column is written
+  for (int64_t i = 0; i < n; i += kBlock)
+    for (int64_t k = 0; k < d; ++k)
+      for (int r = 0; r < kBlock; ++r) out[k * n + i + r] = x[(i + r) * d + k];
+}
+
+template <class real>
 TCM_INLINE double sum_of_squares(const real* x, int64_t d) {
   double sum = 0;
 #pragma omp simd reduction(+ : sum)
@@ -183,13 +191,14 @@ TCM_INLINE void projected(const RowSums<real>& sums, const real* unit, int64_t d
     target static void dense(const uint64_t* bits, int m, int n, const real* x, int64_t d, real weight, real* g) { \
       dense_sum<real, width>(bits, m, n, x, d, weight, g);                                                       \
     }                                                                                                            \
+    target static void transpose(const real* x, int64_t n, int64_t d, real* out) { transposed(x, n, d, out); }   \
     target static double squares(const real* x, int64_t d) { return sum_of_squares(x, d); }                      \
     target static void scale(const real* x, int64_t d, double factor, real* out) { scaled(x, d, factor, out); }  \
     target static void gradient_row(const RowSums<real>& sums, const real* unit, int64_t d, real w_plus,         \
                                     real w_minus, double inverse, real* out) {                                   \
       projected(sums, unit, d, w_plus, w_minus, inverse, out);                                                   \
     }                                                                                                            \
-    static constexpr PairLoops<real> kLoops{scan_row, mask_row, sparse, dense, squares, scale, gradient_row};                                  \
+    static constexpr PairLoops<real> kLoops{scan_row, mask_row, sparse, dense, transpose, squares, scale, gradient_row};                                  \
   };
 
 TCM_PAIR_LOOPS(Baseline, 16, )

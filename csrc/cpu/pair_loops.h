@@ -31,6 +31,8 @@ struct PairLoops {
   void (*sparse_sum)(const uint64_t* bits, int m, const real* x, int64_t d, real weight, real* g);
   // and at a cost that hardly depends on the number of pairs.
   void (*dense_sum)(const uint64_t* bits, int m, int n, const real* x, int64_t d, real weight, real* g);
+  // out [d, n] = x [n, d] transposed, n a multiple of 16.
+  void (*transpose)(const real* x, int64_t n, int64_t d, real* out);
   // Sum of squares of x [d].
   double (*squares)(const real* x, int64_t d);
   // out [d] = x [d] * factor

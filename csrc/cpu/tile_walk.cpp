@@ -1,6 +1,7 @@
 #include "tile_walk.h"
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cmath>
 #include <cstdlib>
@@ -55,6 +56,7 @@ class Array {
     if (!data_) throw std::bad_alloc();
     use_huge_pages(data_.get(), size * sizeof(T));
   }
+  void reset() { data_.reset(); }
   T* get() const { return data_.get(); }
   explicit operator bool() const { return data_ != nullptr; }
 
@@ -73,7 +75,8 @@ struct Embeddings {
   std::vector<int64_t> order;    // [size] input row of sorted row k
   std::vector<int64_t> label;    // [size]
   std::vector<double> inverse;   // [size] 1 / max(|x|, kEps); 0 for a zero row
-  Array<real> unit;              // [size, d] x^
+  Array<real> unit;              // [panels * tile, d] x^, then zeros
+  Array<real> transposed;        // [panels, d, tile] x^ of each panel transposed, if the product wants it
   Array<real> panel_sum;         // [panels, d] sum of x^ over each panel
   std::atomic<bool> finite{true};
 
@@ -150,6 +153,7 @@ class Walk {
       match();
       tiles();
     }
+    columns().transposed.reset();  // before the gradient takes its place
     finish();
   }
 
@@ -160,6 +164,7 @@ class Walk {
     real* s;         // [m, n], rows `stride` apart
     int stride;
     Penalty penalty[2];
+    std::array<bool, kTile> any[2];  // whether a row has hard pairs
   };
 
   struct Scratch {   // one a thread
@@ -183,7 +188,9 @@ class Walk {
     std::sort(e.order.begin(), e.order.end(), [y](int64_t a, int64_t b) { return y[a] != y[b] ? y[a] < y[b] : a < b; });
     e.size = e.order.size(), e.d = p_.d, e.tile = tile, e.panels = (e.size + tile - 1) / tile;
     e.label.resize(e.size), e.inverse.resize(e.size);
-    e.unit.allocate(e.size * e.d), e.panel_sum.allocate(e.panels * e.d);
+    e.unit.allocate(e.panels * tile * e.d), e.panel_sum.allocate(e.panels * e.d);
+    bool transpose = host_.transposed && &e == &columns();
+    if (transpose) e.transposed.allocate(e.panels * tile * e.d);
     e.wants_gradient = wants_gradient;
     e.turn.reset(new std::atomic<int64_t>[e.groups()]);
     for (int64_t group = 0; group < e.groups(); ++group) e.turn[group] = 0;
@@ -202,6 +209,7 @@ class Walk {
           if (std::isnan(e.inverse[k])) e.finite = false;
           for (int64_t c = 0; c < e.d; ++c) panel_sum[c] += unit[c];
         }
+        if (transpose) loops_.transpose(e.unit_at(panel), tile, e.d, e.transposed.get() + panel * tile * e.d);
       }
     });
   }
@@ -289,14 +297,29 @@ class Walk {
     if (takes_column_turn) column_turn.turn->store(column_turn.next, std::memory_order_release);
   }
 
-  // Similarities of a group: sorted rows from the first tile's first to `end_i`, columns likewise. One product of several
-  // tiles is faster than one each: operands are packed less often. On the diagonal strips stop short of what lies below it.
+  // Similarities of a group: sorted rows from the first tile's first to `end_i`, columns likewise. On the diagonal strips
+  // stop short of what lies below it.
   void multiply(const Tile& first, int64_t end_i, int64_t end_j, bool diagonal) {
     int64_t begin_i = rows_.begin(first.i), begin_j = columns().begin(first.j), strip = diagonal ? kStrip : end_i - begin_i;
     for (int64_t i = begin_i; i < end_i; i += strip) {
-      int64_t skip = diagonal ? i - begin_i : 0;
-      host_.product(rows_.unit.get() + i * p_.d, std::min(strip, end_i - i), columns().unit.get() + (begin_j + skip) * p_.d,
-                    end_j - begin_j - skip, p_.d, first.s + (i - begin_i) * first.stride + skip, first.stride);
+      int64_t j = diagonal ? begin_j + i - begin_i : begin_j;
+      real* s = first.s + (i - begin_i) * first.stride - begin_j;
+      multiply(i, std::min(i + strip, end_i), j, end_j, s, first.stride);
+    }
+  }
+
+  // s[j] of row i and the following, for i in [i, end_i), j in [j, end_j).
+  void multiply(int64_t i, int64_t end_i, int64_t j, int64_t end_j, real* s, int stride) {
+    const real* a = rows_.unit.get() + i * p_.d;
+    if (!host_.transposed) {  // one product of several tiles is faster than one each: operands are packed less often
+      host_.product(a, end_i - i, columns().unit.get() + j * p_.d, end_j - j, p_.d, p_.d, s + j, stride);
+      return;
+    }
+    auto padded = [](int64_t size) { return (size + 15) / 16 * 16; };  // few sizes, so few kernels are generated
+    for (int64_t end, tile = rows_.tile; j < end_j; j = end) {
+      end = std::min((j / tile + 1) * tile, end_j);
+      const real* b = columns().transposed.get() + j / tile * tile * p_.d + j % tile;
+      host_.product(a, padded(end_i - i), b, padded(end - j), p_.d, tile, s + j, stride);
     }
   }
 
@@ -307,9 +330,11 @@ class Walk {
       int64_t own = own_.empty() ? -1 : own_[rows_.begin(t.i) + row] - columns().begin(t.j);
       if (0 <= own && own < t.n) s[own] = std::numeric_limits<real>::quiet_NaN();  // never hard
       auto [start, a, b] = segments(t, row);
-      add(t.penalty[kPlus], loops_.scan_row(s + a, b - a, margin(kPlus), -1));
-      add(t.penalty[kMinus], loops_.scan_row(s + start, a - start, margin(kMinus), 1));
-      add(t.penalty[kMinus], loops_.scan_row(s + b, t.n - b, margin(kMinus), 1));
+      Penalty plus = loops_.scan_row(s + a, b - a, margin(kPlus), -1);
+      Penalty minus = loops_.scan_row(s + start, a - start, margin(kMinus), 1);
+      add(minus, loops_.scan_row(s + b, t.n - b, margin(kMinus), 1));
+      t.any[kPlus][row] = plus.count > 0, t.any[kMinus][row] = minus.count > 0;
+      add(t.penalty[kPlus], plus), add(t.penalty[kMinus], minus);
     }
   }
 
@@ -385,6 +410,7 @@ class Walk {
     uint64_t all[kWords], positive[kWords], *mask = scratch.mask;
     std::fill_n(mask, rows_.tile * kWords, 0);
     for (int row = 0; row < t.m; ++row) {
+      if (!t.any[side][row]) continue;
       uint64_t* bits = mask + row * kWords;
       auto [start, a, b] = segments(t, row);
       range_mask(start, t.n, all), range_mask(a, b, positive);

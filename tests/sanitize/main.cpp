@@ -18,7 +18,7 @@ using tcm::kPlus;
 
 struct Case {
   int64_t n, m, d, classes, row_offset;
-  bool symmetric, grad_x, grad_ref;
+  bool symmetric, grad_x, grad_ref, transposed;
   double margin[2], cone;
   int threads;
 };
@@ -35,17 +35,27 @@ struct Answer {
 };
 
 template <class real>
-void product(const real* a, int64_t m, const real* b, int64_t n, int64_t d, real* s, int64_t stride) {
+void product(const real* a, int64_t m, const real* b, int64_t n, int64_t d, int64_t b_stride, real* s, int64_t stride) {
   for (int64_t i = 0; i < m; ++i)
     for (int64_t j = 0; j < n; ++j) {
       real sum = 0;
-      for (int64_t k = 0; k < d; ++k) sum += a[i * d + k] * b[j * d + k];
+      for (int64_t k = 0; k < d; ++k) sum += a[i * d + k] * b[j * b_stride + k];
       s[i * stride + j] = sum;
     }
 }
 
 template <class real>
-tcm::cpu::Host<real> host(int threads) {
+void transposed_product(const real* a, int64_t m, const real* b, int64_t n, int64_t d, int64_t b_stride, real* s, int64_t stride) {
+  if (m % 16 || n % 16) std::printf("%ld x %ld are not multiples of 16\n", m, n), std::exit(1);
+  for (int64_t i = 0; i < m; ++i) {
+    std::fill_n(s + i * stride, n, real{0});
+    for (int64_t k = 0; k < d; ++k)
+      for (int64_t j = 0; j < n; ++j) s[i * stride + j] += a[i * d + k] * b[k * b_stride + j];
+  }
+}
+
+template <class real>
+tcm::cpu::Host<real> host(int threads, bool transposed) {
   return {threads,
           [threads](int64_t size, const std::function<void(int64_t, int64_t)>& body) {
             std::vector<std::thread> pool;
@@ -56,7 +66,7 @@ tcm::cpu::Host<real> host(int threads) {
               });
             for (auto& thread : pool) thread.join();
           },
-          product<real>};
+          transposed ? transposed_product<real> : product<real>, transposed};
 }
 
 // The definition, pair by pair, in double. False if a pair is as near to a margin as rounding reaches.
@@ -174,7 +184,7 @@ bool check(const Case& c, std::mt19937_64& random) {
       int64_t count[2] = {-1, -1};
       std::vector<real> grad_x(c.grad_x ? c.n * c.d : 0, kPoison), grad_ref(c.grad_ref ? c.m * c.d : 0, kPoison);
       tcm::Result<real> result{&loss, c.grad_x ? grad_x.data() : nullptr, c.grad_ref ? grad_ref.data() : nullptr, penalty, count};
-      tcm::cpu::tcm_loss(problem, result, host<real>(c.threads), static_cast<tcm::cpu::Isa>(isa));
+      tcm::cpu::tcm_loss(problem, result, host<real>(c.threads, c.transposed), static_cast<tcm::cpu::Isa>(isa));
       for (int side : {kPlus, kMinus}) {
         if (count[side] != wanted.count[side]) fail(c, "count", count[side], wanted.count[side]);
         compare(c, "penalty", static_cast<real>(penalty[side]), wanted.penalty[side], 3.0 * wanted.count[side]);
@@ -197,11 +207,11 @@ void failing_product() {
   float loss;
   double penalty[2];
   for (int threads : {1, 3}) {
-    auto broken = host<float>(threads);
+    auto broken = host<float>(threads, false);
     std::atomic<int> calls{0};
-    broken.product = [&](const float* a, int64_t m, const float* b, int64_t n, int64_t d, float* s, int64_t stride) {
+    broken.product = [&](const float* a, int64_t m, const float* b, int64_t n, int64_t d, int64_t b_stride, float* s, int64_t stride) {
       if (++calls == 5) throw std::runtime_error("no product");
-      product(a, m, b, n, d, s, stride);
+      product(a, m, b, n, d, b_stride, s, stride);
     };
     bool thrown = false;
     try {
@@ -232,6 +242,7 @@ int main(int argc, char** argv) {
     c.row_offset = !c.symmetric && c.m >= c.n && random() % 2 ? static_cast<int64_t>(random() % (c.m - c.n + 1)) : -1;
     c.margin[kPlus] = pick(margins), c.margin[kMinus] = pick(margins);
     c.cone = pick((const double[]){0, 0, 0.3, 1, 4});
+    c.transposed = random() % 2;
     c.threads = pick((const int[]){1, 2, 3, 5});
     done += random() % 2 ? check<float>(c, random) : check<double>(c, random);
   }
