@@ -121,7 +121,32 @@ def similarity_error(d: int, unit: float) -> float:
     return (4 * math.sqrt(d) + 8) * unit
 
 
-def compare(result: Result, oracle: Oracle, dtype: torch.dtype, *, exact: bool = False) -> int:
+HALF = 2.0**-11  # unit roundoff of fp16
+
+
+def fp16_products(backend: str, dtype: torch.dtype, precision: str) -> bool:
+    """Whether `backend` may take similarities from X^ stored in fp16."""
+    return backend == "cuda" and (
+        precision == "fp16" or (precision == "auto" and dtype in (torch.float16, torch.bfloat16))
+    )
+
+
+def fp16_error(oracle: Oracle) -> Array:
+    """Largest error [N, M] of similarities whose two rows were rounded to fp16, products and sums being exact.
+
+    Each component is off by at most HALF of itself (2^-25 where it is subnormal), so that a similarity is off by at
+    most 2 HALF times the sum of |x_k y_k|. As the roundings are independent, of variance HALF^2 / 3 at most, 6
+    deviations are less in rows that are wide and even.
+    """
+    x, ref_x = np.abs(oracle.x_hat), np.abs(oracle.ref_hat)
+    most = 2 * HALF * (x @ ref_x.T)
+    deviation = HALF * np.sqrt(2 / 3 * (x**2 @ (ref_x**2).T))
+    subnormal = 2.0**-25 * (x.sum(1)[:, None] + ref_x.sum(1))
+    error: Array = np.minimum(most, 6 * deviation) + subnormal
+    return error
+
+
+def compare(result: Result, oracle: Oracle, dtype: torch.dtype, *, exact: bool = False, fp16: bool = False) -> int:
     """Assert that `result`, from input of `dtype`, is the oracle's; returns the number of pairs in the band.
 
     A count may be larger than that of the certainly hard pairs by no more than the pairs in the band. Loss and
@@ -129,12 +154,12 @@ def compare(result: Result, oracle: Oracle, dtype: torch.dtype, *, exact: bool =
     in the band; a row that has none is compared tightly, whatever happened elsewhere.
 
     exact: the similarities are exact in `dtype`, and with them all decisions: there is no band.
+    fp16: they come from X^ stored in fp16, and so do the sums of the gradient.
     """
     unit = unit_roundoff(dtype)
-    s_error = similarity_error(oracle.x_hat.shape[1], unit)
-    band = s_error + np.abs(oracle.margin) * unit  # a margin is rounded to the dtype too
-    if exact:
-        band = np.full(2, -1.0)
+    s_error = similarity_error(oracle.x_hat.shape[1], unit) + (fp16_error(oracle) if fp16 else np.zeros(oracle.s.shape))
+    # A margin is rounded to the dtype too.
+    band = [np.full(s_error.shape, -1.0) if exact else s_error + abs(margin) * unit for margin in oracle.margin]
     near = [pair & (np.abs(gap) <= width) for pair, gap, width in zip(oracle.pair, oracle.gap, band, strict=True)]
     sure = [hard & ~flips for hard, flips in zip(oracle.hard(), near, strict=True)]
     least = np.array([mask.sum() for mask in sure])
@@ -148,7 +173,10 @@ def compare(result: Result, oracle: Oracle, dtype: torch.dtype, *, exact: bool =
 
     # Of a mean violation: each pair's similarity error, and from a flipped pair at most twice the band.
     error = np.abs(result.violation - expected.violation)
-    allowed = s_error + 2 * np.maximum(band, 0) * flips / np.maximum(count, 1)
+    allowed = np.array(
+        [(s_error * mask).sum() + 2 * (width * flip).sum() for mask, width, flip in zip(sure, band, near, strict=True)]
+    )
+    allowed /= np.maximum(count, 1)
     allowed += 4 * unit * (np.abs(oracle.margin) + np.abs(expected.violation))
     allowed *= count > 0
     assert (error <= allowed).all(), f"violations {result.violation} are not {expected.violation} +- {allowed}"
@@ -160,10 +188,10 @@ def compare(result: Result, oracle: Oracle, dtype: torch.dtype, *, exact: bool =
     w = oracle.weight / np.maximum(count, 1)
     if result.grad_x is not None:
         sums = [_Sum(oracle.factor * w[k], sure[k] @ oracle.ref_hat, sure[k].sum(1), near[k].sum(1)) for k in (0, 1)]
-        _compare_gradient("grad_x", result.grad_x, expected.grad_x, sums, oracle.norm[:, 0], dtype)
+        _compare_gradient("grad_x", result.grad_x, expected.grad_x, sums, oracle.norm[:, 0], dtype, fp16)
     if result.grad_ref is not None:
         sums = [_Sum(w[k], sure[k].T @ oracle.x_hat, sure[k].sum(0), near[k].sum(0)) for k in (0, 1)]
-        _compare_gradient("grad_ref", result.grad_ref, expected.grad_ref, sums, oracle.ref_norm[:, 0], dtype)
+        _compare_gradient("grad_ref", result.grad_ref, expected.grad_ref, sums, oracle.ref_norm[:, 0], dtype, fp16)
     return int(flips.sum())
 
 
@@ -176,26 +204,29 @@ class _Sum:
     n: Array  # [N] how many
     flips: Array  # [N] how many more may be hard
 
-    def error(self, unit: float) -> Array:
+    def error(self, unit: float, fp16: bool) -> Array:
         """Allowed error of w * g [N], in the 2-norm.
 
         16 roundings for the factors, 4 sqrt(D) for the projection, and those of the sum: n of them at partial sums of
         up to max(|g|, sqrt(n)), a random walk, or a drift of unit / 2 a term where all terms are alike (|g| = n).
+        fp16: each term is off by HALF at most, in directions that are as independent as the terms; twice that for the
+        row itself, along which g is projected.
         """
         size = np.linalg.norm(self.g, axis=1)
         roundings = 16 + 4 * self.g.shape[1] ** 0.5 + 2 * self.n**0.5 + size / 2
-        error: Array = self.w * (roundings * unit * np.maximum(size, self.n**0.5) + self.flips)
+        relative = roundings * unit + (3 * HALF if fp16 else 0)
+        error: Array = self.w * (relative * np.maximum(size, self.n**0.5) + self.flips)
         return error
 
 
 def _compare_gradient(
-    name: str, given: Array, expected: Gradient, sums: list[_Sum], norm: Array, dtype: torch.dtype
+    name: str, given: Array, expected: Gradient, sums: list[_Sum], norm: Array, dtype: torch.dtype, fp16: bool
 ) -> None:
     """Each row within its own tolerance, which is relative to |w g| before cancellation and projection."""
     assert expected is not None, f"{name} has no counterpart"
     assert given.shape == expected.shape, f"{name} has shape {given.shape}"
     finfo = torch.finfo(dtype)
-    allowed = sum(part.error(unit_roundoff(dtype)) for part in sums) / np.maximum(norm, EPS)
+    allowed = sum(part.error(unit_roundoff(dtype), fp16) for part in sums) / np.maximum(norm, EPS)
     allowed += finfo.eps / 2 * np.linalg.norm(expected, axis=1)  # the result is rounded to the input's dtype
     allowed += given.shape[1] ** 0.5 * finfo.smallest_normal * finfo.eps  # which may underflow
     allowed *= norm > 0
@@ -220,7 +251,13 @@ def run(
     grad_ref: bool = True,
     **options: Any,
 ) -> Result:
-    """One forward and backward of `tcm_loss`, with gradients to those embeddings that are named."""
+    """One forward and backward of `tcm_loss`, with gradients to those embeddings that are named.
+
+    A backend of a GPU gets the tensors on the current one, in whatever layout they have.
+    """
+    if backend == "cuda":
+        x, y = on_gpu(x), on_gpu(y)
+        ref_x, ref_y = (None if t is None else on_gpu(t) for t in (ref_x, ref_y))
     x = x.detach().requires_grad_(grad_x)
     ref_x = None if ref_x is None else ref_x.detach().requires_grad_(grad_ref)
     loss, stats = tcm_loss(x, y, ref_x, ref_y, backend=backend, return_stats=True, **options)
@@ -230,11 +267,19 @@ def run(
         torch.autograd.backward(loss)
     return Result(
         loss=loss.item(),
-        count=torch.stack([stats.count_plus, stats.count_minus]).numpy(),
-        violation=torch.stack([stats.violation_plus, stats.violation_minus]).double().numpy(),
+        count=torch.stack([stats.count_plus, stats.count_minus]).cpu().numpy(),
+        violation=torch.stack([stats.violation_plus, stats.violation_minus]).double().cpu().numpy(),
         grad_x=_gradient_of(x),
         grad_ref=None if ref_x is None else _gradient_of(ref_x),
     )
+
+
+def on_gpu(t: Tensor) -> Tensor:
+    """`t` on the current GPU, with the strides and the offset that it has (a copy would be contiguous there)."""
+    if t.is_cuda or not t.numel():
+        return t.cuda()
+    storage = torch.empty(0, dtype=t.dtype).set_(t.untyped_storage()).cuda()
+    return storage.as_strided(t.shape, t.stride(), t.storage_offset())
 
 
 def _gradient_of(leaf: Tensor) -> Gradient:
@@ -254,7 +299,7 @@ def oracle_of(x: Tensor, y: Tensor, ref_x: Tensor | None = None, ref_y: Tensor |
 
 def as_array(t: Tensor) -> Array:
     """Embeddings in fp64, labels in int64."""
-    array: Array = t.detach().to(torch.float64 if t.is_floating_point() else torch.int64).numpy()
+    array: Array = t.detach().to(torch.float64 if t.is_floating_point() else torch.int64).cpu().numpy()
     return array
 
 
@@ -273,5 +318,6 @@ def check(
 ) -> Result:
     """Run `backend` and compare it with the oracle."""
     result = run(backend, x, y, ref_x, ref_y, grad_x=grad_x, grad_ref=grad_ref, precision=precision, **options)
-    compare(result, oracle_of(x, y, ref_x, ref_y, **options), x.dtype, exact=exact)
+    fp16 = fp16_products(backend, x.dtype, precision)
+    compare(result, oracle_of(x, y, ref_x, ref_y, **options), x.dtype, exact=exact, fp16=fp16)
     return result
