@@ -40,7 +40,8 @@ void check(cudaError_t error, const char* what) {
 
 struct Device {
   int sm;         // its compute capability: 80, 90, 100...
-  int built_for;  // what the code that it runs was compiled for: the latest architecture not above `sm`; 0: none
+  int built_for;  // what the code that it runs was compiled for: the latest architecture not above `sm`; 0: none.
+                  // TCM_FUSED_SM, an architecture, lowers it: so the paths for older GPUs are tested on a newer one.
   int sm_count;
 };
 
@@ -53,11 +54,13 @@ Device look_up(int index) {
   Device device{};
   device.sm = 10 * read(cudaDevAttrComputeCapabilityMajor) + read(cudaDevAttrComputeCapabilityMinor);
   device.sm_count = read(cudaDevAttrMultiProcessorCount);
+  const char* wish = std::getenv("TCM_FUSED_SM");
   std::istringstream names(TCM_CUDA_ARCHITECTURES);  // "sm_80 sm_90a compute_100"
   for (std::string name; names >> name;) {
     int built = std::atoi(name.c_str() + name.find('_') + 1);
     if (built <= device.sm) device.built_for = std::max(device.built_for, built);
   }
+  if (wish != nullptr) device.built_for = std::min(device.built_for, std::atoi(wish));
   return device;
 }
 
