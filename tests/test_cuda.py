@@ -416,6 +416,9 @@ def test_operator_refuses_what_the_kernels_trust() -> None:
     ):
         with pytest.raises(RuntimeError, match=message):
             ops.OPERATORS["fused"](*sets, *rest)
+    for offset in (-1, 1, 2**62):
+        with pytest.raises(RuntimeError, match="row_offset"):
+            ops.OPERATORS["fused"](x, y, x, y, offset, *rest[1:])
 
 
 @pytest.mark.skipif("TCM_FUSED_SM" in os.environ, reason="this is that run")

@@ -122,6 +122,8 @@ Results fused(const Tensor& x_any, const Tensor& y_any, std::optional<Tensor> re
   grad_ref = grad_ref && ref_x;
 
   int64_t n = x.size(0), d = x.size(1), m = ref_x ? ref_x->size(0) : n;
+  STD_TORCH_CHECK(!ref_x || !row_offset || (*row_offset >= 0 && *row_offset <= m - n),
+                  "tcm_fused::fused: row_offset puts rows outside the columns");
   auto empty = [&](std::initializer_list<int64_t> shape, ScalarType dtype) {
     return torch::stable::new_empty(x, shape, dtype);
   };
