@@ -141,7 +141,7 @@ def test_case_that_fails_does_not_stop_the_next() -> None:
 def test_gate_stops_a_wrong_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_speed, "loss_of", lambda *_: partial(tcm_loss, lambda_plus=1.01))
     with pytest.raises(AssertionError, match="loss"):
-        gpu_speed.check(Clock("cpu"), "cpu", 200)
+        gpu_speed.check(Clock("cpu"), "cpu")
 
 
 # Goals, from figures that are made up to lie on either side.
