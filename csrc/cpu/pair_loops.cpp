@@ -198,7 +198,8 @@ TCM_INLINE void projected(const RowSums<real>& sums, const real* unit, int64_t d
                                     real w_minus, double inverse, real* out) {                                   \
       projected(sums, unit, d, w_plus, w_minus, inverse, out);                                                   \
     }                                                                                                            \
-    static constexpr PairLoops<real> kLoops{scan_row, mask_row, sparse, dense, transpose, squares, scale, gradient_row};                                  \
+    static constexpr PairLoops<real> kLoops{scan_row, mask_row,  sparse, dense,       transpose, \
+                                            squares,  scale,     gradient_row};                       \
   };
 
 TCM_PAIR_LOOPS(Baseline, 16, )

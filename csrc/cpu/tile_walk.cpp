@@ -4,20 +4,14 @@
 #include <array>
 #include <atomic>
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
 #include <exception>
 #include <limits>
 #include <memory>
 #include <mutex>
-#include <new>
 #include <thread>
 #include <tuple>
 #include <vector>
-
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
 
 // How the walk goes:
 // 1. Sort rows and columns by label and normalise them (`Embeddings`). The positives of a row are then one
@@ -34,52 +28,12 @@ namespace tcm::cpu {
 namespace {
 
 constexpr int kGroup = 2;       // panels a side of one matrix product
-constexpr int kStrip = 128;     // rows of one product on the diagonal
 constexpr int kDensePairs = 8;  // pairs of a dense sum that cost as much as one of a sparse sum (measured: 7)
 
-// Memory not touched yet comes in pages of 2 MiB: 512 times fewer page faults, 2 % of the whole loss at N = 8192.
-void use_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] size_t bytes) {
-#ifdef MADV_HUGEPAGE
-  constexpr uintptr_t kHuge = 2 << 20;
-  uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHuge - 1) / kHuge * kHuge;
-  uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / kHuge * kHuge;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
-}
-
-// calloc'ed: pages that stay zero are never touched.
-template <class T>
-class Array {
- public:
-  void allocate(int64_t size) {
-    data_.reset(static_cast<T*>(std::calloc(std::max<int64_t>(size, 1), sizeof(T))));
-    if (!data_) throw std::bad_alloc();
-    use_huge_pages(data_.get(), size * sizeof(T));
-  }
-  void reset() { data_.reset(); }
-  T* get() const { return data_.get(); }
-  explicit operator bool() const { return data_ != nullptr; }
-
- private:
-  struct Free {
-    void operator()(T* p) const { std::free(p); }
-  };
-  std::unique_ptr<T, Free> data_;
-};
-
-// Rows or columns: those with a label >= 0, sorted by label, unit length, and their gradient.
+// Rows or columns with the sums of their gradient.
 template <class real>
-struct Embeddings {
-  int64_t size, d, panels;
-  int tile;
-  std::vector<int64_t> order;    // [size] input row of sorted row k
-  std::vector<int64_t> label;    // [size]
-  std::vector<double> inverse;   // [size] 1 / max(|x|, kEps); 0 for a zero row
-  Array<real> unit;              // [panels * tile, d] x^, then zeros
-  Array<real> transposed;        // [panels, d, tile] x^ of each panel transposed, if the product wants it
+struct EmbeddingSums : Embeddings<real> {
   Array<real> panel_sum;         // [panels, d] sum of x^ over each panel
-  std::atomic<bool> finite{true};
-
   bool wants_gradient = false;
   Array<real> sum[2];            // [size, d] masked sums over hard positives, hard negatives
   Array<real> shared[2];         // [panels, d] what every row of a panel gets besides, but for those set apart
@@ -87,11 +41,8 @@ struct Embeddings {
   std::vector<char> touched[2];  // [panels] whether sum or shared are more than zero
   std::unique_ptr<std::atomic<int64_t>[]> turn;  // [groups] see `Turn`
 
-  int64_t begin(int64_t panel) const { return panel * tile; }
-  int rows(int64_t panel) const { return static_cast<int>(std::min<int64_t>(tile, size - panel * tile)); }
-  int64_t groups() const { return (panels + kGroup - 1) / kGroup; }
-  int64_t group_end(int64_t group) const { return std::min(panels, kGroup * (group + 1)); }  // its last panel + 1
-  const real* unit_at(int64_t panel) const { return unit.get() + begin(panel) * d; }
+  int64_t groups() const { return (this->panels + kGroup - 1) / kGroup; }
+  int64_t group_end(int64_t group) const { return std::min(this->panels, kGroup * (group + 1)); }  // its last panel + 1
 };
 
 // A group's sums are added to in a fixed order: whoever has a sum for it waits until the turn is its own.
@@ -99,34 +50,6 @@ struct Turn {
   std::atomic<int64_t>* turn;
   int64_t mine, next;
 };
-
-double norm_of(const auto* x, int64_t d, double* peak) {  // |x| / peak, peak = max |x_k|, for any finite x
-  *peak = 0;
-  for (int64_t k = 0; k < d; ++k) {
-    double a = std::abs(static_cast<double>(x[k]));
-    if (!(a <= std::numeric_limits<double>::max())) return std::numeric_limits<double>::quiet_NaN();
-    *peak = std::max(*peak, a);
-  }
-  if (*peak == 0) return 0;
-  double squares = 0;
-  for (int64_t k = 0; k < d; ++k) squares += (x[k] / *peak) * (x[k] / *peak);
-  return std::sqrt(squares);
-}
-
-// unit [d] = x / max(|x|, kEps); the factor, 0 for a zero row, NaN if x is not finite.
-template <class real>
-double normalise(const PairLoops<real>& loops, const real* x, int64_t d, real* unit) {
-  double squares = loops.squares(x, d), peak = 1, norm = std::sqrt(squares);
-  if (!(squares > 1e-200 && squares < 1e200)) norm = norm_of(x, d, &peak);  // over- or underflow, zero, not finite
-  if (norm * peak < kEps) peak = 1, norm = norm == 0 ? 0 : kEps;
-  double inverse = norm == 0 ? 0 : 1 / norm;
-  if (peak == 1) {
-    loops.scale(x, d, inverse, unit);
-  } else {
-    for (int64_t k = 0; k < d; ++k) unit[k] = static_cast<real>(x[k] / peak * inverse);
-  }
-  return inverse / peak;
-}
 
 // Sets bits [from, to) of a row of a mask.
 void range_mask(int from, int to, uint64_t* bits) {
@@ -173,7 +96,7 @@ class Walk {
     uint64_t missing[kTile * kWords], hard[kTile * kWords];               // see add_most
   };
 
-  Embeddings<real>& columns() { return symmetric_ ? rows_ : other_; }
+  EmbeddingSums<real>& columns() { return symmetric_ ? rows_ : other_; }
 
   void parallel(int64_t size, const std::function<void(int64_t, int64_t)>& body) {
     if (host_.threads == 1) return body(0, size);
@@ -181,16 +104,9 @@ class Walk {
   }
 
   // Step 1.
-  void prepare(Embeddings<real>& e, const real* x, const int64_t* y, int64_t n, int tile, bool wants_gradient) {
-    e.order.reserve(n);
-    for (int64_t i = 0; i < n; ++i)
-      if (y[i] >= 0) e.order.push_back(i);
-    std::sort(e.order.begin(), e.order.end(), [y](int64_t a, int64_t b) { return y[a] != y[b] ? y[a] < y[b] : a < b; });
-    e.size = e.order.size(), e.d = p_.d, e.tile = tile, e.panels = (e.size + tile - 1) / tile;
-    e.label.resize(e.size), e.inverse.resize(e.size);
-    e.unit.allocate(e.panels * tile * e.d), e.panel_sum.allocate(e.panels * e.d);
-    bool transpose = host_.transposed && &e == &columns();
-    if (transpose) e.transposed.allocate(e.panels * tile * e.d);
+  void prepare(EmbeddingSums<real>& e, const real* x, const int64_t* y, int64_t n, int tile, bool wants_gradient) {
+    e.sort(y, n, p_.d, tile, host_.transposed && &e == &columns());
+    e.panel_sum.allocate(e.panels * e.d);
     e.wants_gradient = wants_gradient;
     e.turn.reset(new std::atomic<int64_t>[e.groups()]);
     for (int64_t group = 0; group < e.groups(); ++group) e.turn[group] = 0;
@@ -201,15 +117,11 @@ class Walk {
     }
     parallel(e.panels, [&](int64_t from, int64_t to) {
       for (int64_t panel = from; panel < to; ++panel) {
+        e.load(loops_, x, y, panel);
         real* panel_sum = e.panel_sum.get() + panel * e.d;
-        for (int64_t k = e.begin(panel); k < e.begin(panel) + e.rows(panel); ++k) {
-          real* unit = e.unit.get() + k * e.d;
-          e.label[k] = y[e.order[k]];
-          e.inverse[k] = normalise(loops_, x + e.order[k] * e.d, e.d, unit);
-          if (std::isnan(e.inverse[k])) e.finite = false;
+        const real* unit = e.unit_at(panel);
+        for (int k = 0; k < e.rows(panel); ++k, unit += e.d)
           for (int64_t c = 0; c < e.d; ++c) panel_sum[c] += unit[c];
-        }
-        if (transpose) loops_.transpose(e.unit_at(panel), tile, e.d, e.transposed.get() + panel * tile * e.d);
       }
     });
   }
@@ -304,22 +216,7 @@ class Walk {
     for (int64_t i = begin_i; i < end_i; i += strip) {
       int64_t j = diagonal ? begin_j + i - begin_i : begin_j;
       real* s = first.s + (i - begin_i) * first.stride - begin_j;
-      multiply(i, std::min(i + strip, end_i), j, end_j, s, first.stride);
-    }
-  }
-
-  // s[j] of row i and the following, for i in [i, end_i), j in [j, end_j).
-  void multiply(int64_t i, int64_t end_i, int64_t j, int64_t end_j, real* s, int stride) {
-    const real* a = rows_.unit.get() + i * p_.d;
-    if (!host_.transposed) {  // one product of several tiles is faster than one each: operands are packed less often
-      host_.product(a, end_i - i, columns().unit.get() + j * p_.d, end_j - j, p_.d, p_.d, s + j, stride);
-      return;
-    }
-    auto padded = [](int64_t size) { return (size + 15) / 16 * 16; };  // few sizes, so few kernels are generated
-    for (int64_t end, tile = rows_.tile; j < end_j; j = end) {
-      end = std::min((j / tile + 1) * tile, end_j);
-      const real* b = columns().transposed.get() + j / tile * tile * p_.d + j % tile;
-      host_.product(a, padded(end_i - i), b, padded(end - j), p_.d, tile, s + j, stride);
+      similarities(host_, rows_, i, std::min(i + strip, end_i), columns(), j, end_j, s, first.stride);
     }
   }
 
@@ -359,7 +256,7 @@ class Walk {
 
   // Adds M X^ to one side's sums of panel `i` of `to`, X^ being panel `j` of `from`. The mask holds the `listed` pairs
   // of M, or with `most` those that M lacks.
-  void add_masked(Embeddings<real>& to, int64_t i, const Embeddings<real>& from, int64_t j, int side, bool most,
+  void add_masked(EmbeddingSums<real>& to, int64_t i, const EmbeddingSums<real>& from, int64_t j, int side, bool most,
                   int64_t listed, const uint64_t* mask, Scratch& scratch) {
     int m = to.rows(i), n = from.rows(j);
     real* sum = to.sum[side].get() + to.begin(i) * p_.d;
@@ -375,7 +272,7 @@ class Walk {
 
   // The same where M is nearly full: the panel's column sum for all rows at once, less the pairs that M lacks (null:
   // none). A row that lacks more than half takes its hard pairs instead, and from then on no part in the shared sum.
-  void add_most(Embeddings<real>& to, int64_t i, const Embeddings<real>& from, int64_t j, int side, const uint64_t* lacks,
+  void add_most(EmbeddingSums<real>& to, int64_t i, const EmbeddingSums<real>& from, int64_t j, int side, const uint64_t* lacks,
                 Scratch& scratch) {
     int m = to.rows(i), n = from.rows(j);
     real *shared = to.shared[side].get() + i * p_.d, *sum = to.sum[side].get() + to.begin(i) * p_.d;
@@ -461,7 +358,7 @@ class Walk {
   }
 
   // grad [n, d]: (g - (g . x^) x^) / max(|x|, kEps) with g = w- G- - w+ G+, in the order of the input.
-  void write_gradient(Embeddings<real>& e, const int64_t* y, int64_t n, const double* weight, real* grad) {
+  void write_gradient(EmbeddingSums<real>& e, const int64_t* y, int64_t n, const double* weight, real* grad) {
     use_huge_pages(grad, n * e.d * sizeof(real));
     for (int64_t i = 0; i < n; ++i)
       if (y[i] < 0) std::fill_n(grad + i * e.d, e.d, real{0});
@@ -491,7 +388,7 @@ class Walk {
   const Host<real>& host_;
   const PairLoops<real>& loops_;
   bool symmetric_;
-  Embeddings<real> rows_, other_;
+  EmbeddingSums<real> rows_, other_;
   std::vector<int64_t> first_, last_, own_;  // [rows] see match(); own_ is empty if no row is among the columns
   std::vector<Penalty> panel_penalty_;       // [row panels, 2]
   std::atomic<bool> failed_{false};
