@@ -192,6 +192,7 @@ class Build(BuildExtension):
         else:
             print(f"tcm_fused: no CUDA kernels: {build}")
         print(f"tcm_fused: CPU kernels with {compiler()}, torch {torch.__version__} (stable ABI 2.11)")
+        self.force = True  # setuptools looks at the age of files alone; ninja knows what flags and headers changed
         super().build_extensions()
 
 
@@ -202,7 +203,6 @@ def extension() -> CppExtension:
     return CppExtension(
         "tcm_fused._C",
         sources=[str(path) for path in sources if with_cuda or "cuda" not in path.parts],
-        depends=[str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("csrc/**/*.h"))],
         define_macros=[
             ("TORCH_STABLE_ONLY", None),
             ("TORCH_TARGET_VERSION", STABLE_ABI),
