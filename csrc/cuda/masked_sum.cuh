@@ -15,7 +15,7 @@
 namespace tcm::cuda {
 namespace {
 
-constexpr int kItems = 2 * kBlock;      // tiles that add to one tile of G, at most
+static_assert(kBlock <= kThreads, "a thread looks at one tile of its owner's row or column");
 constexpr int kQueue = 256;             // pairs a warp collects before it adds them
 constexpr int kOwnRows = kTile / kWarps;  // rows of a warp in the second half
 constexpr int kPitch = kSlice + 4;      // floats a row of the staged sums: rows start in different banks
@@ -33,83 +33,73 @@ struct MaskedSumMemory {
   };
   float shared_sum[2][kSlice];             // what full tiles add, by halves of the list
   uint32_t queue[kWarps][kQueue];          // own row and source row of a pair
-  uint16_t item[3][kItems];                // by class, in order
+  uint16_t item[3][kBlock];                // tiles by class, in order: see `Owner`
   int before[3][kWarps];
 };
 
-// The owner of one tile of G, and the tiles of similarities that add to it: numbers [0, transposed) are those above it in
-// its column, read by columns; [transposed, size) those to its right in its row.
-struct Owner {
-  int tile, set, other;  // tile of `set`, gets x^ of set `other`
-  int transposed, size;
-  Block block;
+// Of a tile of similarities, as its owner sees it: its source's number in the block, and
+constexpr int kTransposed = 0x4000;  // the source is a row of the block: masks are read by columns
+constexpr int kBoth = 0x8000;        // it has hard pairs of both sides
+constexpr int kNumber = 0x3fff;
 
-  __device__ int source(int item) const {
-    return item < transposed ? block.i0 + item : (block.diagonal ? tile : block.j0) + item - transposed;
-  }
+// The owner of tile `tile` of G of `set`; adds up x^ of `other`, whose tiles in the block begin with `base`.
+struct Owner {
+  int tile, set, other, base;
+  int width, row, column;  // columns of the block; the owner's place in it
+
+  __device__ int source(int item) const { return base + (item & kNumber); }
   __device__ int number(int item) const {  // of the tile in the block
-    return item < transposed ? block.tile(source(item), tile) : block.tile(tile, source(item));
+    return item & kTransposed ? (item & kNumber) * width + column : row * width + (item & kNumber);
   }
-  // Where the tile's masks begin, as seen from the owner's rows.
-  __device__ int64_t orientation(int item) const { return number(item) * int64_t{2} + (item < transposed); }
+  __device__ int64_t masks(int item) const { return number(item) * int64_t{2} + (item & kTransposed ? 1 : 0); }
 };
 
 __device__ __forceinline__ Owner find_owner(const Work& w, const Block& block, int number) {
-  int rows = w.set[0].sum[0] == nullptr ? 0 : block.i1 - block.i0;
-  if (number < rows) {
-    int i = block.i0 + number, above = block.diagonal ? number : 0;
-    return {i, 0, 1, above, above + block.j1 - (block.diagonal ? i : block.j0), block};
-  }
-  return {block.j0 + number - rows, 1, 0, block.i1 - block.i0, block.i1 - block.i0, block};
+  int rows = w.set[0].sum[0] == nullptr ? 0 : block.i1 - block.i0, width = block.j1 - block.j0;
+  if (number < rows) return {block.i0 + number, 0, 1, block.j0, width, number, number};
+  return {block.j0 + number - rows, 1, 0, block.i0, width, number - rows, number - rows};
 }
 
-// The bits of `word` that belong to `side`, where columns `first` to `last`, counted from its first, are the positives.
-__device__ __forceinline__ uint32_t of_side(uint32_t word, int first, int last, int side) {
-  int a = min(max(first, 0), 32), b = min(max(last, 0), 32);
-  // See mask_bit: columns a to b without b are bits (a + 1) / 2 to (b + 1) / 2 below and a / 2 to b / 2 above.
-  uint32_t even = ((1u << (b + 1) / 2) - 1) & ~((1u << (a + 1) / 2) - 1);
-  uint32_t odd = ((1u << b / 2) - 1) & ~((1u << a / 2) - 1);
-  uint32_t positive = even | odd << 16;
-  return word & (side == kPlus ? positive : ~positive);
-}
-
-__device__ __forceinline__ void positives(const Set& set, int64_t row, int source, int& first, int& last) {
+// The bits of sorted row `row` of `set` in the tile that begins with tile `source` of the other set.
+__device__ __forceinline__ uint4 of_side(const Set& set, int64_t row, int source, int side, uint4 bits) {
   bool valid = row < set.n;
-  first = valid ? set.first[row] - source * kTile : 0, last = valid ? set.last[row] - source * kTile : 0;
+  int first = valid ? set.first[row] - source * kTile : 0, last = valid ? set.last[row] - source * kTile : 0;
+  uint32_t flip = side == kPlus ? 0 : ~0u;
+  return make_uint4(bits.x & (mask_range(first, last) ^ flip), bits.y & (mask_range(first - 32, last - 32) ^ flip),
+                    bits.z & (mask_range(first - 64, last - 64) ^ flip), bits.w & (mask_range(first - 96, last - 96) ^ flip));
 }
 
-constexpr uint16_t kBoth = 0x8000;  // of an item: its tile has hard pairs of both sides
-
-// Sorts the items into memory.item by class, in order, and returns how many there are of each.
-__device__ __forceinline__ int3 classify(const Work& w, const Owner& owner, int side, MaskedSumMemory& memory) {
-  int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  int rows = valid_rows(w.state->valid[owner.set], owner.tile), size[3] = {0, 0, 0};
-  for (int begin = 0; begin < owner.size; begin += kThreads) {
-    int item = begin + static_cast<int>(threadIdx.x), kind = kEmpty;
-    uint16_t entry = static_cast<uint16_t>(item);
-    if (item < owner.size) {
-      int all = rows * valid_rows(w.state->valid[owner.other], owner.source(item));
-      int2 record = all == 0 ? make_int2(0, 0) : w.record[owner.number(item)];  // no record of a tile without pairs
-      int count = side == kPlus ? record.x : record.y;
-      if (count > 0) kind = count == all ? kFull : record.x + record.y <= kSparse ? kFew : kMixed;
-      if (record.x > 0 && record.y > 0) entry |= kBoth;
-    }
-    unsigned ballot[3];
-    for (int k = 0; k < 3; ++k) {
-      ballot[k] = __ballot_sync(~0u, kind == k);
-      if (lane == 0) memory.before[k][warp] = __popc(ballot[k]);
-    }
-    __syncthreads();
-    for (int k = 0; k < 3; ++k) {
-      int place = size[k] + __popc(ballot[k] & ((1u << lane) - 1));
-      for (int other = 0; other < kWarps; ++other) {
-        if (other < warp) place += memory.before[k][other];
-        size[k] += memory.before[k][other];
-      }
-      if (kind == k) memory.item[k][place] = entry;
-    }
-    __syncthreads();
+// Sorts the owner's tiles into memory.item by class, in order, and returns how many there are of each. On the diagonal
+// those before the owner lie in its column, the others in its row.
+__device__ __forceinline__ int3 classify(const Work& w, const Block& block, const Owner& owner, int side,
+                                         MaskedSumMemory& memory) {
+  int lane = threadIdx.x % 32, warp = threadIdx.x / 32, item = threadIdx.x, kind = kEmpty;
+  if (item < (owner.set == 0 ? block.j1 - block.j0 : block.i1 - block.i0)) {
+    if (owner.set == 1 || (block.diagonal && owner.base + item < owner.tile)) item |= kTransposed;
+    int all = valid_rows(w.state->valid[owner.set], owner.tile) * valid_rows(w.state->valid[owner.other], owner.source(item));
+    int2 record = all == 0 ? make_int2(0, 0) : w.record[owner.number(item)];  // no record of a tile without pairs
+    int count = side == kPlus ? record.x : record.y;
+    if (count > 0) kind = count == all ? kFull : record.x + record.y <= kSparse ? kFew : kMixed;
+    if (record.x > 0 && record.y > 0) item |= kBoth;
   }
+  unsigned ballot[3];
+#pragma unroll
+  for (int k = 0; k < 3; ++k) {
+    ballot[k] = __ballot_sync(~0u, kind == k);
+    if (lane == 0) memory.before[k][warp] = __popc(ballot[k]);
+  }
+  __syncthreads();
+  int size[3] = {0, 0, 0};
+#pragma unroll
+  for (int k = 0; k < 3; ++k) {
+    int place = __popc(ballot[k] & ((1u << lane) - 1));
+    for (int other = 0; other < kWarps; ++other) {
+      if (other < warp) place += memory.before[k][other];
+      size[k] += memory.before[k][other];
+    }
+    if (kind == k) memory.item[k][place] = static_cast<uint16_t>(item);
+  }
+  __syncthreads();
   return {size[0], size[1], size[2]};
 }
 
@@ -127,7 +117,7 @@ __device__ __forceinline__ void load_item(const Work& w, const Owner& owner, int
   for (int k = 0; k < kTile * 16 / kThreads; ++k, r += kThreads / 16)
     copy_16(memory.stage.unit[stage] + chunk_of(r, c), bytes ? unit + static_cast<int64_t>(r) * w.width : from.unit, bytes);
   if (threadIdx.x < kTile)
-    copy_16(&memory.stage.mask[stage][threadIdx.x], w.mask + owner.orientation(item) * kTile + threadIdx.x, 16);
+    copy_16(&memory.stage.mask[stage][threadIdx.x], w.mask + owner.masks(item) * kTile + threadIdx.x, 16);
 }
 
 // Two bits of a mask as two halves: `one`, or 0.
@@ -141,44 +131,49 @@ __device__ __forceinline__ void add_products(const Work& w, const Owner& owner, 
   int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   int row = threadIdx.x / 64 * 32, column = threadIdx.x / 32 % 2 * 64;
   int steps = items * w.parts;
-  load_item(w, owner, slice, memory.item[kMixed][0] & ~kBoth, 0, 0, memory);
+  load_item(w, owner, slice, memory.item[kMixed][0], 0, 0, memory);
   copies_commit();
   for (int step = 0; step < steps; ++step) {
     copies_wait<0>();
     __syncthreads();  // the stage is there for all, and the other one has been read by all
     int next = step + 1, stage = step % 2;
-    if (next < steps) load_item(w, owner, slice, memory.item[kMixed][next / w.parts] & ~kBoth, next % w.parts, 1 - stage, memory);
+    if (next < steps) load_item(w, owner, slice, memory.item[kMixed][next / w.parts], next % w.parts, 1 - stage, memory);
     copies_commit();
-    uint16_t entry = memory.item[kMixed][step / w.parts];
+    int item = memory.item[kMixed][step / w.parts];
+    if (item & kBoth) {
+      if (threadIdx.x < kTile) {
+        int64_t own = static_cast<int64_t>(owner.tile) * kTile + threadIdx.x;
+        memory.stage.mask[stage][threadIdx.x] = of_side(w.set[owner.set], own, owner.source(item), side, memory.stage.mask[stage][threadIdx.x]);
+      }
+      __syncthreads();
+    }
     uint32_t one = step % w.parts == 0 ? 0x3c00 : 0x1000;  // 1, or 1 / kLowScale
-    uint32_t word[2][2];
 #pragma unroll
-    for (int k = 0; k < kTile / 16; ++k) {
-      uint32_t a[2][4];
+    for (int k = 0; k < kTile / 32; ++k) {  // one word of the masks
+      uint32_t word[2][2];
 #pragma unroll
       for (int i = 0; i < 2; ++i)
 #pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          if (k % 2 == 0) {  // 32 columns of the mask
-            int r = row + i * 16 + h * 8 + g;
-            word[i][h] = reinterpret_cast<const uint32_t*>(&memory.stage.mask[stage][r])[k / 2];
-            if (entry & kBoth) {
-              int first, last;
-              positives(w.set[owner.set], static_cast<int64_t>(owner.tile) * kTile + r, owner.source(entry & ~kBoth), first, last);
-              word[i][h] = of_side(word[i][h], first - 16 * k, last - 16 * k, side);
-            }
-            word[i][h] >>= t;
+        for (int h = 0; h < 2; ++h)
+          word[i][h] = reinterpret_cast<const uint32_t*>(&memory.stage.mask[stage][row + i * 16 + h * 8 + g])[k] >> t;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        uint32_t a[2][4];
+#pragma unroll
+        for (int i = 0; i < 2; ++i)
+#pragma unroll
+          for (int h = 0; h < 2; ++h)
+            a[i][h] = two_halves(word[i][h], half * 8, one), a[i][h + 2] = two_halves(word[i][h], half * 8 + 4, one);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          uint32_t b[4];
+          int r = k * 32 + half * 16 + lane % 16;
+          load_matrices<true>(b, memory.stage.unit[stage] + chunk_of(r, column / 8 + 2 * j + lane / 16));
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            multiply_add(sum[i][2 * j], a[i], b[0], b[1]);
+            multiply_add(sum[i][2 * j + 1], a[i], b[2], b[3]);
           }
-          a[i][h] = two_halves(word[i][h], k % 2 * 8, one), a[i][h + 2] = two_halves(word[i][h], k % 2 * 8 + 4, one);
-        }
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        uint32_t b[4];
-        load_matrices<true>(b, memory.stage.unit[stage] + chunk_of(k * 16 + lane % 16, column / 8 + 2 * j + lane / 16));
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          multiply_add(sum[i][2 * j], a[i], b[0], b[1]);
-          multiply_add(sum[i][2 * j + 1], a[i], b[2], b[3]);
         }
       }
     }
@@ -271,14 +266,11 @@ struct PairSums {
 
   __device__ void run(int items, int side) {
     int64_t own = static_cast<int64_t>(owner.tile) * kTile + warp * kOwnRows;
-    // All sources lie in one side of the block.
-    int first_source = owner.transposed > 0 ? owner.block.i0 : owner.block.j0;
-    int64_t base = static_cast<int64_t>(first_source) * kTile;
+    int64_t base = static_cast<int64_t>(owner.base) * kTile;
     for (int begin = 0; begin < items; begin += 32) {
       bool has = begin + lane < items;
-      uint16_t entry = has ? memory.item[kFew][begin + lane] : 0;
-      int item = entry & ~kBoth, source = owner.source(item);
-      int64_t at = owner.orientation(item);
+      int item = has ? memory.item[kFew][begin + lane] : 0;
+      int64_t at = owner.masks(item);
       unsigned rows = 0;  // of the warp, those with a pair in this lane's tile
       if (has) rows = reinterpret_cast<const unsigned*>(w.occupied)[at * 4 + warp / 2] >> (warp % 2 * kOwnRows) & 0xffff;
       for (int row = 0; row < kOwnRows; row += 4) {
@@ -287,16 +279,11 @@ struct PairSums {
 #pragma unroll
         for (int k = 0; k < 4; ++k)
           mask[k] = rows >> (row + k) & 1 ? w.mask[at * kTile + warp * kOwnRows + row + k] : make_uint4(0, 0, 0, 0);
-#pragma unroll
+#pragma unroll 1
         for (int k = 0; k < 4; ++k) {
-          if (entry & kBoth) {
-            int first, last;
-            positives(w.set[owner.set], own + row + k, source, first, last);
-            uint32_t* word = reinterpret_cast<uint32_t*>(&mask[k]);
-#pragma unroll
-            for (int of = 0; of < 4; ++of) word[of] = of_side(word[of], first - 32 * of, last - 32 * of, side);
-          }
-          queue(mask[k], row + k, (source - first_source) * kTile, base);
+          if (item & kBoth) mask[0] = of_side(w.set[owner.set], own + row + k, owner.source(item), side, mask[0]);
+          queue(mask[0], row + k, (item & kNumber) * kTile, base);
+          mask[0] = mask[1], mask[1] = mask[2], mask[2] = mask[3];  // indexed by constants: they stay in registers
         }
       }
     }
@@ -313,7 +300,7 @@ __global__ void __launch_bounds__(kThreads, 2) masked_sum(const __grid_constant_
   if (valid_rows(w.state->valid[owner.set], owner.tile) == 0) return;
 
   // 1. What there is to add.
-  int3 size = classify(w, owner, side, memory);
+  int3 size = classify(w, block, owner, side, memory);
   int mixed = size.x, few = size.y, full = size.z;
   if (mixed + few + full == 0) return;
 
@@ -325,7 +312,7 @@ __global__ void __launch_bounds__(kThreads, 2) masked_sum(const __grid_constant_
       const float* tile_sum = w.set[owner.other].tile_sum + slice * kSlice + column;
 #pragma unroll 4
       for (int k = half; k < full; k += 2)
-        sum += tile_sum[static_cast<int64_t>(owner.source(memory.item[kFull][k] & ~kBoth)) * w.width];
+        sum += tile_sum[static_cast<int64_t>(owner.source(memory.item[kFull][k])) * w.width];
     }
     memory.shared_sum[half][column] = sum;
   }

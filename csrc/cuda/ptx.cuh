@@ -47,6 +47,13 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
+// x itself, but the compiler does not know: what follows from it is computed where it is used, not once and for all in
+// registers that a loop needs.
+__device__ __forceinline__ int afresh(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // Starts a copy of 16 bytes to shared memory; of these `bytes` are read (0 or 16), the rest is zero.
 __device__ __forceinline__ void copy_16(void* to, const void* from, int bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(bytes)
@@ -105,9 +112,17 @@ inline void guard(void*, int64_t) {}
 #else  // the model
 
 inline float to_float(Half x) {
-  _Float16 value;
-  memcpy(&value, &x.bits, 2);
-  return static_cast<float>(value);
+  static const std::vector<float> table = [] {  // faster than the conversion, of which a product takes hundreds
+    std::vector<float> values(1 << 16);
+    for (unsigned bits = 0; bits < values.size(); ++bits) {
+      _Float16 value;
+      uint16_t half = static_cast<uint16_t>(bits);
+      memcpy(&value, &half, 2);
+      values[bits] = static_cast<float>(value);
+    }
+    return values;
+  }();
+  return table[x.bits];
 }
 inline Half to_half(double x) {
   _Float16 value = static_cast<_Float16>(x);
@@ -117,6 +132,7 @@ inline Half to_half(double x) {
 }
 
 inline unsigned char* shared_memory() { return emulator::shared_memory(); }
+inline int afresh(int x) { return x; }
 
 inline void copy_16(void* to, const void* from, int bytes) {
   emulator::require(bytes == 0 || bytes == 16, "copy_16: 0 or 16 bytes");
@@ -157,7 +173,7 @@ inline void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uin
     uint32_t a[4], b[2];
   } lane{{d[0], d[1], d[2], d[3]}, {a[0], a[1], a[2], a[3]}, {b0, b1}};
   emulator::warp_together("multiply_add", lane, [](Lane* const* lanes) {
-    float fa[16][16], fb[8][16];  // a [row][k], b [column][k]
+    float fa[16][16], fb[16][8], fd[16][8] = {};  // a [row][k], b [k][column], their product
     for (int l = 0; l < 32; ++l) {
       int g = l / 4, k = l % 4 * 2;
       for (int part = 0; part < 4; ++part) {
@@ -165,17 +181,15 @@ inline void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uin
         fa[row][column] = to_float(low(lanes[l]->a[part])), fa[row][column + 1] = to_float(high(lanes[l]->a[part]));
       }
       for (int part = 0; part < 2; ++part) {
-        fb[g][k + part * 8] = to_float(low(lanes[l]->b[part]));
-        fb[g][k + part * 8 + 1] = to_float(high(lanes[l]->b[part]));
+        fb[k + part * 8][g] = to_float(low(lanes[l]->b[part]));
+        fb[k + part * 8 + 1][g] = to_float(high(lanes[l]->b[part]));
       }
     }
+    for (int row = 0; row < 16; ++row)
+      for (int k = 0; k < 16; ++k)
+        for (int column = 0; column < 8; ++column) fd[row][column] += fa[row][k] * fb[k][column];
     for (int l = 0; l < 32; ++l)
-      for (int e = 0; e < 4; ++e) {
-        const float *row = fa[l / 4 + e / 2 * 8], *column = fb[l % 4 * 2 + e % 2];
-        float sum = 0;
-        for (int k = 0; k < 16; ++k) sum += row[k] * column[k];
-        lanes[l]->d[e] += sum;
-      }
+      for (int e = 0; e < 4; ++e) lanes[l]->d[e] += fd[l / 4 + e / 2 * 8][l % 4 * 2 + e % 2];
   });
   for (int k = 0; k < 4; ++k) d[k] = lane.d[k];
 }

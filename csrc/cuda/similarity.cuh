@@ -12,19 +12,16 @@
 namespace tcm::cuda {
 namespace {
 
-constexpr int kStages = 2;
 constexpr int kOperand = kTile * kDepth * 2;  // bytes of one operand of a step
 constexpr int kGroup = 8;                     // row tiles that neighbouring blocks of threads share: see `Walk`
 
-constexpr int kNoRow = INT32_MIN;             // as `own`: a row past the end, which is in no pair
-
 // Shared memory of `similarity`.
 struct SimilarityMemory {
-  unsigned char stage[kStages][2][kOperand];  // [row, 16-byte chunk], chunks swizzled
-  uint32_t mask[2][kTile][4];                 // bits of each row, of each column
-  int first[kTile], last[kTile], own[kTile];  // of the tile's rows, as columns of the tile
+  unsigned char stage[2][2][kOperand];  // [row, 16-byte chunk], chunks swizzled
+  uint32_t mask[2][kTile][4];                 // pairs of each row: positives, negatives; then hard pairs: rows, columns
   double penalty[2][kWarps];
   unsigned count[kWarps];                     // positives in the low half, negatives in the high half
+  Partial total;                              // of all tiles so far
 };
 
 // Chunk `c` (of 8 halves) of row `r`, rows of 128 bytes: eight rows of one chunk lie in eight different groups of banks.
@@ -33,19 +30,19 @@ __device__ __forceinline__ int swizzled(int r, int c) { return r * 128 + ((c ^ (
 // The tiles of a block in order, every gridDim.x-th from blockIdx.x on; those below the diagonal are passed over. Eight
 // row tiles go together, column by column: the tiles in work at one time then share rows and columns in L2.
 struct Walk {
-  Block block;  // clipped to the tiles that have valid rows
-  int group = 0, offset = 0, i = 0, j = 0;
+  const Work& w;
+  const Block& block;
+  int group = 0, offset = static_cast<int>(blockIdx.x), i = 0, j = 0;
 
-  __device__ Walk(const Work& w, const Block& b) : block(b), offset(static_cast<int>(blockIdx.x)) {
-    block.i1 = min(b.i1, (w.state->valid[0] + kTile - 1) / kTile);
-    block.j1 = min(b.j1, (w.state->valid[1] + kTile - 1) / kTile);
-  }
-  __device__ bool find() {  // the tile at `offset`, or the next one
+  __device__ Walk(const Work& of, const Block& in) : w(of), block(in) {}
+  __device__ bool find() {  // the tile at `offset`, or the next one; those without a valid row are left out
+    const int i1 = min(block.i1, (w.state->valid[0] + kTile - 1) / kTile);
+    const int j1 = min(block.j1, (w.state->valid[1] + kTile - 1) / kTile);
     for (;;) {
       int top = block.i0 + kGroup * group;
-      if (top >= block.i1) return false;
-      int height = min(kGroup, block.i1 - top), left = block.diagonal ? top : block.j0;
-      int size = height * max(0, block.j1 - left);
+      if (top >= i1) return false;
+      int height = min(kGroup, i1 - top), left = block.diagonal ? top : block.j0;
+      int size = height * max(0, j1 - left);
       if (offset >= size) {
         offset -= size, ++group;
         continue;
@@ -61,98 +58,66 @@ struct Walk {
   }
 };
 
-// Copies ahead: the stages of all tiles of a walk are one sequence, so that the next tile's first stage is under way
-// while this one is scanned.
-struct Loader {
-  Walk walk;
-  bool more;
-  int step = 0, stage = 0;
-
-  __device__ explicit Loader(const Walk& w) : walk(w), more(walk.find()) {}
-  __device__ void operator()(const Work& w, SimilarityMemory& memory, int steps) {
-    if (more) {
-      int of_part = w.width / kDepth, part = step / of_part, column = step % of_part * kDepth;
-      // parts 1: high high; 2: high low, low high, high high
-      operand(w.set[0], memory.stage[stage][0], w.width, part == 1, walk.i, column);
-      operand(w.set[1], memory.stage[stage][1], w.width, part == 0 && w.parts == 2, walk.j, column);
-      if (++step == steps) step = 0, more = walk.next();
-      stage = (stage + 1) % kStages;
-    }
-    copies_commit();
-  }
-  __device__ static void operand(const Set& set, unsigned char* to, int width, bool low_part, int tile, int column) {
-    int64_t row = (low_part ? int64_t{set.tiles} * kTile : 0) + int64_t{tile} * kTile;
-    const Half* from = set.unit + row * width + column;
-    int r = threadIdx.x / 8, c = threadIdx.x % 8;
+__device__ __forceinline__ void load_operand(const Set& set, unsigned char* to, int width, bool low_part, int tile, int column) {
+  int64_t row = (low_part ? int64_t{set.tiles} * kTile : 0) + int64_t{tile} * kTile;
+  int r = threadIdx.x / 8, c = threadIdx.x % 8;
+  const Half* from = set.unit + (row + r) * width + column + c * 8;
+  unsigned char* at = to + swizzled(r, c);  // rows of the same number modulo 8 are swizzled alike
 #pragma unroll
-    for (int k = 0; k < kTile * 8 / kThreads; ++k, r += kThreads / 8)
-      copy_16(to + swizzled(r, c), from + static_cast<int64_t>(r) * width + c * 8, 16);
-  }
-};
+  for (int k = 0; k < kTile * 8 / kThreads; ++k)
+    copy_16(at + k * kThreads / 8 * 128, from + static_cast<int64_t>(k * kThreads / 8) * width, 16);
+}
 
-struct Tally {  // hard pairs
-  int count[2] = {0, 0};
-  float penalty[2] = {0, 0};
-};
+// Starts the copies of step `step` of a tile's product. One part: high high; two: high low, low high, high high.
+__device__ __forceinline__ void load_step(const Work& w, SimilarityMemory& memory, int stage, int i, int j, int step) {
+  int of_part = w.width / kDepth, part = (step >= of_part) + (step >= 2 * of_part);
+  int column = (step - part * of_part) * kDepth;
+  load_operand(w.set[0], memory.stage[stage][0], w.width, part == 1, i, column);
+  load_operand(w.set[1], memory.stage[stage][1], w.width, part == 0 && w.parts == 2, j, column);
+}
 
-// The thread's 64 similarities: rows r = i * 16 + h * 8 of the warp's, columns j * 8 + e, from (row, column) on. Sums
-// are taken as a tree, 9 additions deep. bits [i][h] has bit mask_bit(column in the warp's 32) for each hard pair.
-// kPlain: all pairs are negatives that take part.
-template <bool kPlain>
-__device__ __forceinline__ Tally scan(const Work& w, const SimilarityMemory& memory, const float (&s)[4][4][4], int row,
-                                      int column, int columns, uint32_t (&bits)[4][2]) {
-  const float plus = w.margin[kPlus], minus = w.margin[kMinus];
-  Tally tally;
+// Counts and sums the hard pairs of one side among the thread's 64 similarities, those of rows i * 16 + h * 8 and columns
+// j * 8 + e from its own place on: `place` is its row, lane % 4 * 2 its column in word `word` of the masks. The sum is
+// taken as a tree, 9 additions deep. A hard pair's bit is set in bits [i][h], shifted by lane % 4.
+// kAll: all pairs are negatives; else memory.mask [side] tells which pairs are of the side.
+template <int kSide, bool kAll>
+__device__ __forceinline__ void scan(float margin, const SimilarityMemory& memory, const float (&s)[4][4][4], int place, int word,
+                                     uint32_t (&bits)[4][2], int& count, float& penalty) {
+  penalty = 0, count = 0;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    float of_rows[2] = {0, 0};
+    float of_rows = 0;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      int first = 0, last = 0, own = 0, end = columns;
-      if constexpr (!kPlain) {
-        int r = row + i * 16 + h * 8;
-        first = memory.first[r], last = memory.last[r], own = memory.own[r];
-        if (own == kNoRow) end = 0;
-      }
-      float of_row[2] = {0, 0};
-      uint32_t word = 0;
+      const uint32_t pairs = kAll ? ~0u : memory.mask[kSide][place + i * 16 + h * 8][word] >> threadIdx.x % 4;
+      float of_row = 0;
+      uint32_t hard = 0;
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        float of_two[2] = {0, 0};
+        float of_two = 0;
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-          float value = s[i][j][2 * h + e];
-          uint32_t bit = 1u << (j * 4 + 16 * e);
-          if constexpr (kPlain) {
-            bool hard = value >= minus;
-            word |= hard ? bit : 0;
-            of_two[kMinus] += hard ? value - minus : 0.0f;
-          } else {
-            int c = column + j * 8 + e;
-            bool pair = c < end && c != own, positive = first <= c && c < last;
-            bool hard = pair && (positive ? value <= plus : value >= minus);
-            word |= hard ? bit : 0;
-            tally.count[kPlus] += hard && positive;
-            of_two[kPlus] += hard && positive ? plus - value : 0.0f;
-            of_two[kMinus] += hard && !positive ? value - minus : 0.0f;
-          }
+          const uint32_t bit = 1u << mask_bit(j * 8 + e);
+          const float value = s[i][j][2 * h + e];
+          float over = kSide == kPlus ? margin - value : value - margin;  // hard if not negative: its sign is exact
+          if (!(pairs & bit)) over = -1.0f;
+          hard |= over >= 0.0f ? bit : 0;
+          of_two += max(over, 0.0f);
         }
-        of_row[kPlus] += of_two[kPlus], of_row[kMinus] += of_two[kMinus];
+        of_row += of_two;
       }
-      of_rows[kPlus] += of_row[kPlus], of_rows[kMinus] += of_row[kMinus];
-      bits[i][h] = word;
-      tally.count[kMinus] += __popc(word);
+      of_rows += of_row;
+      bits[i][h] |= hard;
+      count += __popc(hard);
     }
-    tally.penalty[kPlus] += of_rows[kPlus], tally.penalty[kMinus] += of_rows[kMinus];
+    penalty += of_rows;
   }
-  tally.count[kMinus] -= tally.count[kPlus];
-  return tally;
 }
 
 // The warp's bits (of `scan`; 64 x 32 pairs) to memory.mask, as rows and as columns. A word of a row is shared by the
 // four lanes of its columns, one of a column by the eight lanes of its rows.
 __device__ __forceinline__ void write_masks(SimilarityMemory& memory, const uint32_t (&bits)[4][2], int row, int column) {
-  int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+  const int lane = afresh(threadIdx.x) % 32, g = lane / 4, t = lane % 4;
 #pragma unroll
   for (int i = 0; i < 4; ++i)
 #pragma unroll
@@ -182,110 +147,137 @@ __device__ __forceinline__ void write_masks(SimilarityMemory& memory, const uint
       }
 }
 
+// Whether a tile holds more than plain negatives; if so, memory.mask tells which pairs are positives and which negatives.
+// A row's positives are a range of columns; it has no pair with itself; padding has none. For all threads of the block.
+__device__ __forceinline__ bool note_pairs(const Work& w, SimilarityMemory& memory, int tile_i, int tile_j, int rows, int columns) {
+  const int thread = afresh(threadIdx.x), row = tile_i * kTile + thread, left = tile_j * kTile;
+  const bool valid = thread < rows;
+  int first = 0, last = 0, own = -1;
+  if (valid) first = w.set[0].first[row] - left, last = w.set[0].last[row] - left, own = w.set[0].own[row] - left;
+  bool special = rows < kTile || columns < kTile || (first < min(last, kTile) && last > 0) || (0 <= own && own < kTile);
+  special = __syncthreads_or(special);
+  if (!special) return false;
+  if (thread < kTile)
+    for (int k = 0; k < 4; ++k) {
+      uint32_t pairs = mask_range(0, valid ? columns - 32 * k : 0) & ~mask_range(own - 32 * k, own - 32 * k + 1);
+      uint32_t same = mask_range(first - 32 * k, last - 32 * k);
+      memory.mask[kPlus][thread][k] = pairs & same, memory.mask[kMinus][thread][k] = pairs & ~same;
+    }
+  __syncthreads();
+  return true;
+}
+
+// Counts and sums the hard pairs of tile (tile_i, tile_j), whose similarities the threads hold; writes its record, and
+// the masks of a tile that is neither empty nor full.
+__device__ __forceinline__ void examine(const Work& w, const Block& block, SimilarityMemory& memory, const float (&s)[4][4][4],
+                                        int tile_i, int tile_j) {
+  const int rows = valid_rows(w.state->valid[0], tile_i), columns = valid_rows(w.state->valid[1], tile_j);
+  const bool special = note_pairs(w, memory, tile_i, tile_j, rows, columns);
+  const int thread = afresh(threadIdx.x), lane = thread % 32, warp = thread / 32;
+  const int warp_row = warp / 4 * 64, warp_column = warp % 4 * 32, row = warp_row + lane / 4;
+  uint32_t bits[4][2] = {};
+  int found[2] = {0, 0};
+  float excess[2] = {0, 0};
+  if (special) {
+    scan<kMinus, false>(w.margin[kMinus], memory, s, row, warp % 4, bits, found[kMinus], excess[kMinus]);
+    scan<kPlus, false>(w.margin[kPlus], memory, s, row, warp % 4, bits, found[kPlus], excess[kPlus]);
+  } else {
+    scan<kMinus, true>(w.margin[kMinus], memory, s, row, warp % 4, bits, found[kMinus], excess[kMinus]);
+  }
+
+  unsigned both = static_cast<unsigned>(found[kPlus]) | static_cast<unsigned>(found[kMinus]) << 16;
+  for (int k = 16; k > 0; k /= 2) both += __shfl_xor_sync(~0u, both, k);
+  if (both != 0)
+    for (int side = 0; side < 2; ++side) {
+      double penalty = warp_sum(excess[side]);
+      if (lane == 0) memory.penalty[side][warp] = penalty;
+    }
+  if (lane == 0) memory.count[warp] = both;
+  __syncthreads();
+  int count[2] = {0, 0};
+  for (int k = 0; k < kWarps; ++k) count[kPlus] += memory.count[k] & 0xffff, count[kMinus] += memory.count[k] >> 16;
+  const int tile = block.tile(tile_i, tile_j), all = rows * columns;
+  if (thread == 0) {
+    int pairs = w.symmetric && tile_i != tile_j ? 2 : 1;  // (j, i) too
+    for (int side = 0; side < 2; ++side) {
+      memory.total.count[side] += static_cast<int64_t>(pairs) * count[side];
+      for (int k = 0; k < kWarps; ++k)
+        if (memory.count[k] != 0) memory.total.penalty[side] += pairs * memory.penalty[side][k];
+    }
+    w.record[tile] = make_int2(count[kPlus], count[kMinus]);
+  }
+
+  const bool keep = w.set[0].sum[0] != nullptr || w.set[1].sum[0] != nullptr;
+  if (!keep || count[kPlus] + count[kMinus] == 0 || count[kPlus] == all || count[kMinus] == all) return;
+  write_masks(memory, bits, warp_row, warp_column);
+  __syncthreads();
+  const int side = thread / kTile, k = thread % kTile;
+  const uint4 mask = *reinterpret_cast<const uint4*>(memory.mask[side][k]);
+  w.mask[(static_cast<int64_t>(tile) * 2 + side) * kTile + k] = mask;
+  const unsigned occupied = __ballot_sync(~0u, (mask.x | mask.y | mask.z | mask.w) != 0);
+  if (lane == 0) reinterpret_cast<unsigned*>(w.occupied)[(tile * 2 + side) * 4 + k / 32] = occupied;
+}
+
 __global__ void __launch_bounds__(kThreads, 2) similarity(const __grid_constant__ Work w, const __grid_constant__ Block block) {
   SimilarityMemory& memory = *reinterpret_cast<SimilarityMemory*>(shared_memory());
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
   const int warp_row = warp / 4 * 64, warp_column = warp % 4 * 32;
   const int of_part = w.width / kDepth, steps = of_part * (w.parts == 2 ? 3 : 1);
-  const bool keep = w.set[0].sum[0] != nullptr || w.set[1].sum[0] != nullptr;
 
+  // The steps of all tiles are one sequence, copied one step ahead: a tile's first one while the last tile is scanned.
   Walk walk(w, block);
-  Loader load(walk);
-  for (int k = 0; k < kStages - 1; ++k) load(w, memory, steps);
+  bool more = walk.find();
+  if (more) load_step(w, memory, 0, walk.i, walk.j, 0);
+  copies_commit();
+  if (thread == 0) memory.total = {};
   int stage = 0;
-  Partial total = {};  // of thread 0
-  for (bool more = walk.find(); more; more = walk.next()) {
-    const int rows = valid_rows(w.state->valid[0], walk.i), columns = valid_rows(w.state->valid[1], walk.j);
+  while (more) {
+    const int tile_i = walk.i, tile_j = walk.j;
+    more = walk.next();
 
     // 1. The product.
     float s[4][4][4] = {};
     for (int step = 0; step < steps; ++step) {
-      copies_wait<kStages - 2>();
-      __syncthreads();  // the stage is there for all, and the one that is loaded next has been read by all
-      load(w, memory, steps);
-      const unsigned char *a_stage = memory.stage[stage][0], *b_stage = memory.stage[stage][1];
+      copies_wait<0>();
+      __syncthreads();  // the stage is there for all, and the other one has been read by all
+      if (step + 1 < steps) load_step(w, memory, 1 - stage, tile_i, tile_j, step + 1);
+      else if (more) load_step(w, memory, 1 - stage, walk.i, walk.j, 0);
+      copies_commit();
+      // Lane's row and chunk of the operands at k = 0. The chunk of k is that one with 2 k exclusive-or'ed, which is left
+      // to the loop: eight invariant addresses would cost more registers than there are.
+      const int a_at = (stage * 2 + 0) * kOperand + swizzled(warp_row + lane % 16, lane / 16);
+      const int b_at = (stage * 2 + 1) * kOperand + swizzled(warp_column + lane / 16 * 8 + lane % 8, lane / 8 % 2);
 #pragma unroll
       for (int k = 0; k < kDepth / 16; ++k) {
-        uint32_t a[4][4], b[2][4];
+        uint32_t a[4][4];
 #pragma unroll
-        for (int i = 0; i < 4; ++i) load_matrices<false>(a[i], a_stage + swizzled(warp_row + i * 16 + lane % 16, 2 * k + lane / 16));
+        for (int i = 0; i < 4; ++i) load_matrices<false>(a[i], memory.stage[0][0] + (a_at ^ k << 5) + i * 16 * 128);
 #pragma unroll
-        for (int j = 0; j < 2; ++j)
-          load_matrices<false>(b[j], b_stage + swizzled(warp_column + j * 16 + lane / 16 * 8 + lane % 8, 2 * k + lane / 8 % 2));
+        for (int j = 0; j < 4; j += 2) {
+          uint32_t b[4];
+          load_matrices<false>(b, memory.stage[0][0] + (b_at ^ k << 5) + j * 8 * 128);
 #pragma unroll
-        for (int i = 0; i < 4; ++i)
-#pragma unroll
-          for (int j = 0; j < 4; ++j) multiply_add(s[i][j], a[i], b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
+          for (int i = 0; i < 4; ++i) {
+            multiply_add(s[i][j], a[i], b[0], b[1]);
+            multiply_add(s[i][j + 1], a[i], b[2], b[3]);
+          }
+        }
       }
-      stage = (stage + 1) % kStages;
+      stage = 1 - stage;
       if (step + 1 == 2 * of_part) {  // only with two parts
 #pragma unroll
         for (int k = 0; k < 64; ++k) s[k / 16][k / 4 % 4][k % 4] *= 1 / kLowScale;
       }
     }
 
-    // 2. Which pairs are not plain negatives: the rows' positives and the row itself among these columns, and padding.
-    bool special = rows < kTile || columns < kTile;
-    if (thread < kTile) {
-      int64_t row = static_cast<int64_t>(walk.i) * kTile + thread, left = static_cast<int64_t>(walk.j) * kTile;
-      bool valid = thread < rows;
-      int first = valid ? static_cast<int>(w.set[0].first[row] - left) : 0;
-      int last = valid ? static_cast<int>(w.set[0].last[row] - left) : 0;
-      int own = !valid ? kNoRow : w.set[0].own[row] < 0 ? -1 : static_cast<int>(w.set[0].own[row] - left);
-      special |= (first < last && first < kTile && last > 0) || (0 <= own && own < kTile);
-      memory.first[thread] = first, memory.last[thread] = last, memory.own[thread] = own;
-    }
-    special = __syncthreads_or(special);
-
-    // 3. The scan, and the tile's totals.
-    uint32_t bits[4][2];
-    Tally tally;
-    int row = warp_row + lane / 4, column = warp_column + lane % 4 * 2;
-    if (special) {
-      tally = scan<false>(w, memory, s, row, column, columns, bits);
-    } else {
-      tally = scan<true>(w, memory, s, row, column, columns, bits);
-    }
-    unsigned both = static_cast<unsigned>(tally.count[kPlus]) | static_cast<unsigned>(tally.count[kMinus]) << 16;
-    for (int k = 16; k > 0; k /= 2) both += __shfl_xor_sync(~0u, both, k);
-    if (both != 0) {
-      for (int side = 0; side < 2; ++side) {
-        double penalty = warp_sum(tally.penalty[side]);
-        if (lane == 0) memory.penalty[side][warp] = penalty;
-      }
-    }
-    if (lane == 0) memory.count[warp] = both;
-    __syncthreads();
-    int count[2] = {0, 0};
-    for (int k = 0; k < kWarps; ++k) count[kPlus] += memory.count[k] & 0xffff, count[kMinus] += memory.count[k] >> 16;
-    int tile = block.tile(walk.i, walk.j);
-    if (thread == 0) {
-      int pairs = w.symmetric && walk.i != walk.j ? 2 : 1;  // (j, i) too
-      for (int side = 0; side < 2; ++side) {
-        total.count[side] += static_cast<int64_t>(pairs) * count[side];
-        for (int k = 0; k < kWarps; ++k)
-          if (memory.count[k] != 0) total.penalty[side] += pairs * memory.penalty[side][k];
-      }
-      w.record[tile] = make_int2(count[kPlus], count[kMinus]);
-    }
-
-    // 4. The masks of a tile that is neither empty nor full.
-    int all = rows * columns;
-    if (!keep || count[kPlus] + count[kMinus] == 0 || count[kPlus] == all || count[kMinus] == all) continue;
-    write_masks(memory, bits, warp_row, warp_column);
-    __syncthreads();
-    int side = thread / kTile, k = thread % kTile;
-    uint4 mask = *reinterpret_cast<const uint4*>(memory.mask[side][k]);
-    w.mask[(static_cast<int64_t>(tile) * 2 + side) * kTile + k] = mask;
-    unsigned occupied = __ballot_sync(~0u, (mask.x | mask.y | mask.z | mask.w) != 0);
-    if (lane == 0) reinterpret_cast<unsigned*>(w.occupied)[(tile * 2 + side) * 4 + k / 32] = occupied;
+    examine(w, block, memory, s, tile_i, tile_j);
   }
   copies_wait<0>();
   if (thread == 0) {
     Partial& partial = w.partial[blockIdx.x];
     for (int side = 0; side < 2; ++side) {
-      partial.penalty[side] += total.penalty[side];
-      partial.count[side] += total.count[side];
+      partial.penalty[side] += memory.total.penalty[side];
+      partial.count[side] += memory.total.count[side];
     }
   }
 }

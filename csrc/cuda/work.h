@@ -93,8 +93,15 @@ struct Block {
 
 // Where a word of a mask keeps its column c (0..31): even columns in the low half, odd ones in the high half. Bits p and
 // p + 16 are then the neighbours of one fragment of a product's operand, two halves that one multiplication makes.
-__device__ __forceinline__ int mask_bit(int c) { return c / 2 + c % 2 * 16; }
-__device__ __forceinline__ int mask_column(int bit) { return bit % 16 * 2 + bit / 16; }
+__host__ __device__ constexpr int mask_bit(int c) { return c / 2 + c % 2 * 16; }
+__host__ __device__ constexpr int mask_column(int bit) { return bit % 16 * 2 + bit / 16; }
+
+// The bits of columns `first` to `last` without it, counted from the word's first: see mask_bit.
+__device__ __forceinline__ uint32_t mask_range(int first, int last) {
+  int a = min(max(first, 0), 32), b = max(min(max(last, 0), 32), a);
+  uint32_t even = (1u << (b + 1) / 2) - (1u << (a + 1) / 2), odd = (1u << b / 2) - (1u << a / 2);
+  return even | odd << 16;
+}
 
 // Rows of a tile that take part.
 __device__ __forceinline__ int valid_rows(int valid, int tile) { return min(kTile, max(0, valid - tile * kTile)); }
