@@ -22,11 +22,12 @@ from typing import ClassVar, NamedTuple
 from setuptools import Command, setup
 
 try:
+    import pybind11
     import torch
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 except ImportError as error:
     raise SystemExit(
-        "tcm_fused is built against the torch you run it with: install torch first, then "
+        f"tcm_fused is built against the torch you run it with ({error}): install torch and pybind11 first, then "
         "`pip install --no-build-isolation .`"
     ) from error
 
@@ -203,6 +204,7 @@ def extension() -> CppExtension:
     return CppExtension(
         "tcm_fused._C",
         sources=[str(path) for path in sources if with_cuda or "cuda" not in path.parts],
+        include_dirs=[pybind11.get_include()],  # before torch 2.11's copy, which refuses a stable ABI
         define_macros=[
             ("TORCH_STABLE_ONLY", None),
             ("TORCH_TARGET_VERSION", STABLE_ABI),

@@ -35,7 +35,7 @@ class View {
  public:
   View(const real* data, int64_t rows, int64_t columns, int64_t row_stride, int64_t column_stride) {
     int64_t sizes[] = {rows, columns}, strides[] = {row_stride, column_stride};
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_create_tensor_from_blob(
+    TORCH_ERROR_CODE_CHECK(aoti_torch_create_tensor_from_blob(
         const_cast<real*>(data), 2, sizes, strides, 0,
         std::is_same_v<real, float> ? aoti_torch_dtype_float32() : aoti_torch_dtype_float64(),
         aoti_torch_device_type_cpu(), 0, &handle));
@@ -48,7 +48,7 @@ class View {
 template <class real>
 void product(const real* a, int64_t m, const real* b, int64_t n, int64_t d, int64_t b_stride, real* s, int64_t stride) {
   View<real> out(s, m, n, stride, 1), left(a, m, d, d, 1), right(b, d, n, 1, b_stride);
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.handle, left.handle, right.handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.handle, left.handle, right.handle));
 }
 
 // In steps of 256 columns: the operands of a step stay in cache, and its partial sums are shorter, so rounded less.

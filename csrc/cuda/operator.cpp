@@ -82,7 +82,7 @@ const Device& device_of(const Tensor& x) {
 cudaStream_t current_stream(int device) {
   STD_TORCH_CHECK(&aoti_torch_get_current_cuda_stream != nullptr, "tcm_fused::fused: this torch has no CUDA");
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
   return static_cast<cudaStream_t>(stream);
 }
 
