@@ -263,7 +263,12 @@ def _one_fp16_product(embeddings: Tensor, precision: str) -> bool:
 
 
 def _in_autocast(x: Tensor) -> bool:
-    return torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)
+    return _has_autocast(x.device.type) and torch.is_autocast_enabled(x.device.type)
+
+
+@torch.compiler.assume_constant_result  # torch 2.11 cannot trace it
+def _has_autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type)
 
 
 @torch.compiler.assume_constant_result  # torch.compile cannot trace it, and compiles again when the setting changes
