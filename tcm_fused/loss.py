@@ -7,10 +7,12 @@ from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from tcm_fused import ops
 
 _PRECISIONS = ("auto", "fp32", "fp16")
+_AUTOCAST_DEVICES = tuple(filter(torch.amp.is_autocast_available, ("cpu", "cuda", "mps", "xpu")))
 
 
 class TCMStats(NamedTuple):
@@ -19,10 +21,10 @@ class TCMStats(NamedTuple):
     Pairs are ordered: (i, j) and (j, i) count as two.
     """
 
-    count_plus: Tensor  # int64, hard positive pairs n+
-    count_minus: Tensor  # int64, hard negative pairs n-
-    violation_plus: Tensor  # mean of m+ - s over them, 0 if there are none
-    violation_minus: Tensor  # mean of s - m- over them, 0 if there are none
+    count_plus: Tensor  # int64, hard positive pairs n+; of no meaning where an embedding is not finite
+    count_minus: Tensor  # int64, hard negative pairs n-; likewise
+    violation_plus: Tensor  # mean of m+ - s over them, 0 if there are none, NaN where an embedding is not finite
+    violation_minus: Tensor  # mean of s - m- over them; likewise
 
 
 @overload
@@ -134,7 +136,7 @@ def tcm_loss(
         _check_number(name, value, least=0.0)
     _check_set("embeddings", embeddings, "labels", labels)
     device = embeddings.device
-    if row_offset is not None and (not isinstance(row_offset, int) or isinstance(row_offset, bool)):
+    if row_offset is not None and (not isinstance(row_offset, numbers.Integral) or isinstance(row_offset, bool)):
         raise TypeError(f"row_offset must be an int or None, got {type(row_offset).__name__}")
     if ref_emb is None and ref_labels is None:
         if row_offset not in (None, 0):
@@ -147,6 +149,8 @@ def tcm_loss(
         _check_reference(embeddings, ref_emb, row_offset)
         ref_labels = _int64(ref_labels, "ref_labels")
 
+    if not torch.compiler.is_compiling():
+        _check_differentiation(embeddings, ref_emb)
     operator = ops.OPERATORS[ops.choose(backend, device.type, embeddings.dtype)]
     if ref_emb is not None and ref_emb.dtype != embeddings.dtype:  # under autocast
         wide = torch.float64 if embeddings.dtype == torch.float64 else torch.float32
@@ -157,7 +161,7 @@ def tcm_loss(
         _int64(labels, "labels"),
         ref_emb,
         ref_labels,
-        row_offset,
+        None if row_offset is None else int(row_offset),
         float(margin_plus),
         float(margin_minus),
         float(lambda_plus),
@@ -258,22 +262,35 @@ def _one_fp16_product(embeddings: Tensor, precision: str) -> bool:
     if precision != "auto":
         return precision == "fp16"
     if embeddings.dtype == torch.float32:
-        return _in_autocast(embeddings) or _user_allows_less_than_float32()
+        return _in_autocast(embeddings) or _user_allows_less_than_float32(embeddings.device.type)
     return embeddings.dtype != torch.float64
 
 
 def _in_autocast(x: Tensor) -> bool:
-    return _has_autocast(x.device.type) and torch.is_autocast_enabled(x.device.type)
-
-
-@torch.compiler.assume_constant_result  # torch 2.11 cannot trace it
-def _has_autocast(device_type: str) -> bool:
-    return torch.amp.is_autocast_available(device_type)
+    return x.device.type in _AUTOCAST_DEVICES and torch.is_autocast_enabled(x.device.type)
 
 
 @torch.compiler.assume_constant_result  # torch.compile cannot trace it, and compiles again when the setting changes
-def _user_allows_less_than_float32() -> bool:
-    return torch.get_float32_matmul_precision() != "highest"
+def _user_allows_less_than_float32(device_type: str) -> bool:
+    if device_type == "cpu":  # no kernel there has less
+        return False
+    try:
+        return torch.get_float32_matmul_precision() != "highest"
+    except RuntimeError:  # the user has set what is newer than that: torch.backends.cuda.matmul.fp32_precision
+        return torch.backends.cuda.matmul.fp32_precision not in ("none", "ieee")
+
+
+def _check_differentiation(*embeddings: Tensor | None) -> None:
+    """Only reverse-mode autograd is served; torch's own words, or silence, would not say so for the rest."""
+    for x in embeddings:
+        if x is None:
+            continue
+        forward_mode = forward_ad.unpack_dual(x).tangent is not None
+        if forward_mode or torch._C._functorch.is_gradtrackingtensor(x):
+            raise RuntimeError(
+                "tcm_loss has neither forward-mode derivatives nor those of torch.func; use backward(), "
+                "torch.autograd.grad, or tcm_fused.reference.tcm_reference, which is plain autograd"
+            )
 
 
 def _check_set(name: str, x: Any, labels_name: str, labels: Any) -> None:
@@ -281,6 +298,9 @@ def _check_set(name: str, x: Any, labels_name: str, labels: Any) -> None:
     for argument, value in ((name, x), (labels_name, labels)):
         if not isinstance(value, Tensor):
             raise TypeError(f"{argument} must be a torch.Tensor, got {type(value).__name__}")
+        if value.layout != torch.strided or value.is_nested:
+            layout = "nested" if value.is_nested else value.layout
+            raise TypeError(f"{argument} must be a dense tensor, got {layout}; use {argument}.to_dense() or padding")
     if x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
     if labels.is_floating_point() or labels.is_complex():
@@ -316,6 +336,8 @@ def _check_reference(embeddings: Tensor, ref_emb: Tensor, row_offset: Any) -> No
 
 
 def _int64(labels: Tensor, name: str) -> Tensor:
-    if labels.dtype == torch.uint64 and bool((labels.view(torch.int64) < 0).any()):
+    """On a GPU, where looking would wait for the device, and under torch.compile, a label from 2**63 on is negative."""
+    looks = labels.dtype == torch.uint64 and labels.device.type == "cpu" and not torch.compiler.is_compiling()
+    if looks and bool((labels.view(torch.int64) < 0).any()):
         raise ValueError(f"{name} must be below 2**63")
     return labels.to(torch.int64)

@@ -2,6 +2,7 @@
 form of it in O(N D) memory, which runs on any device."""
 
 import contextlib
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -75,20 +76,28 @@ def tcm_blocked(
     The loss is piecewise linear in s, so the sums of the gradient, G+ = M+ X^ and G- = M- X^, need
     no counts: they are taken while the penalties are, and scaled at the end.
 
-    Arguments and results: the operator of `tcm_fused.ops`; `fp16` is ignored.
+    Arguments and results: the operator of `tcm_fused.ops`; with `fp16` products may be TF32 where the user allows it.
     """
     options = (margin_plus, margin_minus, lambda_plus, lambda_minus)
-    no_autocast = (
-        torch.autocast(x.device.type, enabled=False)
-        if torch.amp.is_autocast_available(x.device.type)
-        else contextlib.nullcontext()
-    )
-    with no_autocast:  # it would make the products' results 16-bit
+    with _as_precise_as_asked(x.device.type, fp16):
         x = x.to(loss_dtype(x)).contiguous()
         if ref_x is None or ref_y is None:  # rows are columns: each row's sum also stands for its column's
             loss, half_grad, grad_none, penalty, count = _blocked(x, y, x, y, 0, *options, grad_x, False)
             return loss, 2 * half_grad, grad_none, penalty, count
         return _blocked(x, y, ref_x.to(x.dtype).contiguous(), ref_y, row_offset, *options, grad_x, grad_ref)
+
+
+@contextlib.contextmanager
+def _as_precise_as_asked(device_type: str, fp16: bool) -> Iterator[None]:
+    """No autocast, which would make products 16-bit, and no TF32 unless `fp16` allows as little."""
+    with contextlib.ExitStack() as stack:
+        if torch.amp.is_autocast_available(device_type):
+            stack.enter_context(torch.autocast(device_type, enabled=False))
+        if device_type == "cuda" and not fp16:
+            products = torch.backends.cuda.matmul
+            stack.callback(setattr, products, "fp32_precision", products.fp32_precision)
+            products.fp32_precision = "ieee"
+        yield
 
 
 def _blocked(
@@ -134,8 +143,10 @@ def _blocked(
                 if grad_ref:
                     g_columns[side][block_columns] += mask.T @ x_hat[block_rows]
     finite = torch.isfinite(x_hat).all() & torch.isfinite(ref_hat).all()
-    weight = torch.tensor([lambda_plus, lambda_minus], dtype=wide, device=x.device) / count.clamp_min(1)
-    weight = torch.where(finite, weight, torch.nan)
+    # From Python numbers, not a tensor of them: that would be copied to the device, and wait for it.
+    n_plus, n_minus = count.clamp_min(1).to(wide)
+    weight = torch.stack([lambda_plus / n_plus, lambda_minus / n_minus])
+    weight, penalty = (torch.where(finite, t, torch.nan) for t in (weight, penalty))
     return (
         (weight * penalty).sum().to(x.dtype),
         _project(weight, g_rows, x_hat, x_norm) if grad_x else x.new_empty(0),

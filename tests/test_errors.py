@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tcm_fused import TCMLoss, ops, tcm_loss
+from tcm_fused.reference import _as_precise_as_asked
 
 N, M, D = 6, 8, 3
 
@@ -284,3 +285,94 @@ def test_nothing_is_left_behind(backend: str) -> None:
         tcm_loss(x, torch.arange(N + 1), backend=backend)
     torch.autograd.backward(tcm_loss(x, torch.arange(N), backend=backend))
     assert x.grad is not None
+
+
+# What PyTorch can do and this loss cannot.
+
+
+@pytest.mark.parametrize("layout", ["sparse", "nested"])
+def test_embeddings_that_are_not_dense(layout: str) -> None:
+    x = torch.ones(N, D)
+    other = x.to_sparse() if layout == "sparse" else torch.nested.nested_tensor([x])
+    refuse(TypeError, "embeddings must be a dense tensor", layout, "padding", embeddings=other)
+
+
+def test_sparse_labels() -> None:
+    refuse(TypeError, "labels must be a dense tensor", "sparse", labels=torch.arange(N).to_sparse())
+
+
+@pytest.mark.parametrize("form", ["jvp", "grad", "dual", "jacrev"])
+def test_no_forward_mode_and_no_torch_func(backend: str, form: str) -> None:
+    """A derivative that is not there is an error, not a zero."""
+    x, y = torch.randn(N, D), torch.arange(N) % 2
+
+    def loss(x: Tensor) -> Tensor:
+        return tcm_loss(x, y, backend=backend)
+
+    with pytest.raises(RuntimeError, match=r"tcm_loss has neither forward-mode .*tcm_reference"):
+        if form == "jvp":
+            torch.func.jvp(loss, (x,), (x,))
+        elif form == "dual":
+            with torch.autograd.forward_ad.dual_level():
+                loss(torch.autograd.forward_ad.make_dual(x, x))
+        else:
+            getattr(torch.func, form)(loss)(x)
+
+
+@pytest.mark.parametrize(
+    "setting", ["cuda.matmul.fp32_precision = 'tf32'", "fp32_precision = 'tf32'", "cuda.matmul.allow_tf32 = True"]
+)
+def test_any_way_to_allow_tf32(setting: str) -> None:
+    """PyTorch's newer settings make its older question raise; in a process of its own, since they cannot be undone."""
+    script = f"""
+import torch
+from tcm_fused import loss, tcm_loss
+torch.backends.{setting}
+tcm_loss(torch.randn(9, 3), torch.arange(9) % 2)
+assert loss._user_allows_less_than_float32("cuda")
+assert not loss._user_allows_less_than_float32("cpu")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("allowed", ["tf32", "ieee"])
+def test_blocked_form_on_a_gpu_has_no_tf32_unless_asked(allowed: str) -> None:
+    """The setting that its products see, and that the user's is back afterwards."""
+    products = torch.backends.cuda.matmul
+    before = products.fp32_precision
+    try:
+        products.fp32_precision = allowed
+        for fp16, seen in ((False, "ieee"), (True, allowed)):
+            with _as_precise_as_asked("cuda", fp16):
+                assert products.fp32_precision == seen
+            assert products.fp32_precision == allowed
+    finally:
+        products.fp32_precision = before
+
+
+# The operator itself, which trusts nobody: what is wrong would be read out of bounds.
+
+
+@pytest.mark.parametrize(
+    ("changed", "word"),
+    [
+        ({0: torch.ones(N, D, 1)}, "embeddings must be"),
+        ({0: torch.ones(N, D, dtype=torch.int32)}, "embeddings must be"),
+        ({1: torch.arange(N - 1)}, "labels"),
+        ({1: torch.arange(N, dtype=torch.int32)}, "labels must be int64"),
+        ({2: torch.ones(M, D + 1)}, "embeddings must be"),
+        ({2: torch.ones(M, D, dtype=torch.float64)}, "of one dtype"),
+        ({3: torch.arange(M + 1)}, "labels"),
+        ({3: None}, "both ref_x and ref_y"),
+        ({4: 10**12}, "row_offset"),
+        ({4: -1}, "row_offset"),
+    ],
+)
+def test_operator_refuses_what_it_cannot_read(changed: dict[int, Any], word: str) -> None:
+    call = [torch.ones(N, D), torch.arange(N), torch.ones(M, D), torch.arange(M), 0, 0.9, 0.5, 1.0, 1.0]
+    call += [False, True, True]
+    for index, value in changed.items():
+        call[index] = value
+    with pytest.raises(RuntimeError, match=word):
+        torch.ops.tcm_fused.fused(*call)

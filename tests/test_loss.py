@@ -231,8 +231,8 @@ def test_all_padding(backend: str, n: int) -> None:
     assert result.count.tolist() == [0, 0]
 
 
-@pytest.mark.parametrize("margin_plus", [0.9, -0.4, 3.0, -3.0, 100.0])
-@pytest.mark.parametrize("margin_minus", [0.5, -0.4, 3.0, -3.0, -100.0])
+@pytest.mark.parametrize("margin_plus", [0.9, -0.4, 3.0, -3.0, 100.0, 1e37])
+@pytest.mark.parametrize("margin_minus", [0.5, -0.4, 3.0, -3.0, -100.0, -1e37])
 def test_margins(backend: str, margin_plus: float, margin_minus: float) -> None:
     x, y = batch(150, 3, 4)
     check(backend, x, y, margin_plus=margin_plus, margin_minus=margin_minus)
@@ -453,6 +453,12 @@ def test_zero_rows(backend: str, dtype: torch.dtype) -> None:
         assert not result.grad_x[::7].any()
         assert not result.grad_x[1::7].any()
     check(backend, x * 0, y, margin_plus=0.0, margin_minus=0.0, exact=True)
+
+
+def test_row_offset_of_numpy(backend: str) -> None:
+    ref_x, ref_y = batch(90, 9, 5)
+    offset: Any = np.int64(30)
+    check(backend, ref_x[30:70], ref_y[30:70], ref_x, ref_y, row_offset=offset)
 
 
 # What is not finite.

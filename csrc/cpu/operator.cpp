@@ -12,6 +12,12 @@
 
 #include "tile_walk.h"
 
+#ifdef STABLE_TORCH_ERROR_CODE_CHECK
+#define TCM_CHECK STABLE_TORCH_ERROR_CODE_CHECK
+#else  // torch 2.11
+#define TCM_CHECK TORCH_ERROR_CODE_CHECK
+#endif
+
 // PyTorch's door to oneDNN's matrix kernels: s (+)= a b with operands as they lie, nothing packed. Not part of the stable
 // ABI, so it is null where a torch lacks it.
 namespace at::native::cpublas {
@@ -35,7 +41,7 @@ class View {
  public:
   View(const real* data, int64_t rows, int64_t columns, int64_t row_stride, int64_t column_stride) {
     int64_t sizes[] = {rows, columns}, strides[] = {row_stride, column_stride};
-    TORCH_ERROR_CODE_CHECK(aoti_torch_create_tensor_from_blob(
+    TCM_CHECK(aoti_torch_create_tensor_from_blob(
         const_cast<real*>(data), 2, sizes, strides, 0,
         std::is_same_v<real, float> ? aoti_torch_dtype_float32() : aoti_torch_dtype_float64(),
         aoti_torch_device_type_cpu(), 0, &handle));
@@ -48,7 +54,7 @@ class View {
 template <class real>
 void product(const real* a, int64_t m, const real* b, int64_t n, int64_t d, int64_t b_stride, real* s, int64_t stride) {
   View<real> out(s, m, n, stride, 1), left(a, m, d, d, 1), right(b, d, n, 1, b_stride);
-  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.handle, left.handle, right.handle));
+  TCM_CHECK(aoti_torch_cpu_mm_out(out.handle, left.handle, right.handle));
 }
 
 // In steps of 256 columns: the operands of a step stay in cache, and its partial sums are shorter, so rounded less.
@@ -104,15 +110,27 @@ Results run(const Tensor& x, const Tensor& y, const std::optional<Tensor>& ref_x
   return {loss, dx, dref, penalty, count};
 }
 
+// What is wrong here would be read out of bounds in the kernel.
+void check_set(const Tensor& x, const Tensor& y, const Tensor& like) {
+  bool floating = false;
+  for (ScalarType type : {ScalarType::Half, ScalarType::BFloat16, ScalarType::Float, ScalarType::Double})
+    floating |= x.scalar_type() == type;
+  STD_TORCH_CHECK(floating && x.scalar_type() == like.scalar_type(),
+                  "tcm_fused::fused: embeddings must be float16, bfloat16, float32 or float64, and of one dtype");
+  STD_TORCH_CHECK(y.scalar_type() == ScalarType::Long, "tcm_fused::fused: labels must be int64");
+  STD_TORCH_CHECK(x.dim() == 2 && y.dim() == 1 && x.size(0) == y.size(0) && x.size(1) == like.size(1),
+                  "tcm_fused::fused: embeddings must be [N, D] and [M, D], labels [N] and [M]");
+}
+
 Results fused(const Tensor& x, const Tensor& y, std::optional<Tensor> ref_x, std::optional<Tensor> ref_y,
               std::optional<int64_t> row_offset, double margin_plus, double margin_minus, double lambda_plus,
               double lambda_minus, bool /* fp16: there is nothing less than fp32 here */, bool grad_x, bool grad_ref) {
   STD_TORCH_CHECK(ref_x.has_value() == ref_y.has_value(), "tcm_fused::fused: give both ref_x and ref_y, or neither");
-  STD_TORCH_CHECK(y.scalar_type() == ScalarType::Long, "tcm_fused::fused: labels must be int64");
-  bool floating = false;
-  for (ScalarType type : {ScalarType::Half, ScalarType::BFloat16, ScalarType::Float, ScalarType::Double})
-    floating |= x.scalar_type() == type;
-  STD_TORCH_CHECK(floating, "tcm_fused::fused: embeddings must be float16, bfloat16, float32 or float64");
+  check_set(x, y, x);
+  if (ref_x) check_set(*ref_x, *ref_y, x);
+  int64_t last = ref_x ? ref_x->size(0) - x.size(0) : 0;
+  STD_TORCH_CHECK(!row_offset || (0 <= *row_offset && *row_offset <= last),
+                  "tcm_fused::fused: row_offset must put every row among the columns");
   ScalarType dtype = x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   auto embeddings = [dtype](const Tensor& t) { return torch::stable::contiguous(torch::stable::to(t, dtype)); };
   if (ref_x) ref_x = embeddings(*ref_x), ref_y = torch::stable::contiguous(*ref_y);

@@ -337,7 +337,8 @@ class Walk {
   }
 
   static void add(Penalty& total, const Penalty& part) { total.count += part.count, total.sum += part.sum; }
-  real margin(int side) const { return static_cast<real>(p_.margin[side]); }
+  // Beyond 2 a margin makes all pairs hard or none, however far: the sums stay small and precise, see finish().
+  real margin(int side) const { return static_cast<real>(std::clamp(p_.margin[side], -2.0, 2.0)); }
 
   // Step 4.
   void finish() {
@@ -347,6 +348,8 @@ class Walk {
     for (int side : {kPlus, kMinus}) {
       Penalty total;
       for (size_t k = side; k < panel_penalty_.size(); k += 2) add(total, panel_penalty_[k]);
+      double beyond = p_.margin[side] - std::clamp(p_.margin[side], -2.0, 2.0);
+      total.sum += (side == kPlus ? beyond : -beyond) * total.count;
       weight[side] = !finite ? kNan : total.count ? p_.lambda[side] / total.count : 0;
       loss += weight[side] * total.sum;
       result_.count[side] = total.count, result_.penalty[side] = finite ? total.sum : kNan;
