@@ -132,6 +132,10 @@ struct Meeting {
   void* lanes[128] = {};
 };
 
+struct Voting : Meeting {
+  int votes = 0, result = 0;
+};
+
 struct Copy {
   void* to;
   const void* from;
@@ -157,8 +161,8 @@ struct Block {
   std::vector<Thread> threads;
   std::vector<Meeting> warps;
   std::vector<int> warp_live;
-  Meeting all;
-  int live = 0, votes = 0, result = 0;
+  Voting all, some;
+  int live = 0;
   unsigned char* shared = nullptr;
   const std::function<void()>* body = nullptr;
   std::string error;  // of a thread; ends the launch
@@ -262,19 +266,20 @@ void warp_together(const char* what, Lane& lane, Act act) {
   });
 }
 
-inline int sync_block(int vote, int line) {
-  Block* block = current->block;
-  release(&block->all);
+inline int sync(Voting& voting, int expected, int vote, int line) {
+  release(&voting);
   int result;
   {
     Unseen unseen;
-    block->votes |= vote;
-    meet(block->all, block->live, "__syncthreads", line, [&] { block->result = block->votes, block->votes = 0; });
-    result = block->result;  // stays until all have come to the next barrier
+    voting.votes |= vote;
+    meet(voting, expected, "barrier", line, [&] { voting.result = voting.votes, voting.votes = 0; });
+    result = voting.result;  // stays until all have come to the next barrier
   }
-  acquire(&block->all);
+  acquire(&voting);
   return result;
 }
+inline int sync_block(int vote, int line) { return sync(current->block->all, current->block->live, vote, line); }
+inline int sync_some(int expected, int vote, int line) { return sync(current->block->some, expected, vote, line); }
 
 // Asynchronous copies of the current thread.
 inline void start_copy(void* to, const void* from, int bytes) {
