@@ -92,6 +92,18 @@ __device__ __forceinline__ void multiply_add(float (&d)[4], const uint32_t (&a)[
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// A barrier of 256 threads, the workers, which need not be all of their block; the second also tells whether any is true.
+__device__ __forceinline__ void workers_sync() { asm volatile("barrier.sync 1, 256;" ::: "memory"); }
+__device__ __forceinline__ bool workers_any(bool vote) {
+  int any;
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.s32 p, %1, 0;\nbarrier.red.or.pred p, 1, 256, p;\nselp.s32 %0, 1, 0, p;\n}\n"
+      : "=r"(any)
+      : "r"(static_cast<int>(vote))
+      : "memory");
+  return any != 0;
+}
+
 // Starts `kernel` on `stream`; what went wrong, or cudaSuccess.
 template <class... Parameters>
 cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
@@ -193,6 +205,9 @@ inline void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uin
   });
   for (int k = 0; k < 4; ++k) d[k] = lane.d[k];
 }
+
+inline void workers_sync(int line = __builtin_LINE()) { emulator::sync_some(256, 0, line); }
+inline bool workers_any(bool vote, int line = __builtin_LINE()) { return emulator::sync_some(256, vote, line) != 0; }
 
 template <class... Parameters>
 cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t,

@@ -7,6 +7,7 @@
 #include "masked_sum.cuh"
 #include "prologue.cuh"
 #include "similarity.cuh"
+#include "similarity_sm90.cuh"
 
 namespace tcm::cuda {
 namespace {
@@ -39,6 +40,8 @@ class Layout {
 
 struct Plan {
   Work work;
+  bool sm90;  // products by warpgroups
+  TensorMaps maps;
   int side[2];  // tiles a side of a block: rows, columns
   int64_t bytes;
 };
@@ -119,11 +122,29 @@ cudaError_t prologue(const Work& w, Type type, bool gradient, const Tuning& tuni
   return launch(sum_tiles, grid, dim3(kThreads), kThreads * sizeof(float2), stream, w);
 }
 
-cudaError_t one_block(const Work& w, const Block& block, cudaStream_t stream) {
+// Whether the device, its driver and the code compiled for it allow products by warpgroups; if so, describes x^ for them.
+bool use_sm90(const Problem& p, Plan& plan) {
+  const Work& w = plan.work;
+  if (p.sm < 90 || p.sm > 99 || most_threads(similarity_sm90) < kThreadsSm90) return false;
+  for (int k = 0; k < 2; ++k) {
+    int64_t rows = int64_t{w.parts} * w.set[k].tiles * kTile;
+    if (rows == 0 || rows + 2 * kTile > INT32_MAX || !describe(plan.maps.of[k], w.set[k].unit, rows, w.width)) return false;
+  }
+  return true;
+}
+
+cudaError_t one_block(const Plan& plan, const Block& block, cudaStream_t stream) {
+  const Work& w = plan.work;
   int rows = block.i1 - block.i0, columns = block.j1 - block.j0;
   int64_t tiles = int64_t{rows} * columns;
   unsigned grid = static_cast<unsigned>(std::min<int64_t>(tiles, w.partials));
-  cudaError_t error = launch(similarity, dim3(grid), dim3(kThreads), sizeof(SimilarityMemory), stream, w, block);
+  cudaError_t error;
+  if (plan.sm90) {  // one block of threads fills a multiprocessor
+    grid = static_cast<unsigned>(std::min<int64_t>((tiles + 1) / 2, w.partials / 2));
+    error = launch(similarity_sm90, dim3(grid), dim3(kThreadsSm90), sizeof(SimilaritySm90Memory), stream, w, block, plan.maps);
+  } else {
+    error = launch(similarity, dim3(grid), dim3(kThreads), sizeof(SimilarityMemory), stream, w, block);
+  }
   int owners = (w.set[0].sum[0] != nullptr ? rows : 0) + (w.set[1].sum[0] != nullptr && !block.diagonal ? columns : 0);
   if (error != cudaSuccess || owners == 0) return error;
   return launch(masked_sum, dim3(static_cast<unsigned>(owners) * w.slices, 2), dim3(kThreads), sizeof(MaskedSumMemory), stream, w, block);
@@ -135,7 +156,7 @@ cudaError_t enqueue(const Plan& plan, Type type, cudaStream_t stream, const Tuni
   for (int i = 0; i < w.set[0].tiles; i += plan.side[0])
     for (int j = w.symmetric ? i : 0; j < w.set[1].tiles && error == cudaSuccess; j += plan.side[1]) {
       Block block{i, std::min(i + plan.side[0], w.set[0].tiles), j, std::min(j + plan.side[1], w.set[1].tiles), w.symmetric && i == j};
-      error = one_block(w, block, stream);
+      error = one_block(plan, block, stream);
     }
   if (error != cudaSuccess) return error;
   int64_t rows = std::max(w.set[0].n, w.set[1].n);
@@ -155,6 +176,7 @@ const char* run(const Problem& problem, const Result& result, void* workspace, c
   Work& w = plan.work;
   w.set[0].grad = result.grad_x, w.set[1].grad = problem.symmetric ? result.grad_x : result.grad_ref;
   w.loss = result.loss, w.penalty = result.penalty, w.count = result.count;
+  plan.sm90 = use_sm90(problem, plan);
   cudaError_t error = enqueue(plan, problem.type, stream, tuning);
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }

@@ -20,6 +20,7 @@
 #include <cstring>
 #include <deque>
 #include <functional>
+#include <map>
 #include <memory>
 #include <random>
 #include <stdexcept>
@@ -132,10 +133,44 @@ struct Meeting {
   void* lanes[128] = {};
 };
 
+struct Voting : Meeting {
+  int votes = 0, result = 0;
+};
+
 struct Copy {
   void* to;
   const void* from;
   int bytes;
+};
+
+// A box of a matrix of halves, 64 columns wide, on its way to shared memory.
+struct TensorMap {
+  const unsigned char* base;
+  int64_t rows;
+  int columns, box_rows;
+};
+struct Box {
+  unsigned char* to;
+  TensorMap map;
+  int row, column;
+};
+
+// A barrier in shared memory; its state is kept beside it, by address.
+struct Barrier {
+  uint64_t unused;
+};
+struct BarrierState {
+  int arrivals = 0, pending = 0;
+  int64_t bytes = 0;
+  unsigned phase = 0;
+  std::vector<Box> boxes;  // copies that it counts
+};
+
+// A warpgroup's product, as one of its threads has started it.
+struct Product {
+  float* d;
+  uint64_t a, b;  // operands: offsets in shared memory
+  bool accumulate;
 };
 
 struct Block;
@@ -145,7 +180,9 @@ struct Thread {
   Block* block = nullptr;
   Meeting* meeting = nullptr;  // where it waits, or null
   unsigned generation = 0;
+  std::function<bool()> ready;  // or what it waits for
   bool done = false;
+  std::deque<std::vector<Product>> products{1};  // by group, the open one last
   std::deque<std::vector<Copy>> copies{1};  // by group, the open one last
   void* stack_pointer = nullptr;
   char* stack = nullptr;
@@ -157,8 +194,10 @@ struct Block {
   std::vector<Thread> threads;
   std::vector<Meeting> warps;
   std::vector<int> warp_live;
-  Meeting all;
-  int live = 0, votes = 0, result = 0;
+  Voting all, some;
+  std::vector<Meeting> warpgroups;
+  std::map<const void*, BarrierState> barriers;
+  int live = 0;
   unsigned char* shared = nullptr;
   const std::function<void()>* body = nullptr;
   std::string error;  // of a thread; ends the launch
@@ -262,19 +301,20 @@ void warp_together(const char* what, Lane& lane, Act act) {
   });
 }
 
-inline int sync_block(int vote, int line) {
-  Block* block = current->block;
-  release(&block->all);
+inline int sync(Voting& voting, int expected, int vote, int line) {
+  release(&voting);
   int result;
   {
     Unseen unseen;
-    block->votes |= vote;
-    meet(block->all, block->live, "__syncthreads", line, [&] { block->result = block->votes, block->votes = 0; });
-    result = block->result;  // stays until all have come to the next barrier
+    voting.votes |= vote;
+    meet(voting, expected, "barrier", line, [&] { voting.result = voting.votes, voting.votes = 0; });
+    result = voting.result;  // stays until all have come to the next barrier
   }
-  acquire(&block->all);
+  acquire(&voting);
   return result;
 }
+inline int sync_block(int vote, int line) { return sync(current->block->all, current->block->live, vote, line); }
+inline int sync_some(int expected, int vote, int line) { return sync(current->block->some, expected, vote, line); }
 
 // Asynchronous copies of the current thread.
 inline void start_copy(void* to, const void* from, int bytes) {
@@ -299,6 +339,119 @@ inline void wait_copies(int pending) {
   }
 }
 
+// Barriers in shared memory.
+inline BarrierState& state_of(Barrier& barrier) {
+  auto found = current->block->barriers.find(&barrier);
+  require(found != current->block->barriers.end(), "a barrier is used before its initialisation");
+  return found->second;
+}
+inline void init_barrier(Barrier& barrier, int arrivals) {
+  barrier.unused = 0;  // for AddressSanitizer and for a missing __syncthreads
+  Unseen unseen;
+  BarrierState& state = current->block->barriers[&barrier];
+  state.arrivals = state.pending = arrivals;
+}
+inline void end_phase(BarrierState& state) {  // if all have arrived, and all bytes
+  require(state.pending >= 0, "more arrivals at a barrier than it counts");
+  if (state.pending == 0 && state.bytes == 0) ++state.phase, state.pending = state.arrivals;
+}
+inline void arrive_at(Barrier& barrier, int bytes) {
+  release(&barrier);
+  Unseen unseen;
+  BarrierState& state = state_of(barrier);
+  state.bytes += bytes, --state.pending;
+  end_phase(state);
+}
+inline void start_box(void* to, const TensorMap& map, Barrier& barrier, int row, int column) {
+  auto* words = static_cast<uint64_t*>(to);
+  for (int k = 0; k < map.box_rows * 16; ++k) words[k] = ~uint64_t{0};
+  release(&barrier);
+  Unseen unseen;
+  state_of(barrier).boxes.push_back({static_cast<unsigned char*>(to), map, row, column});
+}
+// Copies land when somebody waits for them.
+inline void land(Barrier& barrier) {
+  std::vector<Box> boxes;
+  {
+    Unseen unseen;
+    boxes.swap(state_of(barrier).boxes);
+  }
+  for (const Box& box : boxes)
+    for (int r = 0; r < box.map.box_rows; ++r)
+      for (int c = 0; c < 8; ++c) {
+        int64_t row = box.row + int64_t{r}, column = box.column + c * 8;
+        bool inside = row < box.map.rows && column < box.map.columns;
+        auto* from = reinterpret_cast<const uint64_t*>(box.map.base + (row * box.map.columns + column) * 2);
+        auto* to = reinterpret_cast<uint64_t*>(box.to + r * 128 + (c ^ r % 8) * 16);
+        to[0] = inside ? from[0] : 0, to[1] = inside ? from[1] : 0;
+      }
+  release(&barrier);
+  Unseen unseen;
+  BarrierState& state = state_of(barrier);
+  for (const Box& box : boxes) state.bytes -= box.map.box_rows * 128;
+  if (!boxes.empty()) end_phase(state);
+}
+inline void wait_for(Barrier& barrier, int parity) {
+  for (;;) {
+    acquire(&barrier);
+    BarrierState* state;
+    {
+      Unseen unseen;
+      state = &state_of(barrier);
+      if (static_cast<int>(state->phase % 2) != parity) return;
+    }
+    land(barrier);
+    Unseen unseen;
+    if (static_cast<int>(state->phase % 2) != parity) continue;
+    current->ready = [state, parity] { return static_cast<int>(state->phase % 2) != parity || !state->boxes.empty(); };
+    leave(false);
+  }
+}
+
+// Products of warpgroups: operands are read, and registers written, when the thread waits for them.
+inline void start_product(const Product& product) {
+  Unseen unseen;
+  current->products.back().push_back(product);
+}
+inline void commit_products() {
+  Unseen unseen;
+  current->products.emplace_back();
+}
+template <class Multiply>
+void wait_products(int pending, Multiply multiply) {
+  std::vector<Product> mine;
+  {
+    Unseen unseen;
+    while (static_cast<int>(current->products.size()) - 1 > pending) {
+      for (const Product& product : current->products.front()) mine.push_back(product);
+      current->products.pop_front();
+    }
+    Meeting& meeting = current->block->warpgroups[current->number / 128];
+    meeting.lanes[current->number % 128] = &mine;
+    meet(meeting, 128, "a wait for products", 0, [&] {
+      for (size_t k = 0; k < mine.size(); ++k) {
+        Product* all[128];
+        for (int thread = 0; thread < 128; ++thread) {
+          auto& theirs = *static_cast<std::vector<Product>*>(meeting.lanes[thread]);
+          require(theirs.size() == mine.size() && theirs[k].a == mine[k].a && theirs[k].b == mine[k].b,
+                  "threads of a warpgroup start different products");
+          all[thread] = &theirs[k];
+        }
+        multiply(mine[k], static_cast<Product* const*>(all));
+      }
+    });
+  }
+#if defined(__SANITIZE_THREAD__)
+  if (current->number % 32 == 0)  // each warp has read its rows of a and all of b
+    for (const Product& product : mine)
+      for (int row = 0; row < 256 + 16; ++row) {
+        uint64_t at = row < 256 ? product.b + row * 128 : product.a + (current->number % 128 / 2 + row - 256) * 128;
+        for (int k = 0; k < 4; ++k)
+          static_cast<void>(*reinterpret_cast<volatile uint64_t*>(shared_memory() + ((at + k * 8) ^ ((at >> 7 & 7) << 4))));
+      }
+#endif
+}
+
 // What the threads of a launch release when they end: not what they acquire when they begin.
 inline const void* end_of(const std::function<void()>* body) { return reinterpret_cast<const char*>(body) + 1; }
 
@@ -309,6 +462,7 @@ inline void run_thread(Thread* thread) {
   {
     Unseen unseen;
     for (auto& group : thread->copies) require(group.empty(), "the thread ends with copies under way");
+    for (auto& group : thread->products) require(group.empty(), "the thread ends with products under way");
     thread->done = true;
     --block->warp_live[thread->number / 32];
     if (--block->live && block->all.arrived == block->live) fail("threads end while others wait for them");
@@ -349,6 +503,7 @@ inline void run_block(Block& block, size_t shared_bytes) {
   int size = block.size.x * block.size.y * block.size.z;
   block.threads = std::vector<Thread>(size);
   block.warps = std::vector<Meeting>((size + 31) / 32);
+  block.warpgroups = std::vector<Meeting>((size + 127) / 128);
   block.warp_live.assign(block.warps.size(), 0);
   block.live = size;
   size_t capacity = (shared_bytes + 1023) / 1024 * 1024 + 1024;
@@ -386,7 +541,8 @@ inline void run_block(Block& block, size_t shared_bytes) {
       Thread& thread = block.threads[k];
       if (options.schedule == Schedule::kGreedy && warp >= 0 && k / 32 != warp) continue;
       if (thread.done || (thread.meeting && thread.meeting->generation == thread.generation)) continue;
-      thread.meeting = nullptr;
+      if (thread.ready && !thread.ready()) continue;
+      thread.meeting = nullptr, thread.ready = nullptr;
       progress = true, warp = k / 32;
       resume(thread);
       left -= thread.done;
@@ -395,9 +551,12 @@ inline void run_block(Block& block, size_t shared_bytes) {
     if (!progress) {
       for (Thread& thread : block.threads)
         if (!thread.done && block.error.empty())
-          block.error = "deadlock: thread " + std::to_string(thread.number) + " waits for ever at " + thread.meeting->what;
+          block.error = "deadlock: thread " + std::to_string(thread.number) + " waits for ever at " +
+                        (thread.meeting ? thread.meeting->what : "a barrier in shared memory");
     }
   }
+  for (auto& [barrier, state] : block.barriers)
+    if (!state.boxes.empty() && block.error.empty()) block.error = "a block ends with copies under way";
 #if defined(__SANITIZE_ADDRESS__)
   __asan_unpoison_memory_region(block.shared, capacity);
 #endif

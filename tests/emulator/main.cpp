@@ -110,7 +110,7 @@ bool check(unsigned seed) {
   p.x = a.x.data(), p.y = a.y.data(), p.ref_x = b.x.data(), p.ref_y = b.y.data();
   const double margins[] = {-1.5, -0.5, -0.125, 0, 0.25, 0.375, 1, 1.5};
   for (int side = 0; side < 2; ++side) p.margin[side] = margins[below(8)], p.lambda[side] = 0.5 + static_cast<double>(below(3));
-  p.sm = 80, p.sm_count = 1 + static_cast<int>(below(4));
+  p.sm = below(2) == 0 ? 80 : 90, p.sm_count = 1 + static_cast<int>(below(4));
   Tuning tuning;
   tuning.block = 1 + static_cast<int>(below(3));
   if (below(2) == 0) tuning.one_chunk = 0, tuning.chunk = 32;
