@@ -117,6 +117,7 @@ Results fused(const Tensor& x_any, const Tensor& y_any, std::optional<Tensor> re
   const Device& device = device_of(x_any);
   int index = x_any.get_device_index();
   torch::stable::accelerator::DeviceGuard guard(index);
+  check(cudaSetDevice(index), "current device");  // of the runtime in here, which is not torch's
   Tensor x = torch::stable::contiguous(x_any), y = torch::stable::contiguous(y_any);
   if (ref_x) ref_x = torch::stable::contiguous(*ref_x), ref_y = torch::stable::contiguous(*ref_y);
   grad_ref = grad_ref && ref_x;
