@@ -10,6 +10,7 @@
 //   full tiles    add one sum over the tile, the same for all rows.
 #pragma once
 
+#include "ptx_sm90.cuh"
 #include "work.h"
 
 namespace tcm::cuda {
@@ -26,7 +27,7 @@ enum ItemClass { kEmpty = -1, kMixed, kFew, kFull };
 struct MaskedSumMemory {
   union {
     struct {
-      unsigned char unit[2][kTile * kSlice * 2];  // x^ [row, 16-byte chunk], chunks swizzled
+      unsigned char unit[2][kTile * kSlice * 2];  // x^ [64 columns, row, 16-byte chunk], chunks swizzled
       uint4 mask[2][kTile];
     } stage;
     float sum[kTile * kPitch];
@@ -103,7 +104,7 @@ __device__ __forceinline__ int3 classify(const Work& w, const Block& block, cons
   return {size[0], size[1], size[2]};
 }
 
-__device__ __forceinline__ int chunk_of(int r, int c) { return r * (kSlice * 2) + ((c ^ (r & 7)) << 4); }
+__device__ __forceinline__ int chunk_of(int r, int c) { return c / 8 * (kTile * 128) + r * 128 + ((c % 8 ^ (r & 7)) << 4); }
 
 // Copies x^ of one mixed tile (rows of the source, this slice's columns; zeros past the last) and its masks.
 __device__ __forceinline__ void load_item(const Work& w, const Owner& owner, int slice, int item, int part, int stage,
@@ -125,16 +126,81 @@ __device__ __forceinline__ uint32_t two_halves(uint32_t word, int shift, uint32_
   return (word >> shift & 0x10001) * one;
 }
 
-// The products of the mixed tiles: a warp's 32 rows and 64 columns from (row, column) on.
+// A thread's part of the products. By warp w, g = lane / 4 and t = lane % 4, value [k] is
+//   mma.sync  row w / 2 * 32 + k / 32 * 16 + h * 8 + g, column w % 2 * 64 + k / 4 % 8 * 8 + 2 t + e   (32 x 64 a warp)
+//   wgmma     row w * 16 + h * 8 + g,                    column k / 4 * 8 + 2 t + e                     (16 x 128 a warp)
+// with h = k / 2 % 2 and e = k % 2.
+struct Products {
+  float sum[64];
+};
+
+// Adds one tile's product by mma.sync: the bits of 32 columns of two groups of 16 rows at a time.
+__device__ __forceinline__ void multiply_tile(const MaskedSumMemory& memory, int stage, uint32_t one, Products& products) {
+  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  const int row = threadIdx.x / 64 * 32, column = threadIdx.x / 32 % 2 * 64;
+  auto& sum = reinterpret_cast<float(&)[2][8][4]>(products.sum);
+  // chunk_of the lane's row and first chunk; those of j have 2 j exclusive-or'ed, see `similarity`.
+  const int at = stage * (kTile * kSlice * 2) + chunk_of(lane % 16, column / 8 + lane / 16);
+#pragma unroll
+  for (int k = 0; k < kTile / 32; ++k) {
+    uint32_t word[2][2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+#pragma unroll
+      for (int h = 0; h < 2; ++h)
+        word[i][h] = reinterpret_cast<const uint32_t*>(&memory.stage.mask[stage][row + i * 16 + h * 8 + g])[k] >> t;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      uint32_t a[2][4];
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+#pragma unroll
+        for (int h = 0; h < 2; ++h)
+          a[i][h] = two_halves(word[i][h], half * 8, one), a[i][h + 2] = two_halves(word[i][h], half * 8 + 4, one);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        uint32_t b[4];
+        load_matrices<true>(b, memory.stage.unit[0] + (at ^ j << 5) + (k * 32 + half * 16) * 128);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          multiply_add(sum[i][2 * j], a[i], b[0], b[1]);
+          multiply_add(sum[i][2 * j + 1], a[i], b[2], b[3]);
+        }
+      }
+    }
+  }
+}
+
+// The same by warpgroups: a warp's bits become its 16 rows of the operand in registers, eight of them for one wait.
+__device__ __forceinline__ void multiply_tile_sm90(const MaskedSumMemory& memory, int stage, uint32_t one, Products& products) {
+  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, row = threadIdx.x / 32 * 16;
+  uint32_t a[kTile / 16][4];
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const uint4 mask = memory.stage.mask[stage][row + h * 8 + g];
+    const uint32_t word[4] = {mask.x >> t, mask.y >> t, mask.z >> t, mask.w >> t};
+#pragma unroll
+    for (int k = 0; k < kTile / 16; ++k)
+      a[k][h] = two_halves(word[k / 2], k % 2 * 8, one), a[k][h + 2] = two_halves(word[k / 2], k % 2 * 8 + 4, one);
+  }
+  warpgroup_fence();
+#pragma unroll
+  for (int k = 0; k < kTile / 16; ++k)
+    warpgroup_multiply(products.sum, a[k], operand_across(memory.stage.unit[stage], k * 16));
+  warpgroup_commit();
+  warpgroup_wait<0>();
+}
+
+// The products of the mixed tiles, each tile copied while the one before is multiplied.
+template <bool kSm90>
 __device__ __forceinline__ void add_products(const Work& w, const Owner& owner, int side, int slice, int items,
-                                             MaskedSumMemory& memory, float (&sum)[2][8][4]) {
-  int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  int row = threadIdx.x / 64 * 32, column = threadIdx.x / 32 % 2 * 64;
+                                             MaskedSumMemory& memory, Products& products) {
   int steps = items * w.parts;
   load_item(w, owner, slice, memory.item[kMixed][0], 0, 0, memory);
   copies_commit();
   for (int step = 0; step < steps; ++step) {
     copies_wait<0>();
+    if constexpr (kSm90) writes_to_products();
     __syncthreads();  // the stage is there for all, and the other one has been read by all
     int next = step + 1, stage = step % 2;
     if (next < steps) load_item(w, owner, slice, memory.item[kMixed][next / w.parts], next % w.parts, 1 - stage, memory);
@@ -142,41 +208,15 @@ __device__ __forceinline__ void add_products(const Work& w, const Owner& owner, 
     int item = memory.item[kMixed][step / w.parts];
     if (item & kBoth) {
       if (threadIdx.x < kTile) {
+        uint4& mask = memory.stage.mask[stage][threadIdx.x];
         int64_t own = static_cast<int64_t>(owner.tile) * kTile + threadIdx.x;
-        memory.stage.mask[stage][threadIdx.x] = of_side(w.set[owner.set], own, owner.source(item), side, memory.stage.mask[stage][threadIdx.x]);
+        mask = of_side(w.set[owner.set], own, owner.source(item), side, mask);
       }
       __syncthreads();
     }
     uint32_t one = step % w.parts == 0 ? 0x3c00 : 0x1000;  // 1, or 1 / kLowScale
-#pragma unroll
-    for (int k = 0; k < kTile / 32; ++k) {  // one word of the masks
-      uint32_t word[2][2];
-#pragma unroll
-      for (int i = 0; i < 2; ++i)
-#pragma unroll
-        for (int h = 0; h < 2; ++h)
-          word[i][h] = reinterpret_cast<const uint32_t*>(&memory.stage.mask[stage][row + i * 16 + h * 8 + g])[k] >> t;
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        uint32_t a[2][4];
-#pragma unroll
-        for (int i = 0; i < 2; ++i)
-#pragma unroll
-          for (int h = 0; h < 2; ++h)
-            a[i][h] = two_halves(word[i][h], half * 8, one), a[i][h + 2] = two_halves(word[i][h], half * 8 + 4, one);
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          uint32_t b[4];
-          int r = k * 32 + half * 16 + lane % 16;
-          load_matrices<true>(b, memory.stage.unit[stage] + chunk_of(r, column / 8 + 2 * j + lane / 16));
-#pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            multiply_add(sum[i][2 * j], a[i], b[0], b[1]);
-            multiply_add(sum[i][2 * j + 1], a[i], b[2], b[3]);
-          }
-        }
-      }
-    }
+    if constexpr (kSm90) multiply_tile_sm90(memory, stage, one, products);
+    else multiply_tile(memory, stage, one, products);
   }
   copies_wait<0>();
 }
@@ -291,8 +331,9 @@ struct PairSums {
   }
 };
 
-// Grid: owners * slices, sides.
-__global__ void __launch_bounds__(kThreads, 2) masked_sum(const __grid_constant__ Work w, const __grid_constant__ Block block) {
+// The kernel's body. Grid: owners * slices, sides.
+template <bool kSm90>
+__device__ __forceinline__ void add_masked(const Work& w, const Block& block) {
   MaskedSumMemory& memory = *reinterpret_cast<MaskedSumMemory*>(shared_memory());
   const int side = blockIdx.y, slice = blockIdx.x % w.slices, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const Owner owner = find_owner(w, block, blockIdx.x / w.slices);
@@ -318,19 +359,14 @@ __global__ void __launch_bounds__(kThreads, 2) masked_sum(const __grid_constant_
   }
 
   // 3. Mixed tiles, whose sums go from registers to shared memory: a warp then has 16 whole rows.
-  float sum[2][8][4] = {};
-  if (mixed > 0) add_products(w, owner, side, slice, mixed, memory, sum);
+  Products products = {};
+  if (mixed > 0) add_products<kSm90>(w, owner, side, slice, mixed, memory, products);
   __syncthreads();
-  {
-    int row = warp / 2 * 32 + lane / 4, column = warp % 2 * 64 + lane % 4 * 2;
 #pragma unroll
-    for (int i = 0; i < 2; ++i)
-#pragma unroll
-      for (int j = 0; j < 8; ++j)
-#pragma unroll
-        for (int h = 0; h < 2; ++h)
-          *reinterpret_cast<float2*>(memory.sum + (row + i * 16 + h * 8) * kPitch + column + j * 8) =
-              make_float2(sum[i][j][2 * h], sum[i][j][2 * h + 1]);
+  for (int k = 0; k < 64; k += 2) {
+    int row = (kSm90 ? warp * 16 : warp / 2 * 32 + k / 32 * 16) + k / 2 % 2 * 8 + lane / 4;
+    int column = (kSm90 ? k / 4 * 8 : warp % 2 * 64 + k / 4 % 8 * 8) + lane % 4 * 2;
+    *reinterpret_cast<float2*>(memory.sum + row * kPitch + column) = make_float2(products.sum[k], products.sum[k + 1]);
   }
   __syncthreads();
 
@@ -353,6 +389,17 @@ __global__ void __launch_bounds__(kThreads, 2) masked_sum(const __grid_constant_
     float4 total = pairs.cell(k) + shared;
     *out = add ? *out + total : total;
   }
+}
+
+__global__ void __launch_bounds__(kThreads, 2) masked_sum(const __grid_constant__ Work w, const __grid_constant__ Block block) {
+  add_masked<false>(w, block);
+}
+
+// By warpgroups; like `similarity_sm90` it does nothing where it is compiled for anything but sm_90a.
+__global__ void __launch_bounds__(kThreads, 2) masked_sum_sm90(const __grid_constant__ Work w, const __grid_constant__ Block block) {
+#if TCM_SM90
+  add_masked<true>(w, block);
+#endif
 }
 
 }  // namespace

@@ -68,6 +68,15 @@ __device__ __forceinline__ uint64_t operand(const void* rows) {
 // The same from column `column` (a multiple of 16) on.
 __device__ __forceinline__ uint64_t operand_at(uint64_t operand, int column) { return operand + (column * 2 >> 4); }
 
+// A matrix of 128 columns as an operand that is read across: blocks of 64 columns, 16 KB each, rows of 128 bytes swizzled as
+// by `copy_box`; from row `row` (a multiple of 16) on.
+__device__ __forceinline__ uint64_t operand_across(const void* blocks, int row) {
+  return static_cast<uint64_t>(((shared_address(blocks) & 0x3ffff) + row * 128) >> 4) | uint64_t{(128 * 128) >> 4} << 16 |
+         uint64_t{1024 >> 4} << 32 | uint64_t{1} << 62;
+}
+// After this thread's ordinary writes to shared memory, and before the barrier that lets products read them.
+__device__ __forceinline__ void writes_to_products() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
 // Before the first product, and after registers of `d` or shared memory have been written otherwise.
 __device__ __forceinline__ void warpgroup_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void warpgroup_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
@@ -109,6 +118,27 @@ __device__ __forceinline__ void warpgroup_multiply(float (&d)[128], uint64_t a, 
         "+f"(d[112]), "+f"(d[113]), "+f"(d[114]), "+f"(d[115]), "+f"(d[116]), "+f"(d[117]), "+f"(d[118]), "+f"(d[119]),
         "+f"(d[120]), "+f"(d[121]), "+f"(d[122]), "+f"(d[123]), "+f"(d[124]), "+f"(d[125]), "+f"(d[126]), "+f"(d[127])
       : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));
+}
+
+// d [64, 128] += a [64, 16] b [16, 128], by a warpgroup; a in registers, as `multiply_add` has it in each warp's 16 rows; d as
+// above. a must stay as it is until the product has been waited for.
+__device__ __forceinline__ void warpgroup_multiply(float (&d)[64], const uint32_t (&a)[4], uint64_t b) {
+  asm volatile(
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {"
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+      "}, {%64, %65, %66, %67}, %68, 1, 1, 1, 1;\n"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
+        "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),
+        "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),
+        "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]),
+        "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]), "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]),
+        "+f"(d[40]), "+f"(d[41]), "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]),
+        "+f"(d[48]), "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]),
+        "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
 
 // Registers a thread of the warpgroup has from here on.
@@ -165,37 +195,49 @@ inline uint64_t operand(const void* rows) {
 }
 inline uint64_t operand_at(uint64_t operand, int column) { return operand + column * 2; }
 
+inline uint64_t operand_across(const void* blocks, int row) { return operand(blocks) + row * 128; }
+inline void writes_to_products() {}
+
 inline void warpgroup_fence() {}
 inline void warpgroup_commit() { emulator::commit_products(); }
+
+// One product of all threads of a warpgroup: a from shared memory or registers, b by rows or across.
+inline void multiply_together(const emulator::Product& one, emulator::Product* const* all) {
+  static float a[64][16], b[16][256], d[64][256];
+  auto half = [](uint64_t at) {
+    at ^= (at >> 7 & 7) << 4;
+    Half h;
+    memcpy(&h.bits, shared_memory() + at, 2);
+    return to_float(h);
+  };
+  for (int row = 0; row < 64; ++row)
+    for (int k = 0; k < 16; ++k) {
+      uint32_t pair = all[row / 16 * 32 + row % 8 * 4 + k % 8 / 2]->registers[row / 8 % 2 + k / 8 * 2];
+      a[row][k] = !one.across ? half(one.a + row * 128 + k * 2) : to_float(k % 2 == 0 ? low(pair) : high(pair));
+    }
+  for (int column = 0; column < one.columns; ++column)
+    for (int k = 0; k < 16; ++k)
+      b[k][column] = half(one.across ? one.b + column / 64 * (128 * 128) + k * 128 + column % 64 * 2 : one.b + column * 128 + k * 2);
+  memset(d, 0, sizeof d);
+  for (int row = 0; row < 64; ++row)
+    for (int k = 0; k < 16; ++k)
+      for (int column = 0; column < one.columns; ++column) d[row][column] += a[row][k] * b[k][column];
+  for (int thread = 0; thread < 128; ++thread)
+    for (int k = 0; k < one.columns / 2; ++k) {
+      float& out = all[thread]->d[k];
+      int row = thread / 32 * 16 + thread % 32 / 4 + k / 2 % 2 * 8, column = k / 4 * 8 + thread % 4 * 2 + k % 2;
+      out = d[row][column] + (one.accumulate ? out : 0.0f);
+    }
+}
 template <int kPending>
 inline void warpgroup_wait() {
-  emulator::wait_products(kPending, [](const emulator::Product& product, emulator::Product* const* all) {
-    static float a[64][16], b[16][256], d[64][256];
-    auto half = [](uint64_t operand, int row, int k) {
-      uint64_t at = operand + row * 128 + k * 2;
-      at ^= (at >> 7 & 7) << 4;
-      Half h;
-      memcpy(&h.bits, shared_memory() + at, 2);
-      return to_float(h);
-    };
-    for (int k = 0; k < 16; ++k) {
-      for (int row = 0; row < 64; ++row) a[row][k] = half(product.a, row, k);
-      for (int row = 0; row < 256; ++row) b[k][row] = half(product.b, row, k);
-    }
-    memset(d, 0, sizeof d);
-    for (int row = 0; row < 64; ++row)
-      for (int k = 0; k < 16; ++k)
-        for (int column = 0; column < 256; ++column) d[row][column] += a[row][k] * b[k][column];
-    for (int thread = 0; thread < 128; ++thread)
-      for (int k = 0; k < 128; ++k) {
-        float& out = all[thread]->d[k];
-        int row = thread / 32 * 16 + thread % 32 / 4 + k / 2 % 2 * 8, column = k / 4 * 8 + thread % 4 * 2 + k % 2;
-        out = d[row][column] + (all[thread]->accumulate ? out : 0.0f);
-      }
-  });
+  emulator::wait_products(kPending, multiply_together);
 }
 inline void warpgroup_multiply(float (&d)[128], uint64_t a, uint64_t b, bool accumulate) {
-  emulator::start_product({d, a, b, accumulate});
+  emulator::start_product({d, 256, false, a, b, accumulate, {}});
+}
+inline void warpgroup_multiply(float (&d)[64], const uint32_t (&a)[4], uint64_t b) {
+  emulator::start_product({d, 128, true, 0, b, true, {a[0], a[1], a[2], a[3]}});
 }
 
 template <int kRegisters>

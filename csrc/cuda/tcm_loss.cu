@@ -147,7 +147,8 @@ cudaError_t one_block(const Plan& plan, const Block& block, cudaStream_t stream)
   }
   int owners = (w.set[0].sum[0] != nullptr ? rows : 0) + (w.set[1].sum[0] != nullptr && !block.diagonal ? columns : 0);
   if (error != cudaSuccess || owners == 0) return error;
-  return launch(masked_sum, dim3(static_cast<unsigned>(owners) * w.slices, 2), dim3(kThreads), sizeof(MaskedSumMemory), stream, w, block);
+  auto kernel = plan.sm90 ? masked_sum_sm90 : masked_sum;
+  return launch(kernel, dim3(static_cast<unsigned>(owners) * w.slices, 2), dim3(kThreads), sizeof(MaskedSumMemory), stream, w, block);
 }
 
 cudaError_t enqueue(const Plan& plan, Type type, cudaStream_t stream, const Tuning& tuning) {

@@ -169,8 +169,11 @@ struct BarrierState {
 // A warpgroup's product, as one of its threads has started it.
 struct Product {
   float* d;
+  int columns;
+  bool across;    // a is in registers, and b is read across its rows
   uint64_t a, b;  // operands: offsets in shared memory
   bool accumulate;
+  uint32_t registers[4];
 };
 
 struct Block;
@@ -442,13 +445,18 @@ void wait_products(int pending, Multiply multiply) {
     });
   }
 #if defined(__SANITIZE_THREAD__)
-  if (current->number % 32 == 0)  // each warp has read its rows of a and all of b
-    for (const Product& product : mine)
-      for (int row = 0; row < 256 + 16; ++row) {
-        uint64_t at = row < 256 ? product.b + row * 128 : product.a + (current->number % 128 / 2 + row - 256) * 128;
-        for (int k = 0; k < 4; ++k)
-          static_cast<void>(*reinterpret_cast<volatile uint64_t*>(shared_memory() + ((at + k * 8) ^ ((at >> 7 & 7) << 4))));
-      }
+  if (current->number % 32 != 0) return;
+  auto read_row = [](uint64_t at, int bytes) {
+    for (int k = 0; k < bytes; k += 8)
+      static_cast<void>(*reinterpret_cast<volatile uint64_t*>(shared_memory() + ((at + k) ^ ((at >> 7 & 7) << 4))));
+  };
+  for (const Product& product : mine) {  // each warp has read its rows of a and all of b
+    for (int row = 0; row < 16; ++row) {
+      if (!product.across) read_row(product.a + (current->number % 128 / 2 + row) * 128, 32);
+      else read_row(product.b + row * 128, 128), read_row(product.b + 128 * 128 + row * 128, 128);
+    }
+    for (int row = 0; row < 256 && !product.across; ++row) read_row(product.b + row * 128, 32);
+  }
 #endif
 }
 
