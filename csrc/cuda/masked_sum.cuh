@@ -23,6 +23,24 @@ constexpr int kPitch = kSlice + 4;      // floats a row of the staged sums: rows
 
 enum ItemClass { kEmpty = -1, kMixed, kFew, kFull };
 
+// Of a tile of similarities, as its owner sees it: its source's number in the block, and
+constexpr int kTransposed = 0x4000;  // the source is a row of the block: masks are read by columns
+constexpr int kBoth = 0x8000;        // it has hard pairs of both sides
+constexpr int kNumber = 0x3fff;
+
+// The owner of a slice of tile `tile` of G of a side of `set`; adds up x^ of `other`, whose tiles in the block begin with `base`.
+struct Owner {
+  int tile, set, other, base;
+  int width, row, column;  // columns of the block; the owner's place in it
+  int slice, side;         // of the columns of x^; positives or negatives
+
+  __device__ int source(int item) const { return base + (item & kNumber); }
+  __device__ int number(int item) const {  // of the tile in the block
+    return item & kTransposed ? (item & kNumber) * width + column : row * width + (item & kNumber);
+  }
+  __device__ int64_t masks(int item) const { return number(item) * int64_t{2} + (item & kTransposed ? 1 : 0); }
+};
+
 // Shared memory of `masked_sum`.
 struct MaskedSumMemory {
   union {
@@ -35,30 +53,14 @@ struct MaskedSumMemory {
   float shared_sum[2][kSlice];             // what full tiles add, by halves of the list
   uint32_t queue[kWarps][kQueue];          // own row and source row of a pair
   uint16_t item[3][kBlock];                // tiles by class, in order: see `Owner`
-  int before[3][kWarps];
+  int before[3][kWarps], size[3];          // how many in each warp; how many in all
+  Owner owner;                             // here, since its registers are needed for sums
 };
 
-// Of a tile of similarities, as its owner sees it: its source's number in the block, and
-constexpr int kTransposed = 0x4000;  // the source is a row of the block: masks are read by columns
-constexpr int kBoth = 0x8000;        // it has hard pairs of both sides
-constexpr int kNumber = 0x3fff;
-
-// The owner of tile `tile` of G of `set`; adds up x^ of `other`, whose tiles in the block begin with `base`.
-struct Owner {
-  int tile, set, other, base;
-  int width, row, column;  // columns of the block; the owner's place in it
-
-  __device__ int source(int item) const { return base + (item & kNumber); }
-  __device__ int number(int item) const {  // of the tile in the block
-    return item & kTransposed ? (item & kNumber) * width + column : row * width + (item & kNumber);
-  }
-  __device__ int64_t masks(int item) const { return number(item) * int64_t{2} + (item & kTransposed ? 1 : 0); }
-};
-
-__device__ __forceinline__ Owner find_owner(const Work& w, const Block& block, int number) {
+__device__ __forceinline__ Owner find_owner(const Work& w, const Block& block, int number, int slice, int side) {
   int rows = w.set[0].sum[0] == nullptr ? 0 : block.i1 - block.i0, width = block.j1 - block.j0;
-  if (number < rows) return {block.i0 + number, 0, 1, block.j0, width, number, number};
-  return {block.j0 + number - rows, 1, 0, block.i0, width, number - rows, number - rows};
+  if (number < rows) return {block.i0 + number, 0, 1, block.j0, width, number, number, slice, side};
+  return {block.j0 + number - rows, 1, 0, block.i0, width, number - rows, number - rows, slice, side};
 }
 
 // The bits of sorted row `row` of `set` in the tile that begins with tile `source` of the other set.
@@ -70,16 +72,15 @@ __device__ __forceinline__ uint4 of_side(const Set& set, int64_t row, int source
                     bits.z & (mask_range(first - 64, last - 64) ^ flip), bits.w & (mask_range(first - 96, last - 96) ^ flip));
 }
 
-// Sorts the owner's tiles into memory.item by class, in order, and returns how many there are of each. On the diagonal
+// Sorts the owner's tiles into memory.item by class, in order; memory.size tells how many there are of each. On the diagonal
 // those before the owner lie in its column, the others in its row.
-__device__ __forceinline__ int3 classify(const Work& w, const Block& block, const Owner& owner, int side,
-                                         MaskedSumMemory& memory) {
+__device__ __forceinline__ void classify(const Work& w, const Block& block, const Owner& owner, MaskedSumMemory& memory) {
   int lane = threadIdx.x % 32, warp = threadIdx.x / 32, item = threadIdx.x, kind = kEmpty;
   if (item < (owner.set == 0 ? block.j1 - block.j0 : block.i1 - block.i0)) {
     if (owner.set == 1 || (block.diagonal && owner.base + item < owner.tile)) item |= kTransposed;
     int all = valid_rows(w.state->valid[owner.set], owner.tile) * valid_rows(w.state->valid[owner.other], owner.source(item));
     int2 record = all == 0 ? make_int2(0, 0) : w.record[owner.number(item)];  // no record of a tile without pairs
-    int count = side == kPlus ? record.x : record.y;
+    int count = owner.side == kPlus ? record.x : record.y;
     if (count > 0) kind = count == all ? kFull : record.x + record.y <= kSparse ? kFew : kMixed;
     if (record.x > 0 && record.y > 0) item |= kBoth;
   }
@@ -90,35 +91,33 @@ __device__ __forceinline__ int3 classify(const Work& w, const Block& block, cons
     if (lane == 0) memory.before[k][warp] = __popc(ballot[k]);
   }
   __syncthreads();
-  int size[3] = {0, 0, 0};
-#pragma unroll
   for (int k = 0; k < 3; ++k) {
-    int place = __popc(ballot[k] & ((1u << lane) - 1));
+    int place = __popc(ballot[k] & ((1u << lane) - 1)), size = 0;
     for (int other = 0; other < kWarps; ++other) {
       if (other < warp) place += memory.before[k][other];
-      size[k] += memory.before[k][other];
+      size += memory.before[k][other];
     }
     if (kind == k) memory.item[k][place] = static_cast<uint16_t>(item);
+    if (threadIdx.x == 0) memory.size[k] = size;
   }
   __syncthreads();
-  return {size[0], size[1], size[2]};
 }
 
 __device__ __forceinline__ int chunk_of(int r, int c) { return c / 8 * (kTile * 128) + r * 128 + ((c % 8 ^ (r & 7)) << 4); }
 
 // Copies x^ of one mixed tile (rows of the source, this slice's columns; zeros past the last) and its masks.
-__device__ __forceinline__ void load_item(const Work& w, const Owner& owner, int slice, int item, int part, int stage,
+__device__ __forceinline__ void load_item(const Work& w, const Owner& owner, int item, int part, int stage,
                                           MaskedSumMemory& memory) {
   const Set& from = w.set[owner.other];
   int64_t row = static_cast<int64_t>(part) * from.tiles * kTile + static_cast<int64_t>(owner.source(item)) * kTile;
-  int r = threadIdx.x / 16, c = threadIdx.x % 16;
-  const Half* unit = from.unit + row * w.width + slice * kSlice + c * 8;
-  int bytes = slice * kSlice + c * 8 < w.width ? 16 : 0;
+  const int thread = afresh(threadIdx.x), r = thread / 16, c = thread % 16;
+  const bool inside = owner.slice * kSlice + c * 8 < w.width;
+  const Half* unit = from.unit + (inside ? (row + r) * w.width + owner.slice * kSlice + c * 8 : 0);
+  const int64_t pitch = inside ? int64_t{kThreads / 16} * w.width : 0;
+  unsigned char* to = memory.stage.unit[stage] + chunk_of(r, c);  // rows of the same number modulo 8 are swizzled alike
 #pragma unroll
-  for (int k = 0; k < kTile * 16 / kThreads; ++k, r += kThreads / 16)
-    copy_16(memory.stage.unit[stage] + chunk_of(r, c), bytes ? unit + static_cast<int64_t>(r) * w.width : from.unit, bytes);
-  if (threadIdx.x < kTile)
-    copy_16(&memory.stage.mask[stage][threadIdx.x], w.mask + owner.masks(item) * kTile + threadIdx.x, 16);
+  for (int k = 0; k < kTile * 16 / kThreads; ++k, unit += pitch) copy_16(to + k * kThreads / 16 * 128, unit, inside ? 16 : 0);
+  if (thread < kTile) copy_16(&memory.stage.mask[stage][thread], w.mask + owner.masks(item) * kTile + thread, 16);
 }
 
 // Two bits of a mask as two halves: `one`, or 0.
@@ -141,7 +140,7 @@ __device__ __forceinline__ void multiply_tile(const MaskedSumMemory& memory, int
   auto& sum = reinterpret_cast<float(&)[2][8][4]>(products.sum);
   // chunk_of the lane's row and first chunk; those of j have 2 j exclusive-or'ed, see `similarity`.
   const int at = stage * (kTile * kSlice * 2) + chunk_of(lane % 16, column / 8 + lane / 16);
-#pragma unroll
+#pragma unroll 2
   for (int k = 0; k < kTile / 32; ++k) {
     uint32_t word[2][2];
 #pragma unroll
@@ -193,28 +192,28 @@ __device__ __forceinline__ void multiply_tile_sm90(const MaskedSumMemory& memory
 
 // The products of the mixed tiles, each tile copied while the one before is multiplied.
 template <bool kSm90>
-__device__ __forceinline__ void add_products(const Work& w, const Owner& owner, int side, int slice, int items,
-                                             MaskedSumMemory& memory, Products& products) {
-  int steps = items * w.parts;
-  load_item(w, owner, slice, memory.item[kMixed][0], 0, 0, memory);
+__device__ __forceinline__ void add_products(const Work& w, const Owner& owner, MaskedSumMemory& memory, Products& products) {
+  const int two = w.parts - 1;  // one part or two: tiles are steps, or pairs of them
+  auto steps = [&] { return memory.size[kMixed] << two; };
+  load_item(w, owner, memory.item[kMixed][0], 0, 0, memory);
   copies_commit();
-  for (int step = 0; step < steps; ++step) {
+  for (int step = 0; step < steps(); ++step) {
     copies_wait<0>();
     if constexpr (kSm90) writes_to_products();
     __syncthreads();  // the stage is there for all, and the other one has been read by all
     int next = step + 1, stage = step % 2;
-    if (next < steps) load_item(w, owner, slice, memory.item[kMixed][next / w.parts], next % w.parts, 1 - stage, memory);
+    if (next < steps()) load_item(w, owner, memory.item[kMixed][next >> two], next & two, 1 - stage, memory);
     copies_commit();
-    int item = memory.item[kMixed][step / w.parts];
+    int item = memory.item[kMixed][step >> two];
     if (item & kBoth) {
       if (threadIdx.x < kTile) {
         uint4& mask = memory.stage.mask[stage][threadIdx.x];
         int64_t own = static_cast<int64_t>(owner.tile) * kTile + threadIdx.x;
-        mask = of_side(w.set[owner.set], own, owner.source(item), side, mask);
+        mask = of_side(w.set[owner.set], own, owner.source(item), owner.side, mask);
       }
       __syncthreads();
     }
-    uint32_t one = step % w.parts == 0 ? 0x3c00 : 0x1000;  // 1, or 1 / kLowScale
+    uint32_t one = (step & two) == 0 ? 0x3c00 : 0x1000;  // 1, or 1 / kLowScale
     if constexpr (kSm90) multiply_tile_sm90(memory, stage, one, products);
     else multiply_tile(memory, stage, one, products);
   }
@@ -245,14 +244,14 @@ struct PairSums {
   const Work& w;
   const Owner& owner;
   MaskedSumMemory& memory;
-  int slice, lane, warp, queued = 0;
+  int lane, warp, queued = 0;
 
   // `sum` (of four columns) of row `row` of the warp.
   __device__ float4& cell(int row) { return *reinterpret_cast<float4*>(memory.sum + (warp * kOwnRows + row) * kPitch + lane * 4); }
 
   __device__ void flush(int64_t base) {
     __syncwarp();  // the queue is written
-    int column = slice * kSlice + lane * 4, row = -1;
+    int column = owner.slice * kSlice + lane * 4, row = -1;
     bool inside = column < w.width;
     float4 run = make_float4(0, 0, 0, 0);
     for (int k = 0; k < queued; k += 8) {
@@ -304,11 +303,11 @@ struct PairSums {
     }
   }
 
-  __device__ void run(int items, int side) {
+  __device__ void run() {
     int64_t own = static_cast<int64_t>(owner.tile) * kTile + warp * kOwnRows;
     int64_t base = static_cast<int64_t>(owner.base) * kTile;
-    for (int begin = 0; begin < items; begin += 32) {
-      bool has = begin + lane < items;
+    for (int begin = 0; begin < memory.size[kFew]; begin += 32) {
+      bool has = begin + lane < memory.size[kFew];
       int item = has ? memory.item[kFew][begin + lane] : 0;
       int64_t at = owner.masks(item);
       unsigned rows = 0;  // of the warp, those with a pair in this lane's tile
@@ -321,7 +320,7 @@ struct PairSums {
           mask[k] = rows >> (row + k) & 1 ? w.mask[at * kTile + warp * kOwnRows + row + k] : make_uint4(0, 0, 0, 0);
 #pragma unroll 1
         for (int k = 0; k < 4; ++k) {
-          if (item & kBoth) mask[0] = of_side(w.set[owner.set], own + row + k, owner.source(item), side, mask[0]);
+          if (item & kBoth) mask[0] = of_side(w.set[owner.set], own + row + k, owner.source(item), owner.side, mask[0]);
           queue(mask[0], row + k, (item & kNumber) * kTile, base);
           mask[0] = mask[1], mask[1] = mask[2], mask[2] = mask[3];  // indexed by constants: they stay in registers
         }
@@ -335,24 +334,22 @@ struct PairSums {
 template <bool kSm90>
 __device__ __forceinline__ void add_masked(const Work& w, const Block& block) {
   MaskedSumMemory& memory = *reinterpret_cast<MaskedSumMemory*>(shared_memory());
-  const int side = blockIdx.y, slice = blockIdx.x % w.slices, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const Owner owner = find_owner(w, block, blockIdx.x / w.slices);
-  const Set& set = w.set[owner.set];
-  if (valid_rows(w.state->valid[owner.set], owner.tile) == 0) return;
+  if (threadIdx.x == 0) memory.owner = find_owner(w, block, blockIdx.x / w.slices, blockIdx.x % w.slices, blockIdx.y);
+  __syncthreads();
+  const Owner& owner = memory.owner;
 
   // 1. What there is to add.
-  int3 size = classify(w, block, owner, side, memory);
-  int mixed = size.x, few = size.y, full = size.z;
-  if (mixed + few + full == 0) return;
+  classify(w, block, owner, memory);
+  if (memory.size[kMixed] + memory.size[kFew] + memory.size[kFull] == 0) return;
 
   // 2. Full tiles: a thread has a column and every other tile.
   {
     int column = threadIdx.x % kSlice, half = threadIdx.x / kSlice;
     float sum = 0;
-    if (slice * kSlice + column < w.width) {
-      const float* tile_sum = w.set[owner.other].tile_sum + slice * kSlice + column;
+    if (owner.slice * kSlice + column < w.width) {
+      const float* tile_sum = w.set[owner.other].tile_sum + owner.slice * kSlice + column;
 #pragma unroll 4
-      for (int k = half; k < full; k += 2)
+      for (int k = half; k < memory.size[kFull]; k += 2)
         sum += tile_sum[static_cast<int64_t>(owner.source(memory.item[kFull][k])) * w.width];
     }
     memory.shared_sum[half][column] = sum;
@@ -360,8 +357,9 @@ __device__ __forceinline__ void add_masked(const Work& w, const Block& block) {
 
   // 3. Mixed tiles, whose sums go from registers to shared memory: a warp then has 16 whole rows.
   Products products = {};
-  if (mixed > 0) add_products<kSm90>(w, owner, side, slice, mixed, memory, products);
+  if (memory.size[kMixed] > 0) add_products<kSm90>(w, owner, memory, products);
   __syncthreads();
+  const int lane = afresh(threadIdx.x) % 32, warp = afresh(threadIdx.x) / 32;
 #pragma unroll
   for (int k = 0; k < 64; k += 2) {
     int row = (kSm90 ? warp * 16 : warp / 2 * 32 + k / 32 * 16) + k / 2 % 2 * 8 + lane / 4;
@@ -371,21 +369,22 @@ __device__ __forceinline__ void add_masked(const Work& w, const Block& block) {
   __syncthreads();
 
   // 4. Sparse tiles.
-  PairSums pairs{w, owner, memory, slice, lane, warp};
-  if (few > 0) pairs.run(few, side);
+  PairSums pairs{w, owner, memory, lane, warp};
+  if (memory.size[kFew] > 0) pairs.run();
 
   // 5. All into G.
-  uint8_t* touched = set.touched + (static_cast<int64_t>(side) * set.tiles + owner.tile) * w.slices + slice;
+  const Set& set = w.set[owner.set];
+  uint8_t* touched = set.touched + (static_cast<int64_t>(owner.side) * set.tiles + owner.tile) * w.slices + owner.slice;
   const bool add = *touched != 0;
   __syncthreads();  // all have read it
   if (threadIdx.x == 0) *touched = 1;
-  int column = slice * kSlice + lane * 4;
+  int column = owner.slice * kSlice + lane * 4;
   if (column >= w.width) return;
   float4 shared = *reinterpret_cast<const float4*>(&memory.shared_sum[0][lane * 4]) +
                   *reinterpret_cast<const float4*>(&memory.shared_sum[1][lane * 4]);
   for (int k = 0; k < kOwnRows; ++k) {
     int64_t row = static_cast<int64_t>(owner.tile) * kTile + warp * kOwnRows + k;
-    float4* out = reinterpret_cast<float4*>(set.sum[side] + row * w.width + column);
+    float4* out = reinterpret_cast<float4*>(set.sum[owner.side] + row * w.width + column);
     float4 total = pairs.cell(k) + shared;
     *out = add ? *out + total : total;
   }
