@@ -1,11 +1,15 @@
 """`make demo`: what TCM does to a small network, and what it costs on this machine.
 
 The experiment is the one that the paper shows on MNIST, on the handwritten digits that scikit-learn carries: a network
-with two outputs is trained with ArcFace, without and with TCM, and its embedding space is drawn. Then the loss is timed
-against eager PyTorch and pytorch-metric-learning.
+with two outputs is trained with ArcFace, without and with TCM, and its embedding space is drawn. Then the same in the
+open world: a wider network is trained on half the digits, upright and turned, and scored on the other half, which it
+never saw. How much one threshold differs from class to class is measured with OPIS. Last the loss is timed against
+eager PyTorch and pytorch-metric-learning.
 
 Everything that was chosen was chosen on the training images, a third of them held out: the settings of ArcFace (margin
-3 to 9 degrees, scale 16 to 64) by the run without TCM, then margins and weight of TCM. The test images only measure.
+3 to 9 degrees, scale 16 to 64) by the run without TCM, then margins and weight of TCM. In the open world two of the
+five training digits were held out, in turns: the number of steps (5 to 100) was chosen by OPIS of the run without TCM,
+then margins and weight by OPIS with it. The test images only measure.
 """
 
 import argparse
@@ -15,7 +19,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -31,14 +35,20 @@ from tqdm import tqdm
 
 from benchmarks.gate import check_fused
 from benchmarks.peers import PEERS, forward_backward, make_batch, time_alternating
-from tcm_fused import TCMLoss, ops, tcm_loss
+from tcm_fused import Calibration, OPISResult, TCMLoss, calibrate, opis, ops, tcm_loss
+from tcm_fused.plots import plot_pareto
 
-CLASSES = 10
 # Ten classes spread evenly over a circle are 36 degrees apart. The defaults of the loss, 0.9 and 0.5, are for many
 # dimensions; on the circle they would call neighbouring classes (cos 36 = 0.81) hard however compact they are.
 MARGIN_PLUS = 0.99  # 8 degrees: positives farther apart are hard
 MARGIN_MINUS = 0.90  # 26 degrees: negatives closer together are hard
 WEIGHT = 8.0  # lambda+ and lambda-; ArcFace multiplies its cosines by ARC_SCALE, so 1 would hardly be felt
+OPEN_WIDTH = 16  # outputs of the network in the open world
+OPEN_MARGIN_PLUS = 0.7
+OPEN_MARGIN_MINUS = 0.5
+OPEN_WEIGHT = 0.4
+OPEN_EPOCHS = 15  # more steps fit the digits seen and lose those unseen
+OPEN_SEEDS = 3  # times as many as with all digits: a training takes half a second
 ARC_MARGIN = 6.0  # degrees
 ARC_SCALE = 16.0
 LEARNING_RATE = 1e-2
@@ -55,13 +65,33 @@ INK = "#333333"
 ARROW = {"arrowstyle": "-|>", "linewidth": 1.6, "mutation_scale": 20, "shrinkA": 0, "shrinkB": 0}
 
 
-class Digits(NamedTuple):
-    """Images [N, 1, 8, 8] float32 in [0, 1], labels [N] int64."""
+class Task(NamedTuple):
+    """Images [N, 1, 8, 8] float32 in [0, 1] and labels [N] int64 from 0 on, and how to train on them."""
 
     train_x: Tensor
     train_y: Tensor
     test_x: Tensor
     test_y: Tensor
+    width: int  # of the embeddings
+    margin_plus: float
+    margin_minus: float
+    weight: float  # lambda+ and lambda-
+
+
+class Score(NamedTuple):
+    """What `measure` finds."""
+
+    opis: OPISResult
+    calibration: Calibration  # at FALSE_ACCEPT_RATE
+    violation_plus: float  # the two terms of TCM at lambda = 1
+    violation_minus: float
+    count_plus: int
+    count_minus: int
+
+    @property
+    def accepts(self) -> Tensor:
+        """Share of each class's positives that pass the threshold of the calibration, [classes]."""
+        return torch.from_numpy(1 - self.calibration.class_frr)
 
 
 class Run(NamedTuple):
@@ -71,15 +101,20 @@ class Run(NamedTuple):
     with_tcm: bool
     start: Tensor  # every weight before the first step, [P]
     draws: Tensor  # state of the random generator after the last step: equal states, equal batches
-    embeddings: Tensor  # of the test images, [N, 2]
-    recall: float  # recall@1
-    arcface: float
-    violation_plus: float  # the two terms of TCM at lambda = 1
-    violation_minus: float
-    count_plus: int
-    count_minus: int
-    threshold: float  # the similarity that FALSE_ACCEPT_RATE of all negatives pass
-    accepts: Tensor  # share of each class's positives that pass it, [CLASSES]
+    embeddings: Tensor  # of the test images, [N, width]
+    arcface: float  # NaN in the open world
+    score: Score
+
+
+Row = tuple[str, str, Callable[[Run], float]]  # name, format and value of a line of a table
+CONSISTENCY: tuple[Row, ...] = (
+    ("OPIS, x 1000", ".2f", lambda run: 1000 * run.score.opis.opis),
+    ("10%-OPIS, x 1000", ".2f", lambda run: 1000 * run.score.opis.eps_opis),
+    ("utility, mean of classes, %", ".1f", lambda run: 100 * run.score.opis.class_utility.mean()),
+    ("true accepts, mean of classes, %", ".1f", lambda run: 100 * run.score.accepts.mean().item()),
+    ("true accepts, worst class, %", ".1f", lambda run: 100 * run.score.accepts.min().item()),
+    ("true accepts, spread of classes, points", ".1f", lambda run: 100 * run.score.accepts.std().item()),
+)
 
 
 class ArcFace(ArcFaceLoss):  # type: ignore[misc]
@@ -93,21 +128,35 @@ class ArcFace(ArcFaceLoss):  # type: ignore[misc]
         return super().get_angles(cosine.clamp(-1 + 1e-6, 1 - 1e-6))
 
 
-def load() -> Digits:
-    """The 1797 digits, 70 % to train on, 30 % to test; the split is the same for every seed."""
+def load() -> Task:
+    """The 1797 digits in two dimensions, 70 % to train on, 30 % to test; the split is the same for every seed."""
     digits = load_digits()
     train, test = train_test_split(np.arange(len(digits.target)), test_size=0.3, stratify=digits.target, random_state=0)
     x = torch.tensor(digits.images / 16, dtype=torch.float32)[:, None]
     y = torch.tensor(digits.target, dtype=torch.int64)
-    return Digits(x[train], y[train], x[test], y[test])
+    return Task(x[train], y[train], x[test], y[test], 2, MARGIN_PLUS, MARGIN_MINUS, WEIGHT)
 
 
-def make_network() -> nn.Sequential:
-    """Images [N, 1, 8, 8] to embeddings [N, 2]. Without batch normalisation it gets stuck with classes on one spot."""
+def open_world(digits: Task) -> Task:
+    """Train on the digits 0 to 4, test on 5 to 9; upright and turned by 90 degrees they are 10 classes each.
+
+    Test images are from the test split, so that an image is in one of the two tasks' test sets if in either.
+    """
+    halves: list[Tensor] = []
+    for x, y, unseen in ((digits.train_x, digits.train_y, False), (digits.test_x, digits.test_y, True)):
+        mine = (y >= 5) == unseen
+        label = y[mine] - 5 * unseen
+        halves += [torch.cat([x[mine], x[mine].rot90(1, (2, 3))]), torch.cat([label, label + 5])]
+    train_x, train_y, test_x, test_y = halves
+    return Task(train_x, train_y, test_x, test_y, OPEN_WIDTH, OPEN_MARGIN_PLUS, OPEN_MARGIN_MINUS, OPEN_WEIGHT)
+
+
+def make_network(width: int) -> nn.Sequential:
+    """Images [N, 1, 8, 8] to embeddings [N, width]. Without batch normalisation classes get stuck on one spot."""
     layers: list[nn.Module] = [nn.Flatten()]
     for before, after in ((64, 256), (256, 128)):
         layers += [nn.Linear(before, after), nn.BatchNorm1d(after), nn.ReLU()]
-    return nn.Sequential(*layers, nn.Linear(128, 2))
+    return nn.Sequential(*layers, nn.Linear(128, width))
 
 
 def distort(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -120,24 +169,25 @@ def distort(images: Tensor, generator: torch.Generator) -> Tensor:
     return F.grid_sample(images, grid, align_corners=False)
 
 
-def train(digits: Digits, with_tcm: bool, seed: int, epochs: int, tick: Callable[[], object]) -> Run:
+def train(task: Task, with_tcm: bool, seed: int, epochs: int, tick: Callable[[], object]) -> Run:
     """Train on all training images as one batch, `epochs` times, and measure. `tick` is called after each epoch.
 
     Everything random comes from `seed`: the weights first, then the distortion of each epoch's images.
     """
     torch.manual_seed(seed)
-    network, arcface = make_network(), ArcFace(CLASSES, 2, margin=ARC_MARGIN, scale=ARC_SCALE)
-    tcm = TCMLoss(MARGIN_PLUS, MARGIN_MINUS, WEIGHT, WEIGHT)
+    classes = int(task.train_y.max()) + 1
+    network, arcface = make_network(task.width), ArcFace(classes, task.width, margin=ARC_MARGIN, scale=ARC_SCALE)
+    tcm = TCMLoss(task.margin_plus, task.margin_minus, task.weight, task.weight)
     weights = [*network.parameters(), *arcface.parameters()]
     start = nn.utils.parameters_to_vector(weights).detach().clone()
     optimizer = torch.optim.AdamW(weights, lr=LEARNING_RATE, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=epochs)
     generator = torch.Generator().manual_seed(seed)
     for _ in range(epochs):
-        embeddings = network(distort(digits.train_x, generator))
-        loss = arcface(embeddings, digits.train_y)
+        embeddings = network(distort(task.train_x, generator))
+        loss = arcface(embeddings, task.train_y)
         if with_tcm:
-            loss = loss + tcm(embeddings, digits.train_y)
+            loss = loss + tcm(embeddings, task.train_y)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -145,51 +195,27 @@ def train(digits: Digits, with_tcm: bool, seed: int, epochs: int, tick: Callable
         tick()
     network.eval()
     with torch.no_grad():
-        embeddings = network(digits.test_x)
-        base = arcface(embeddings, digits.test_y).item()
-    return measure(seed, with_tcm, start, generator.get_state(), embeddings, digits.test_y, base)
+        embeddings = network(task.test_x)
+        base = arcface(embeddings, task.test_y).item() if task.width == 2 else math.nan
+    return Run(seed, with_tcm, start, generator.get_state(), embeddings, base, measure(task, embeddings))
 
 
-def measure(
-    seed: int, with_tcm: bool, start: Tensor, draws: Tensor, embeddings: Tensor, labels: Tensor, arcface: float
-) -> Run:
-    """What embeddings [N, 2] of the test images are worth; both runs are measured with the same margins."""
-    x_hat = F.normalize(embeddings)
-    s = (x_hat @ x_hat.T).fill_diagonal_(-math.inf)
-    recall = (labels[s.argmax(dim=1)] == labels).float().mean().item()
-    threshold, accepts = accept_rates(s, labels)
-    _, stats = tcm_loss(embeddings, labels, margin_plus=MARGIN_PLUS, margin_minus=MARGIN_MINUS, return_stats=True)
-    return Run(
-        seed,
-        with_tcm,
-        start,
-        draws,
-        embeddings,
-        recall,
-        arcface,
+def measure(task: Task, embeddings: Tensor) -> Score:
+    """What embeddings [N, width] of the test images are worth; both runs are measured with the same margins."""
+    labels = task.test_y
+    plus, minus = task.margin_plus, task.margin_minus
+    _, stats = tcm_loss(embeddings, labels, margin_plus=plus, margin_minus=minus, return_stats=True)
+    return Score(
+        opis=opis(embeddings, labels),
+        calibration=calibrate(embeddings, labels, far=FALSE_ACCEPT_RATE),
         violation_plus=stats.violation_plus.item(),
         violation_minus=stats.violation_minus.item(),
         count_plus=int(stats.count_plus),
         count_minus=int(stats.count_minus),
-        threshold=threshold,
-        accepts=accepts,
     )
 
 
-def accept_rates(s: Tensor, labels: Tensor) -> tuple[float, Tensor]:
-    """The threshold that FALSE_ACCEPT_RATE of all negatives pass, and each class's true accept rate at it, [CLASSES].
-
-    s: [N, N] similarities; the diagonal belongs to no pair.
-    """
-    same = labels[:, None] == labels
-    threshold = torch.quantile(s[~same], 1 - FALSE_ACCEPT_RATE).item()
-    positive = same.fill_diagonal_(False)
-    accepted = (positive & (s > threshold)).sum(dim=1)
-    by_class = torch.zeros(2, CLASSES).index_add_(1, labels, torch.stack([accepted, positive.sum(dim=1)]).float())
-    return threshold, by_class[0] / by_class[1]
-
-
-def train_all(digits: Digits, seeds: int, epochs: int) -> list[tuple[Run, Run]]:
+def train_all(task: Task, name: str, seeds: int, epochs: int) -> list[tuple[Run, Run]]:
     """For each seed the run without TCM and the run with it, from the same start through the same batches (checked).
 
     One thread: the network is too small for more, and one is not held up where other work shares the machine.
@@ -201,8 +227,8 @@ def train_all(digits: Digits, seeds: int, epochs: int) -> list[tuple[Run, Run]]:
         for seed in range(seeds):
             runs = []
             for with_tcm in (False, True):
-                bar.set_description(f"seed {seed}, {'with TCM' if with_tcm else 'without TCM'}")
-                runs.append(train(digits, with_tcm, seed, epochs, bar.update))
+                bar.set_description(f"{name}, seed {seed}, {'with TCM' if with_tcm else 'without TCM'}")
+                runs.append(train(task, with_tcm, seed, epochs, bar.update))
             without, with_ = runs
             if not (torch.equal(without.start, with_.start) and torch.equal(without.draws, with_.draws)):
                 raise RuntimeError(f"the two runs of seed {seed} did not start alike or did not see the same batches")
@@ -213,34 +239,51 @@ def train_all(digits: Digits, seeds: int, epochs: int) -> list[tuple[Run, Run]]:
 
 def print_training(pairs: Sequence[tuple[Run, Run]]) -> None:
     """The table of both ways to train, and a line for each run on what one threshold gives each class."""
-    rows: list[tuple[str, str, Callable[[Run], float]]] = [
-        ("recall@1, %", ".1f", lambda run: 100 * run.recall),
+    rows: list[Row] = [
+        ("recall@1, %", ".1f", lambda run: 100 * run.score.opis.recall_at_1),
         ("ArcFace loss", ".3f", lambda run: run.arcface),
-        ("TCM positive term (lambda = 1)", ".4f", lambda run: run.violation_plus),
-        ("TCM negative term (lambda = 1)", ".4f", lambda run: run.violation_minus),
-        ("hard positive pairs n+", ",.0f", lambda run: run.count_plus),
-        ("hard negative pairs n-", ",.0f", lambda run: run.count_minus),
-        ("true accepts, mean of classes, %", ".1f", lambda run: 100 * run.accepts.mean().item()),
-        ("true accepts, worst class, %", ".1f", lambda run: 100 * run.accepts.min().item()),
-        ("true accepts, spread of classes, points", ".1f", lambda run: 100 * run.accepts.std().item()),
+        ("TCM positive term (lambda = 1)", ".4f", lambda run: run.score.violation_plus),
+        ("TCM negative term (lambda = 1)", ".4f", lambda run: run.score.violation_minus),
+        ("hard positive pairs n+", ",.0f", lambda run: run.score.count_plus),
+        ("hard negative pairs n-", ",.0f", lambda run: run.score.count_minus),
+        *CONSISTENCY,
     ]
     print(f"\nOn the test images, mean and standard deviation of {len(pairs)} seed(s):\n")
+    print_rows(rows, pairs)
+    print(f"""
+Both TCM terms are means over the hard pairs alone, so a term can rise while its pairs get fewer. Pairs are ordered.
+True accepts: the share of a class's positive pairs above the one threshold that {FALSE_ACCEPT_RATE:.0%} of all negative
+pairs pass. The less the classes differ (spread: standard deviation), the better one threshold suits them all. OPIS is
+the same over all thresholds that 1 % to 10 % of the negative pairs pass: the variance between classes of the utility,
+and for 10%-OPIS the squared difference of the worst tenth of the classes from the others.
+""")
+    for run in (run for pair in pairs for run in pair):
+        accepts = run.score.accepts
+        low, high, std = (100 * f(accepts).item() for f in (torch.min, torch.max, torch.std))
+        name = "with TCM" if run.with_tcm else "without TCM"
+        threshold = run.score.calibration.threshold.similarity
+        print(
+            f"seed {run.seed}, {name:12} threshold {threshold:.3f}: true accepts {low:.0f} to {high:.0f} %, "
+            f"spread {std:.1f} points"
+        )
+
+
+def print_open_world(pairs: Sequence[tuple[Run, Run]]) -> None:
+    """The table of the open world."""
+    print(
+        f"\nOpen world: trained on the digits 0 to 4, scored on 5 to 9, upright and turned, {OPEN_WIDTH} dimensions;\n"
+        f"TCM: m+ = {OPEN_MARGIN_PLUS}, m- = {OPEN_MARGIN_MINUS}, lambda+ = lambda- = {OPEN_WEIGHT:g}. "
+        f"Mean and standard deviation of {len(pairs)} seed(s):\n"
+    )
+    print_rows([("recall@1, %", ".1f", lambda run: 100 * run.score.opis.recall_at_1), *CONSISTENCY], pairs)
+
+
+def print_rows(rows: Sequence[Row], pairs: Sequence[tuple[Run, Run]]) -> None:
+    """One line a row, with a column for each way to train."""
     print(f"{'':40}{'ArcFace':>20}{'ArcFace + TCM':>20}")
     for name, form, value in rows:
         cells = [spread([value(pair[i]) for pair in pairs], form) for i in (0, 1)]
         print(f"{name:40}{cells[0]:>20}{cells[1]:>20}")
-    print(f"""
-Both TCM terms are means over the hard pairs alone, so a term can rise while its pairs get fewer. Pairs are ordered.
-True accepts: the share of a class's positive pairs above the one threshold that {FALSE_ACCEPT_RATE:.0%} of all negative
-pairs pass. The less the classes differ (spread: standard deviation), the better one threshold suits them all:
-""")
-    for run in (run for pair in pairs for run in pair):
-        low, high, std = (100 * f(run.accepts).item() for f in (torch.min, torch.max, torch.std))
-        name = "with TCM" if run.with_tcm else "without TCM"
-        print(
-            f"seed {run.seed}, {name:12} threshold {run.threshold:.3f}: true accepts {low:.0f} to {high:.0f} %, "
-            f"spread {std:.1f} points"
-        )
 
 
 def spread(values: Sequence[float], form: str) -> str:
@@ -301,11 +344,11 @@ def draw_embeddings(without: Run, with_: Run, labels: Tensor, path: Path) -> Non
     for axes, run, name in zip(panels, (without, with_), ("ArcFace", "ArcFace + TCM"), strict=True):
         draw_plane(axes, run.embeddings, labels)
         axes.set_title(name, fontsize=16, color=INK, pad=30)
-        pairs = f"hard pairs: {run.count_plus:,} positive, {run.count_minus:,} negative"
+        pairs = f"hard pairs: {run.score.count_plus:,} positive, {run.score.count_minus:,} negative"
         axes.text(
             0.5,
             1.02,
-            f"recall@1 {100 * run.recall:.1f} %,  {pairs}",
+            f"recall@1 {100 * run.score.opis.recall_at_1:.1f} %,  {pairs}",
             transform=axes.transAxes,
             ha="center",
             va="bottom",
@@ -326,7 +369,7 @@ def draw_plane(axes: Axes, embeddings: Tensor, labels: Tensor) -> None:
     """
     norm = embeddings.norm(dim=1, keepdim=True)
     points = 0.95 * embeddings / norm.clamp_min(norm.quantile(0.97))
-    centres = torch.stack([F.normalize(embeddings[labels == c]).mean(dim=0) for c in range(CLASSES)])
+    centres = torch.stack([F.normalize(embeddings[labels == c]).mean(dim=0) for c in range(len(COLOURS))])
     angles = torch.atan2(centres[:, 1], centres[:, 0])
     axes.add_patch(Circle((0, 0), 1, fill=False, color="#BBBBBB", linewidth=1))
     for c, (colour, angle, place) in enumerate(zip(COLOURS, angles.tolist(), apart(angles), strict=True)):
@@ -353,6 +396,44 @@ def apart(angles: Tensor, gap: float = math.radians(9)) -> list[float]:
         place[order] -= push
         place[following] += push
     return place.tolist()
+
+
+def draw_opis(worlds: dict[str, tuple[Run, Run]], path: Path) -> None:
+    """For each world a row of two panels: utility over the threshold without and with TCM, on the same axes."""
+    figure = Figure(figsize=(12, 9), layout="constrained")
+    panels = figure.subplots(len(worlds), 2, sharex="row", sharey="row")
+    for row, (world, runs) in zip(panels, worlds.items(), strict=True):
+        for axes, run, name in zip(row, runs, ("ArcFace", "ArcFace + TCM"), strict=True):
+            run.score.opis.plot(axes)
+            axes.set_title(f"{world}, {name}: {axes.get_title(loc='left')}", loc="left", fontsize=11)
+        wide = [run.score.opis.curves.distance for run in runs if run.score.opis.curves is not None]
+        row[0].set_xlim(min(x.min() for x in wide), max(x.max() for x in wide))
+        row[0].set_ylim(0, 1.02)
+        row[1].set_ylabel("")
+    for axes in panels[:-1].flat:
+        axes.get_legend().remove()  # one row of them is enough
+        axes.set_xlabel("")
+    figure.savefig(path, dpi=130)
+
+
+def draw_similarities(runs: tuple[Run, Run], path: Path) -> None:
+    """Two panels, without and with TCM: similarities of positives and negatives, and the calibrated threshold."""
+    figure = Figure(figsize=(12, 4.6), layout="constrained")
+    panels = figure.subplots(1, 2, sharex=True, sharey=True)
+    for axes, run, name in zip(panels, runs, ("ArcFace", "ArcFace + TCM"), strict=True):
+        run.score.calibration.plot(axes)
+        axes.set_title(f"{name}: {axes.get_title(loc='left').lower()}", loc="left", fontsize=12)
+    panels[1].set_ylabel("")
+    figure.savefig(path, dpi=130)
+
+
+def draw_pareto(pairs: Sequence[tuple[Run, Run]], path: Path) -> None:
+    """OPIS against recognition error of runs of the open world."""
+    names = {False: "ArcFace", True: "+ TCM"}
+    runs = {f"{names[run.with_tcm]}, seed {run.seed}": run.score.opis for pair in pairs for run in pair}
+    axes = plot_pareto(runs)
+    figure: Any = axes.figure
+    figure.savefig(path, dpi=150)
 
 
 def draw_times(fastest: dict[int, dict[str, float]], path: Path) -> None:
@@ -394,7 +475,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prog="python -m benchmarks.demo",
         description="Train a small network on handwritten digits with ArcFace, without and with TCM, and compare them; "
         "then time the loss against eager PyTorch and pytorch-metric-learning.",
-        epilog="Takes about a minute on two cores. Prints two tables, writes demo_embeddings.png and demo_speed.png.",
+        epilog="Takes one to two minutes on two cores. Prints three tables, writes demo_embeddings.png, demo_opis.png, "
+        "demo_similarities.png, demo_pareto.png and demo_speed.png.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument(
@@ -412,15 +494,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f"ArcFace: margin {ARC_MARGIN:g} degrees, scale {ARC_SCALE:g}. "
         f"TCM: m+ = {MARGIN_PLUS}, m- = {MARGIN_MINUS}, lambda+ = lambda- = {WEIGHT:g}."
     )
-    pairs = train_all(digits, options.seeds, options.epochs)
+    pairs = train_all(digits, "10 digits", options.seeds, options.epochs)
     print_training(pairs)
     draw_embeddings(*pairs[0], digits.test_y, options.out / "demo_embeddings.png")
+
+    unseen = train_all(
+        open_world(digits), "unseen digits", OPEN_SEEDS * options.seeds, min(options.epochs, OPEN_EPOCHS)
+    )
+    print_open_world(unseen)
+    draw_opis({"Digits seen": pairs[0], "Digits unseen": unseen[0]}, options.out / "demo_opis.png")
+    draw_similarities(unseen[0], options.out / "demo_similarities.png")
+    draw_pareto(unseen[: options.seeds], options.out / "demo_pareto.png")
 
     fastest = time_losses()
     print_times(fastest)
     print(f"Load average when this began: {load_before:.1f}. Where other work runs, the times are not the loss's own.")
     draw_times(fastest, options.out / "demo_speed.png")
-    print(f"\nPictures: {options.out / 'demo_embeddings.png'} (seed 0) and {options.out / 'demo_speed.png'}")
+    names = ("embeddings", "opis", "similarities", "pareto", "speed")
+    print("\nPictures (of seed 0, where of one):", *(str(options.out / f"demo_{name}.png") for name in names))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.peers import MARGIN_MINUS, MARGIN_PLUS, PEERS, forward_backward, make_batch
+from benchmarks.peers import MARGIN_MINUS, MARGIN_PLUS, PEERS, forward_backward, make_batch, make_classes
+from tcm_fused import OPISResult
 from tcm_fused.reference import tcm_reference
 
 DENSITIES = ("none", "few", "half", "all")
@@ -54,6 +55,34 @@ def check_peer(name: str, hard: str, n: int = 128, d: int = 512) -> None:
     assert wide.grad is not None
     _assert_close(f"{name}, hard={hard!r}: loss", loss, expected)
     _assert_close(f"{name}, hard={hard!r}: gradient", grad, wide.grad)
+
+
+def check_opis(opis_fn: Callable[..., OPISResult], n: int = 700, d: int = 64) -> None:
+    """Compare `opis_fn`, called like `opis`, with the definition in float64, every pair written out, at its thresholds.
+
+    Thresholds are moved off every pair by more than float32's error, so that counts must agree exactly.
+
+    Raises:
+        AssertionError: they differ; the message says in what.
+    """
+    x, labels = make_classes(n, d)
+    s = _similarities(x).sort().values
+    middle = (s[1:] + s[:-1])[s.diff() > 1e-6] / 2
+    thresholds = middle[torch.linspace(0.85, 0.995, 41).mul(len(middle)).long()]
+    result = opis_fn(x, labels, thresholds=thresholds.numpy(), distance="cosine")
+    all_s = F.normalize(x.double()) @ F.normalize(x.double()).T
+    same = labels[:, None] == labels
+    positive, negative = same & ~torch.eye(n, dtype=torch.bool), ~same
+    utility = torch.zeros(len(result.class_ids), len(thresholds), dtype=torch.float64)
+    for c, label in enumerate(result.class_ids.tolist()):
+        mine = labels == label
+        own, other = all_s[mine][positive[mine]], all_s[mine][negative[mine]]
+        phi = (own[:, None] >= thresholds).double().mean(0)
+        psi = (other[:, None] < thresholds).double().mean(0)
+        utility[c] = torch.nan_to_num(2 * phi * psi / (phi + psi))
+    score = torch.trapezoid((utility - utility.mean(0)).square().mean(0), thresholds) / (thresholds[-1] - thresholds[0])
+    assert (torch.from_numpy(result.utility) - utility).abs().max() < 1e-12, "the utility of a class is wrong"
+    assert abs(result.opis - float(score)) < 1e-9, f"OPIS is {result.opis}, not {float(score)}"
 
 
 def _leaves(sets: tuple[Tensor, ...], dtype: torch.dtype) -> list[Tensor]:

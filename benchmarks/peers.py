@@ -63,6 +63,30 @@ def make_batch(n: int, d: int, hard: str = "few", seed: int = 0, device: str = "
     return x_hat * length, labels
 
 
+def make_classes(n: int, d: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Embeddings [n, d] float32 and labels [n] int64 in classes of 5.3 rows, as Stanford Online Products has.
+
+    They vary in 64 directions, and classes differ in how far they spread, so their accept rates differ.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    classes = max(2, n * 11316 // 60000)
+    labels = torch.arange(n) % classes
+    spread = 0.5 + torch.rand(classes, 1, generator=generator)
+    inner = torch.randn(classes, 64, generator=generator)[labels]
+    inner += spread[labels] * torch.randn(n, 64, generator=generator)
+    order = torch.randperm(n, generator=generator)
+    return (inner @ torch.randn(64, d, generator=generator))[order], labels[order]
+
+
+def symmetric_product(x: Tensor, rows: int = 1024) -> None:
+    """Similarities of every pair of rows of x [N, D] once, in strips that are thrown away: N^2 D flop, no more."""
+    x_hat = F.normalize(x)
+    strip = torch.empty(rows * len(x))
+    for i in range(0, len(x), rows):
+        block = x_hat[i : i + rows]
+        torch.mm(block, x_hat[i:].T, out=strip[: len(block) * (len(x) - i)].view(len(block), len(x) - i))
+
+
 def eager_tcm(x: Tensor, labels: Tensor, ref_x: Tensor | None = None, ref_labels: Tensor | None = None) -> Tensor:
     """The loss as one would write it in PyTorch: one product, boolean masks, autograd; O(N M) memory.
 

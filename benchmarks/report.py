@@ -18,6 +18,9 @@ LIBRARY_SPEED_UP = 1000.0
 SMALL_SPEED_UP = 2.0
 MEMORY_FACTOR = 5.0
 SLOPES = {"time": 2.0, "memory": 1.0}
+OPIS_PRODUCTS = 1.6
+OPIS_SPEED_UP = 3.0
+OPIS_MEMORY_GB = 2.0
 SLOPE_TOLERANCE = 0.1
 
 
@@ -33,7 +36,8 @@ class Goal(NamedTuple):
 
 def goals(infos: Infos) -> list[Goal]:
     """Every goal with its figure."""
-    return [*_density_goals(infos), *_peer_goals(infos), *_memory_goals(infos), *_slope_goals(infos)]
+    loss = [*_density_goals(infos), *_peer_goals(infos), *_memory_goals(infos), *_slope_goals(infos)]
+    return [*loss, *_opis_goals(infos)]
 
 
 def _density_goals(infos: Infos) -> list[Goal]:
@@ -81,6 +85,19 @@ def _slope_goals(infos: Infos) -> list[Goal]:
     return rows
 
 
+def _opis_goals(infos: Infos) -> list[Goal]:
+    small, large = (infos.get(f"test_opis[{n}]", {}) for n in (8192, 60000))
+    blocked = small.get("ratio", {}).get("blocked PyTorch")
+    products = large.get("ratio", {}).get("product")
+    peak = large["peak_bytes"]["tcm_fused"] / 1e9 if large else None
+    subject = "OPIS, N = 60,000, D = 512, 11,316 classes"
+    return [
+        _at_most(subject, "the symmetric product", OPIS_PRODUCTS, products, " of it"),
+        _at_most(subject, "memory beyond the embeddings", OPIS_MEMORY_GB, peak, " GB"),
+        _at_least("OPIS, N = 8192, D = 512, 1545 classes", "blocked PyTorch", OPIS_SPEED_UP, _inverse(blocked)),
+    ]
+
+
 def growth_slope(infos: Infos, quantity: str) -> float | None:
     """Least-squares slope of log(time or memory) over log(N), None unless the largest batch was measured."""
     grown = [info for name, info in infos.items() if name.startswith("test_growth")]
@@ -126,6 +143,8 @@ def time_table(infos: Infos) -> str:
         "|--:|--:|--:|" + "--:|" * (len(columns) + 2),
     ]
     for info in infos.values():
+        if "hard_negatives" not in info:  # not of the loss
+            continue
         n, m = info["n"], info.get("m", info["n"])
         seconds, peaks = info.get("seconds", {}), info.get("peak_bytes", {})
         times = [_time(seconds[name]) if name in seconds else "" for name in columns]
@@ -134,6 +153,22 @@ def time_table(infos: Infos) -> str:
             f"| {n} | {m} | {info['d']} | {info['hard_negatives'] / (n * m):.2g} | {' | '.join(times)} | {memory} |"
         )
     return "\n".join(lines)
+
+
+def opis_table(infos: Infos) -> str:
+    """Median times of OPIS and its peers, and peak memory, as a Markdown table."""
+    columns = ("tcm_fused", "product", "blocked PyTorch")
+    lines = [f"| N | D | classes | {' | '.join(columns)} | peak memory |", "|--:|--:|--:|" + "--:|" * 4]
+    for info in _opis_infos(infos):
+        seconds = info.get("seconds", {})
+        times = " | ".join(_time(seconds[name]) if name in seconds else "" for name in columns)
+        memory = _memory(info["peak_bytes"]["tcm_fused"])
+        lines.append(f"| {info['n']} | {info['d']} | {info['classes']} | {times} | {memory} |")
+    return "\n".join(lines)
+
+
+def _opis_infos(infos: Infos) -> list[dict[str, Any]]:
+    return [info for name, info in infos.items() if name.startswith("test_opis[")]
 
 
 def _time(reading: dict[str, float]) -> str:
@@ -167,6 +202,8 @@ def main() -> None:
     print(f"{hardware(machine)}; load before the run {machine['load_before']:g}; commit {commit}")
     print("\nLoss and gradient, median of alternating runs in one process.\n")
     print(goal_table(goals(infos)), time_table(infos), sep="\n\n")
+    if _opis_infos(infos):
+        print("\nOPIS: the whole result, beside the symmetric similarity product alone.\n", opis_table(infos), sep="\n")
     for name, draw in (("speed", draw_speed), ("growth", draw_growth)):
         target = path.with_name(f"{path.stem}_{name}.png")
         draw(infos, hardware(machine), target)

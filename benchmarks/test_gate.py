@@ -1,14 +1,15 @@
 """The gate lets the right loss through, and stops losses that are wrong by a little."""
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.gate import DENSITIES, check_fused, check_peer
+from benchmarks.gate import DENSITIES, check_fused, check_opis, check_peer
 from benchmarks.peers import PEERS
-from tcm_fused import tcm_loss
+from tcm_fused import opis, tcm_loss
 
 
 @pytest.mark.parametrize("hard", DENSITIES)
@@ -39,3 +40,22 @@ def _half_precision(x: Tensor, *rest: Tensor, **options: Any) -> Any:
 def test_gate_stops_a_wrong_loss(wrong: Any) -> None:
     with pytest.raises(AssertionError, match="tcm_fused, square"):
         check_fused(wrong, "half")
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_gate_lets_opis_through(backend: str) -> None:
+    check_opis(partial(opis, backend=backend))
+
+
+def _drops_a_sample(x: Tensor, labels: Tensor, **options: Any) -> Any:
+    return opis(x, labels.index_fill(0, torch.tensor(0), -1), **options)
+
+
+def _half_precision_opis(x: Tensor, labels: Tensor, **options: Any) -> Any:
+    return opis(x.half(), labels, **options)
+
+
+@pytest.mark.parametrize("wrong", [_drops_a_sample, _half_precision_opis])
+def test_gate_stops_a_wrong_opis(wrong: Any) -> None:
+    with pytest.raises(AssertionError, match=r"the utility of a class|OPIS is"):
+        check_opis(wrong)

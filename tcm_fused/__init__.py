@@ -1,6 +1,34 @@
 """Threshold-Consistent Margin loss for large-batch metric learning, fused."""
 
+from typing import TYPE_CHECKING, Any
+
+from tcm_fused.calibration import Calibration, Margins, calibrate, suggest_margins
 from tcm_fused.loss import TCMLoss, TCMStats, tcm_loss
+from tcm_fused.opis import OPISResult, opis
+
+if TYPE_CHECKING:
+    from tcm_fused.metric import OPIS
 
 __version__ = "0.1.0"
-__all__ = ["TCMLoss", "TCMStats", "__version__", "tcm_loss"]
+__all__ = [
+    "OPIS",
+    "Calibration",
+    "Margins",
+    "OPISResult",
+    "TCMLoss",
+    "TCMStats",
+    "__version__",
+    "calibrate",
+    "opis",
+    "suggest_margins",
+    "tcm_loss",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """`OPIS` is imported when it is first used: it needs torchmetrics."""
+    if name == "OPIS":
+        from tcm_fused.metric import OPIS
+
+        return OPIS
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,8 +1,9 @@
-"""The operator: schema, shapes, autograd and choice of backend. The only file that knows backends.
+"""The operators: schema, shapes, autograd and choice of backend. The only file that knows backends.
 
-Two operators share one schema. `tcm_fused::fused` is the kernel that the extension registers for a
+Two operators of the loss share one schema. `tcm_fused::fused` is the kernel that the extension registers for a
 device; `tcm_fused::blocked` is plain PyTorch and runs anywhere. Both return the gradient with the
-loss (one pass over the pairs), so that backward is a multiplication.
+loss (one pass over the pairs), so that backward is a multiplication. In the same way `tcm_fused::pair_counts`
+and `tcm_fused::pair_counts_blocked` count the pairs for OPIS.
 """
 
 import warnings
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tcm_fused.pair_counts import pair_counts_blocked
 from tcm_fused.reference import loss_dtype, tcm_blocked, wide_dtype
 
 try:
@@ -98,6 +100,34 @@ for _name in ("fused", "blocked"):
 _LIBRARY.impl("blocked", tcm_blocked, "CompositeExplicitAutograd")
 OPERATORS = {"fused": torch.ops.tcm_fused.fused.default, "blocked": torch.ops.tcm_fused.blocked.default}
 
+# x [N, D] float32 or float64, finite; y [N] int64 class; thresholds [T] ascending similarities in the dtype of x.
+# counts [2, 2^(bits + 1) + 1], class_counts [2, classes + 1, T] int64 and best [2, N]: see `pair_counts_blocked`.
+# progress [2] int64, if given: blocks done and in all, while it runs.
+_COUNT_SCHEMA = (
+    "(Tensor x, Tensor y, int classes, Tensor thresholds, int bits, Tensor(a!)? progress) "
+    "-> (Tensor counts, Tensor class_counts, Tensor best)"
+)
+
+
+def _fake_counts(
+    x: Tensor, y: Tensor, classes: int, thresholds: Tensor, bits: int, progress: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        x.new_empty((2, (2 << bits) + 1), dtype=torch.int64),
+        x.new_empty((2, classes + 1, thresholds.shape[0]), dtype=torch.int64),
+        x.new_empty((2, x.shape[0])),
+    )
+
+
+for _name in ("pair_counts", "pair_counts_blocked"):
+    _LIBRARY.define(_name + _COUNT_SCHEMA)
+    torch.library.register_fake(f"tcm_fused::{_name}", _fake_counts, lib=_LIBRARY)
+_LIBRARY.impl("pair_counts_blocked", pair_counts_blocked, "CompositeExplicitAutograd")
+_COUNTERS = {
+    "cpu": torch.ops.tcm_fused.pair_counts.default,
+    "torch": torch.ops.tcm_fused.pair_counts_blocked.default,
+}
+
 
 def build_info() -> dict[str, Any] | None:
     """What the extension was built with, or None where it is not built."""
@@ -181,6 +211,21 @@ def choose(backend: str, device_type: str, dtype: torch.dtype) -> str:
             "backend='cuda' has no float64, which the embeddings are; cast them to float32, or use backend='torch'"
         )
     return "fused"
+
+
+def choose_counter(backend: str, device_type: str) -> Any:
+    """The operator that counts pairs with `backend` on `device_type`; RuntimeError if none does.
+
+    There is a kernel for CPUs only; "auto" takes the blocked PyTorch form elsewhere.
+    """
+    if backend == "auto":
+        return _COUNTERS["cpu" if device_type == "cpu" and why_unavailable("cpu") is None else "torch"]
+    reason = why_unavailable(backend) if backend in _COUNTERS else "pairs are counted by 'cpu' or 'torch' only"
+    if reason is not None:
+        raise RuntimeError(f"backend={backend!r} is not available: {reason}")
+    if backend == "cpu" != device_type:
+        raise RuntimeError(f"backend='cpu' needs tensors on device 'cpu', embeddings are on '{device_type}'")
+    return _COUNTERS[backend]
 
 
 @cache

@@ -1,4 +1,4 @@
-"""The C++ kernel alone, built with its own threads: on every instruction set, and under the sanitizers."""
+"""The C++ kernels alone, built with its own threads: on every instruction set, and under the sanitizers."""
 
 import os
 import subprocess
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SOURCES = ["tests/sanitize/main.cpp", "csrc/cpu/tile_walk.cpp", "csrc/cpu/pair_loops.cpp"]
+SOURCES = ["tests/sanitize/main.cpp", "csrc/cpu/tile_walk.cpp", "csrc/cpu/histogram.cpp", "csrc/cpu/pair_loops.cpp"]
 
 
 @pytest.mark.parametrize(

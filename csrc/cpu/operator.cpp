@@ -1,4 +1,4 @@
-// tcm_fused::fused for CPU tensors: the host of the tile walk, with torch's threads and torch's BLAS.
+// The operators for CPU tensors: the host of the walks, with torch's threads and torch's BLAS.
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -10,6 +10,7 @@
 #include <tuple>
 #include <type_traits>
 
+#include "histogram.h"
 #include "tile_walk.h"
 
 #ifdef STABLE_TORCH_ERROR_CODE_CHECK
@@ -65,6 +66,8 @@ void transposed_product(const float* a, int64_t m, const float* b, int64_t n, in
                                 s, false);
 }
 
+constexpr int64_t kWorthThreads = 1 << 19;  // multiplications; below, starting threads costs more than they save
+
 void parallel_for(int64_t size, const std::function<void(int64_t, int64_t)>& body) {
   torch::stable::parallel_for(0, size, 1, body);
 }
@@ -104,7 +107,6 @@ Results run(const Tensor& x, const Tensor& y, const std::optional<Tensor>& ref_x
       .penalty = penalty.mutable_data_ptr<double>(),
       .count = count.mutable_data_ptr<int64_t>(),
   };
-  constexpr int64_t kWorthThreads = 1 << 19;  // multiplications; below, starting threads costs more than they save
   int threads = n * m * d < kWorthThreads ? 1 : static_cast<int>(torch::stable::get_num_threads());
   tcm_loss<real>(problem, result, host<real>(threads), best_isa());
   return {loss, dx, dref, penalty, count};
@@ -139,8 +141,55 @@ Results fused(const Tensor& x, const Tensor& y, std::optional<Tensor> ref_x, std
            {margin_plus, margin_minus}, {lambda_plus, lambda_minus}, grad_x, grad_ref && ref_x);
 }
 
+template <class real>
+std::tuple<Tensor, Tensor, Tensor> count(const Tensor& x, const Tensor& y, int64_t classes, const Tensor& threshold,
+                                         int64_t bits, const std::optional<Tensor>& progress) {
+  int64_t n = x.size(0), d = x.size(1), bins = (int64_t{2} << bits) + 1, thresholds = threshold.size(0);
+  Tensor counts = torch::stable::new_empty(x, {2, bins}, ScalarType::Long);
+  Tensor class_counts = torch::stable::new_empty(x, {2, classes + 1, thresholds}, ScalarType::Long);
+  Tensor best = torch::stable::new_empty(x, {2, n});
+  int64_t *all = counts.mutable_data_ptr<int64_t>(), *by_class = class_counts.mutable_data_ptr<int64_t>();
+  real* nearest = best.mutable_data_ptr<real>();
+  PairCountProblem<real> problem{
+      .n = n, .d = d, .classes = classes, .thresholds = thresholds,
+      .x = x.const_data_ptr<real>(), .y = y.const_data_ptr<int64_t>(), .threshold = threshold.const_data_ptr<real>(),
+      .bits = static_cast<int>(bits),
+  };
+  PairCounts<real> result{
+      .count = {all, all + bins},
+      .class_count = {by_class, by_class + (classes + 1) * thresholds},
+      .best = {nearest, nearest + n},
+      .progress = progress ? progress->mutable_data_ptr<int64_t>() : nullptr,
+  };
+  int threads = n * n * d < kWorthThreads ? 1 : static_cast<int>(torch::stable::get_num_threads());
+  count_pairs<real>(problem, result, host<real>(threads), best_isa());
+  return {counts, class_counts, best};
+}
+
+std::tuple<Tensor, Tensor, Tensor> pair_counts(const Tensor& x, const Tensor& y, int64_t classes, const Tensor& threshold,
+                                               int64_t bits, std::optional<Tensor> progress) {
+  bool is_float = x.scalar_type() == ScalarType::Float;
+  STD_TORCH_CHECK(is_float || x.scalar_type() == ScalarType::Double,
+                  "tcm_fused::pair_counts: embeddings must be float32 or float64");
+  STD_TORCH_CHECK(threshold.scalar_type() == x.scalar_type() && threshold.dim() == 1,
+                  "tcm_fused::pair_counts: thresholds must be [T] in the dtype of the embeddings");
+  STD_TORCH_CHECK(y.scalar_type() == ScalarType::Long, "tcm_fused::pair_counts: classes must be int64");
+  STD_TORCH_CHECK(x.dim() == 2 && y.dim() == 1 && x.size(0) == y.size(0),
+                  "tcm_fused::pair_counts: embeddings must be [N, D] and classes [N]");
+  STD_TORCH_CHECK(0 <= bits && bits <= 20 && classes >= 0,
+                  "tcm_fused::pair_counts: bits must be from 0 to 20, the number of classes 0 or more");
+  STD_TORCH_CHECK(!progress || (progress->scalar_type() == ScalarType::Long && progress->numel() == 2 && progress->is_contiguous()),
+                  "tcm_fused::pair_counts: progress must be two int64");
+  auto f = is_float ? count<float> : count<double>;
+  return f(torch::stable::contiguous(x), torch::stable::contiguous(y), classes, torch::stable::contiguous(threshold), bits,
+           progress);
+}
+
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(tcm_fused, CPU, library) { library.impl("fused", TORCH_BOX(&fused)); }
+STABLE_TORCH_LIBRARY_IMPL(tcm_fused, CPU, library) {
+  library.impl("fused", TORCH_BOX(&fused));
+  library.impl("pair_counts", TORCH_BOX(&pair_counts));
+}
 
 }  // namespace tcm::cpu

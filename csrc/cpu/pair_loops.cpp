@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <limits>
 
 #define TCM_INLINE inline __attribute__((always_inline))
 
@@ -68,6 +69,21 @@ TCM_INLINE Penalty scan(const real* s, int n, real margin, real sign) {
     sum += excess >= 0 ? excess : 0;
   }
   return {count, static_cast<double>(sum)};
+}
+
+template <class real>
+TCM_INLINE real bins(const real* s, int n, int32_t half, int32_t* bin, real* best) {
+  real scale = static_cast<real>(half), largest = -std::numeric_limits<real>::infinity();
+#pragma omp simd reduction(max : largest)
+  for (int j = 0; j < n; ++j) {
+    real scaled = s[j] * scale;
+    int32_t down = static_cast<int32_t>(scaled);  // towards zero, so one too many for most that are negative
+    down -= scaled < static_cast<real>(down);
+    bin[j] = std::clamp(down + half, 0, 2 * half);
+    best[j] = s[j] > best[j] ? s[j] : best[j];
+    largest = s[j] > largest ? s[j] : largest;
+  }
+  return largest;
 }
 
 template <class real>
@@ -182,6 +198,9 @@ TCM_INLINE void projected(const RowSums<real>& sums, const real* unit, int64_t d
     target static Penalty scan_row(const real* s, int n, real margin, real sign) {                               \
       return scan(s, n, margin, sign);                                                                           \
     }                                                                                                            \
+    target static real bin_row(const real* s, int n, int32_t half, int32_t* bin, real* best) {                     \
+      return bins(s, n, half, bin, best);                                                                         \
+    }                                                                                                            \
     target static void mask_row(const real* s, int words, real margin, real sign, uint64_t* bits) {                         \
       mask(s, words, margin, sign, bits);                                                                               \
     }                                                                                                            \
@@ -198,8 +217,8 @@ TCM_INLINE void projected(const RowSums<real>& sums, const real* unit, int64_t d
                                     real w_minus, double inverse, real* out) {                                   \
       projected(sums, unit, d, w_plus, w_minus, inverse, out);                                                   \
     }                                                                                                            \
-    static constexpr PairLoops<real> kLoops{scan_row, mask_row,  sparse, dense,       transpose, \
-                                            squares,  scale,     gradient_row};                       \
+    static constexpr PairLoops<real> kLoops{scan_row,  bin_row, mask_row, sparse,      dense, \
+                                            transpose, squares, scale,    gradient_row};       \
   };
 
 TCM_PAIR_LOOPS(Baseline, 16, )

@@ -25,6 +25,9 @@ template <class real>
 struct PairLoops {
   // Hard pairs among s [n] and the sum of their excess.
   Penalty (*scan_row)(const real* s, int n, real margin, real sign);
+  // bin [n] = floor(s * half) + half, kept within [0, 2 half]: the cell of a grid of 2 half steps on [-1, 1];
+  // best [n] = max(best, s); returns the largest s. `half` is a power of two, so the product is exact.
+  real (*bin_row)(const real* s, int n, int32_t half, int32_t* bin, real* best);
   // Bit j of bits [words]: is pair j of s [64 words] hard?
   void (*mask_row)(const real* s, int words, real margin, real sign, uint64_t* bits);
   // g [m, d] += weight * M x, with M [m, n] the 0/1 matrix in bits [m, kWords] and x [n, d]: pair by pair,

@@ -11,6 +11,7 @@
 #include <thread>
 #include <vector>
 
+#include "../../csrc/cpu/histogram.h"
 #include "../../csrc/cpu/tile_walk.h"
 
 using tcm::kMinus;
@@ -200,10 +201,78 @@ bool check(const Case& c, std::mt19937_64& random) {
   return true;
 }
 
+// The pair counts of random rows, on every instruction set, against a double loop: exactly, for similarities are exact.
+template <class real>
+void check_counts(std::mt19937_64& random) {
+  const int64_t sizes[] = {0, 1, 2, 63, 64, 65, 130, 300, 520, 700};
+  auto pick = [&](const auto& values) { return values[random() % std::size(values)]; };
+  int64_t n = pick(sizes), d = pick((const int64_t[]){4, 5, 16, 65}), labels = pick((const int64_t[]){1, 3, 40, 1000});
+  int64_t classes = static_cast<int64_t>(random() % (labels + 1)), bits = pick((const int64_t[]){0, 3, 9});
+  Case c{.n = n, .d = d, .classes = classes, .transposed = random() % 2 == 0, .threads = pick((const int[]){1, 2, 3, 5})};
+  std::vector<real> x(n * d, 0), thresholds;
+  std::vector<int64_t> y(n);
+  for (int64_t i = 0; i < n; ++i) {  // four components of +-1/2 or one of +-1 (or none), times a power of two
+    int parts = random() % 2 ? 4 : random() % 8 ? 1 : 0;
+    for (int done = 0; done < parts;) {
+      real& component = x[i * d + random() % d];
+      if (component != 0) continue;
+      component = std::ldexp(random() % 2 ? real{1} : real{-1}, static_cast<int>(i % 5) - (parts == 4));
+      ++done;
+    }
+    y[i] = static_cast<int64_t>(random() % (labels + 1)) - (random() % 8 == 0);
+  }
+  int64_t lowest = random() % 2 ? 0 : 16;  // in eighths: all pairs have a threshold below them, or few have
+  for (int64_t k = random() % 12; k-- > 0;) thresholds.push_back(static_cast<real>(lowest + random() % (21 - lowest)) / 8 - real{1.25});
+  std::sort(thresholds.begin(), thresholds.end());
+  int64_t bins = (int64_t{2} << bits) + 1, t = thresholds.size();
+
+  constexpr real kNone = -std::numeric_limits<real>::infinity();
+  std::vector<int64_t> count[2], class_count[2];
+  std::vector<real> best[2];
+  for (int side : {kPlus, kMinus}) count[side].assign(bins, 0), class_count[side].assign((classes + 1) * t, 0), best[side].assign(n, kNone);
+  auto norm = [&](int64_t i) {
+    real squares = 0;
+    for (int64_t k = 0; k < d; ++k) squares += x[i * d + k] * x[i * d + k];
+    return squares > 0 ? std::sqrt(squares) : real{1};
+  };
+  for (int64_t i = 0; i < n; ++i)
+    for (int64_t j = i + 1; j < n; ++j) {
+      if (y[i] < 0 || y[j] < 0) continue;
+      real s = 0;
+      for (int64_t k = 0; k < d; ++k) s += x[i * d + k] * x[j * d + k];
+      s /= norm(i) * norm(j);
+      int side = y[i] == y[j] ? kPlus : kMinus;
+      ++count[side][static_cast<int64_t>(std::floor(s * (bins / 2))) + bins / 2];
+      best[side][i] = std::max(best[side][i], s), best[side][j] = std::max(best[side][j], s);
+      int64_t cell = std::upper_bound(thresholds.begin(), thresholds.end(), s) - thresholds.begin() - 1;
+      if (cell < 0) continue;
+      ++class_count[side][std::min(y[i], classes) * t + cell];
+      if (side == kMinus) ++class_count[side][std::min(y[j], classes) * t + cell];
+    }
+  for (int isa = 0; isa <= static_cast<int>(tcm::cpu::best_isa()); ++isa) {
+    std::vector<int64_t> got[2], class_got[2], progress(2, -1);
+    std::vector<real> best_got[2];
+    for (int side : {kPlus, kMinus}) got[side].assign(bins, -7), class_got[side].assign((classes + 1) * t, -7), best_got[side].assign(n, 7);
+    tcm::cpu::PairCountProblem<real> problem{n, d, classes, t, x.data(), y.data(), thresholds.data(), static_cast<int>(bits)};
+    tcm::cpu::PairCounts<real> result{{got[0].data(), got[1].data()}, {class_got[0].data(), class_got[1].data()},
+                                      {best_got[0].data(), best_got[1].data()}, random() % 2 ? progress.data() : nullptr};
+    tcm::cpu::count_pairs(problem, result, host<real>(c.threads, c.transposed), static_cast<tcm::cpu::Isa>(isa));
+    for (int side : {kPlus, kMinus}) {
+      for (int64_t k = 0; k < bins; ++k)
+        if (got[side][k] != count[side][k]) fail(c, "pairs of a cell", got[side][k], count[side][k]);
+      for (int64_t k = 0; k < (classes + 1) * t; ++k)
+        if (class_got[side][k] != class_count[side][k]) fail(c, "pairs of a class", class_got[side][k], class_count[side][k]);
+      for (int64_t i = 0; i < n; ++i)
+        if (best_got[side][i] != best[side][i]) fail(c, "largest similarity", best_got[side][i], best[side][i]);
+    }
+    if (progress[0] != progress[1]) fail(c, "progress", progress[0], progress[1]);
+  }
+}
+
 // A product that fails must surface as its exception, in every thread count, and not as a hang.
 void failing_product() {
   std::vector<float> x(600 * 4, 1.0f), grad(600 * 4);
-  std::vector<int64_t> y(600, 0), count(2);
+  std::vector<int64_t> y(600, 0), labels(1100, 0), count(2);
   float loss;
   double penalty[2];
   for (int threads : {1, 3}) {
@@ -221,6 +290,16 @@ void failing_product() {
       thrown = true;
     }
     if (!thrown) std::printf("a failing product was not reported\n"), std::exit(1);
+    calls = 0, thrown = false;
+    std::vector<int64_t> bins(6);
+    try {
+      tcm::cpu::count_pairs<float>({1100, 2, 0, 0, x.data(), labels.data(), nullptr, 0},
+                                   {{bins.data(), bins.data() + 3}, {}, {grad.data(), grad.data() + 1100}, nullptr}, broken,
+                                   tcm::cpu::best_isa());
+    } catch (const std::runtime_error&) {
+      thrown = true;
+    }
+    if (!thrown) std::printf("a failing product was not reported by the count\n"), std::exit(1);
   }
 }
 
@@ -245,6 +324,7 @@ int main(int argc, char** argv) {
     c.transposed = random() % 2;
     c.threads = pick((const int[]){1, 2, 3, 5});
     done += random() % 2 ? check<float>(c, random) : check<double>(c, random);
+    if (random() % 4 == 0) random() % 2 ? check_counts<float>(random) : check_counts<double>(random);
   }
   failing_product();
   std::printf("%d cases agree\n", cases);

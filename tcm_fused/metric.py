@@ -1,0 +1,69 @@
+"""`OPIS`: the metric as a torchmetrics class."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tcm_fused.opis import OPISResult, opis
+
+try:
+    from torchmetrics import Metric
+    from torchmetrics.utilities import dim_zero_cat
+except ImportError as error:
+    raise ImportError("OPIS needs torchmetrics: pip install torchmetrics, or 'tcm_fused[metrics]'") from error
+
+
+class OPIS(Metric):
+    """`opis` as a torchmetrics metric: embeddings come in batches, the pairs are counted over all of them.
+
+    The state is the embeddings themselves, moved to the CPU or not as `compute_on_cpu` says, since every pair of
+    samples counts, across batches and processes: O(N D) memory. Processes gather it before `compute`.
+
+    Arguments: those of `opis`, and those of `torchmetrics.Metric`.
+
+    `compute` returns a dict of float64 scalars, "opis", "eps_opis" and "recall_at_1"; all else that was found is in
+    `result`, an `OPISResult`.
+
+    Example:
+        >>> metric = OPIS(thresholds=[0.5, 0.7, 0.9])
+        >>> metric.update(torch.tensor([[1.0, 0.0], [0.96, 0.28]]), torch.tensor([0, 0]))
+        >>> metric.update(torch.tensor([[0.0, 1.0], [-0.8, 0.6]]), torch.tensor([1, 1]))
+        >>> round(metric.compute()["opis"].item(), 4), metric.result.class_ids.tolist()
+        (0.1875, [0, 1])
+    """
+
+    is_differentiable = False
+    higher_is_better = False
+    full_state_update = False
+
+    embeddings: list[Tensor]
+    labels: list[Tensor]
+
+    _OPTIONS = ("far_range", "frr_range", "thresholds", "num_thresholds", "distance", "beta", "epsilon", "backend")
+
+    def __init__(self, **options: Any) -> None:
+        own = {name: options.pop(name) for name in self._OPTIONS if name in options}
+        super().__init__(**options)
+        self.options = own
+        self.result: OPISResult | None = None
+        self.add_state("embeddings", default=[], dist_reduce_fx="cat")
+        self.add_state("labels", default=[], dist_reduce_fx="cat")
+
+    def update(self, embeddings: Tensor, labels: Tensor) -> None:
+        """Add embeddings [N, D] and labels [N]."""
+        self.embeddings.append(embeddings.detach())
+        self.labels.append(labels)
+
+    def compute(self) -> dict[str, Tensor]:
+        """The scores of everything added since the last `reset`."""
+        if len(self.labels) == 0:  # a list of batches, or after a sync one tensor
+            raise ValueError("OPIS has no embeddings yet: call update(embeddings, labels) before compute()")
+        self.result = opis(dim_zero_cat(self.embeddings), dim_zero_cat(self.labels), **self.options)
+        scores = {name: getattr(self.result, name) for name in ("opis", "eps_opis", "recall_at_1")}
+        return {name: torch.tensor(value, dtype=torch.float64, device=self.device) for name, value in scores.items()}
+
+    def reset(self) -> None:
+        """Forget everything added."""
+        super().reset()
+        self.result = None
