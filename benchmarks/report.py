@@ -92,9 +92,9 @@ def _opis_goals(infos: Infos) -> list[Goal]:
     peak = large["peak_bytes"]["tcm_fused"] / 1e9 if large else None
     subject = "OPIS, N = 60,000, D = 512, 11,316 classes"
     return [
-        _at_most(subject, "the symmetric product", OPIS_PRODUCTS, products, " of it"),
-        _at_most(subject, "memory beyond the embeddings", OPIS_MEMORY_GB, peak, " GB"),
-        _at_least("OPIS, N = 8192, D = 512, 1545 classes", "blocked PyTorch", OPIS_SPEED_UP, _inverse(blocked)),
+        at_most(subject, "the symmetric product", OPIS_PRODUCTS, products, " of it"),
+        at_most(subject, "memory beyond the embeddings", OPIS_MEMORY_GB, peak, " GB"),
+        at_least("OPIS, N = 8192, D = 512, 1545 classes", "blocked PyTorch", OPIS_SPEED_UP, _inverse(blocked)),
     ]
 
 
