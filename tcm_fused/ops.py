@@ -153,8 +153,36 @@ def why_unavailable(backend: str) -> str | None:
             f"the C++ extension could not be imported ({_IMPORT_ERROR}); build it with "
             "`pip install --no-build-isolation .` or use backend='torch'"
         )
-    if backend == "cuda":
-        return "this version has no CUDA kernels; use backend='torch'"
+    return _why_no_cuda() if backend == "cuda" else None
+
+
+@cache
+def _why_no_cuda() -> str | None:
+    """Of the extension, torch, the driver and the GPUs, in this order, the first that does not do."""
+    built = _C.build_info()
+    architectures = built["cuda_architectures"].split()
+    if not architectures:
+        return (
+            f"the extension was built without CUDA kernels ({built['cuda_compiler']}); build it again with nvcc on the "
+            "PATH (`TCM_FUSED_CUDA=1 pip install --no-build-isolation .`) or use backend='torch'"
+        )
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} has no CUDA; install a torch that has it, or use backend='torch'"
+    if not torch.cuda.is_available():
+        return "torch sees no GPU (torch.cuda.is_available() is False); use backend='torch'"
+    error = _C.cuda_runtime_error()
+    if error:
+        return (
+            f"the CUDA runtime of {built['cuda_compiler']} does not start ({error}); update the driver, build with an "
+            "older nvcc, or use backend='torch'"
+        )
+    gpus = [torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())]
+    if not any(_runs_on(architecture, gpu) for architecture in architectures for gpu in gpus):
+        capabilities = ", ".join(f"{major}.{minor}" for major, minor in gpus)
+        return (
+            f"the CUDA kernels were built for {' '.join(architectures)}, compute capability here is {capabilities}; "
+            "build again with that in TORCH_CUDA_ARCH_LIST (8.0 is the least), or use backend='torch'"
+        )
     return None
 
 
@@ -176,6 +204,15 @@ def _triton_device() -> str:
     return "cpu" if INTERPRETED else "cuda"
 
 
+def _runs_on(architecture: str, gpu: tuple[int, int]) -> bool:
+    """Machine code ("sm_80") runs on later minor versions, unless it is "sm_90a"; PTX ("compute_80") on all later."""
+    kind, name = architecture.split("_")
+    version = divmod(int(name.rstrip("af")), 10)
+    if kind == "compute":
+        return version <= gpu
+    return version == gpu if name.endswith("a") else version[0] == gpu[0] and version <= gpu
+
+
 @torch.compiler.assume_constant_result  # torch.compile asks once and does not look inside
 def choose(backend: str, device_type: str, dtype: torch.dtype) -> str:
     """Which of OPERATORS runs `backend` on embeddings of `dtype` on `device_type`; RuntimeError if none does."""
@@ -191,9 +228,10 @@ def choose(backend: str, device_type: str, dtype: torch.dtype) -> str:
         device = _triton_device()
     if device_type != device:
         raise RuntimeError(f"backend={backend!r} needs tensors on device '{device}', embeddings are on '{device_type}'")
-    if backend == "triton" and dtype == torch.float64:
+    if backend in ("cuda", "triton") and dtype == torch.float64:
         raise RuntimeError(
-            "backend='triton' has no float64 kernels; use backend='torch' for float64 embeddings, or embeddings.float()"
+            f"backend={backend!r} has no float64 kernels; use backend='torch' for float64 embeddings, or "
+            "embeddings.float()"
         )
     return "triton" if backend == "triton" else "fused"
 
