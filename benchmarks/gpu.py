@@ -82,7 +82,8 @@ def run_stage(stage: Stage, seconds: float) -> dict[str, Any]:
         print(f"{missing} is not installed: {stage.name} was not run", flush=True)
         return {"outcome": "not run", "seconds": 0.0, "output": f"{missing} is not installed"}
     start = time.monotonic()
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1", **stage.environment}
+    # The tests interpret Triton's kernels unless told not to.
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "TRITON_INTERPRET": "0", **stage.environment}
     process = subprocess.Popen(
         [f"{seconds:.0f}" if part == "SECONDS" else part for part in stage.command],
         cwd=ROOT,

@@ -7,8 +7,9 @@ return the gradient with the loss (one pass over the pairs), so that backward is
 """
 
 import warnings
+from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ except ImportError as error:  # not swallowed: `why_unavailable` tells it
 else:
     _IMPORT_ERROR = None
 
+F = TypeVar("F", bound=Callable[..., Any])
 BACKENDS = ("cpu", "cuda", "triton", "torch")
 
 _LIBRARY = torch.library.Library("tcm_fused", "FRAGMENT")
@@ -137,6 +139,15 @@ _COUNTERS = {
 }
 
 
+def constant_when_compiled(function: F) -> F:
+    """torch.compile calls `function` once, when it traces, and does not look inside.
+
+    This is what `torch.compiler.assume_constant_result` does, which imports the compiler first: a second, and Triton.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
 def build_info() -> dict[str, Any] | None:
     """What the extension was built with, or None where it is not built."""
     return None if _IMPORT_ERROR else _C.build_info()
@@ -213,7 +224,7 @@ def _runs_on(architecture: str, gpu: tuple[int, int]) -> bool:
     return version == gpu if name.endswith("a") else version[0] == gpu[0] and version <= gpu
 
 
-@torch.compiler.assume_constant_result  # torch.compile asks once and does not look inside
+@constant_when_compiled
 def choose(backend: str, device_type: str, dtype: torch.dtype) -> str:
     """Which of OPERATORS runs `backend` on embeddings of `dtype` on `device_type`; RuntimeError if none does."""
     if backend == "auto":
