@@ -3,8 +3,8 @@
 // A tile of G (128 rows, 128 columns, one side) belongs to one block of threads, which takes the tiles of similarities
 // of its row or column in order: no atomics, the same bits each time. Of these
 //   empty tiles   cost nothing;
-//   mixed tiles   are a product by mma.sync: the bits become halves 0 and 1 in registers, the operand `a` of a warp's
-//                 32 x 64; 2 * 128^3 flop for 34 KB from L2, 17 bytes a cycle on an A100;
+//   mixed tiles   are a product by mma.sync, or on Hopper wgmma: the bits become halves 0 and 1 in registers, operand
+//                 `a`; 2 * 128^3 flop for 34 KB from L2, 17 bytes a cycle on an A100, 33 at wgmma's rate;
 //   sparse tiles  (up to kSparse hard pairs) are summed pair by pair: 256 bytes a pair from L2, which at 1e-3 hard pairs
 //                 and N = 65,536, D = 512 are 4.4 GB, against 6.6e12 flop of the products;
 //   full tiles    add one sum over the tile, the same for all rows.
@@ -28,7 +28,8 @@ constexpr int kTransposed = 0x4000;  // the source is a row of the block: masks 
 constexpr int kBoth = 0x8000;        // it has hard pairs of both sides
 constexpr int kNumber = 0x3fff;
 
-// The owner of a slice of tile `tile` of G of a side of `set`; adds up x^ of `other`, whose tiles in the block begin with `base`.
+// The owner of a slice of tile `tile` of G of a side of `set`; adds up x^ of `other`, whose tiles in the block begin
+// with `base`.
 struct Owner {
   int tile, set, other, base;
   int width, row, column;  // columns of the block; the owner's place in it
@@ -69,16 +70,19 @@ __device__ __forceinline__ uint4 of_side(const Set& set, int64_t row, int source
   int first = valid ? set.first[row] - source * kTile : 0, last = valid ? set.last[row] - source * kTile : 0;
   uint32_t flip = side == kPlus ? 0 : ~0u;
   return make_uint4(bits.x & (mask_range(first, last) ^ flip), bits.y & (mask_range(first - 32, last - 32) ^ flip),
-                    bits.z & (mask_range(first - 64, last - 64) ^ flip), bits.w & (mask_range(first - 96, last - 96) ^ flip));
+                    bits.z & (mask_range(first - 64, last - 64) ^ flip),
+                    bits.w & (mask_range(first - 96, last - 96) ^ flip));
 }
 
-// Sorts the owner's tiles into memory.item by class, in order; memory.size tells how many there are of each. On the diagonal
-// those before the owner lie in its column, the others in its row.
-__device__ __forceinline__ void classify(const Work& w, const Block& block, const Owner& owner, MaskedSumMemory& memory) {
+// Sorts the owner's tiles into memory.item by class, in order; memory.size tells how many there are of each. On the
+// diagonal those before the owner lie in its column, the others in its row.
+__device__ __forceinline__ void classify(const Work& w, const Block& block, const Owner& owner,
+    MaskedSumMemory& memory) {
   int lane = threadIdx.x % 32, warp = threadIdx.x / 32, item = threadIdx.x, kind = kEmpty;
   if (item < (owner.set == 0 ? block.j1 - block.j0 : block.i1 - block.i0)) {
     if (owner.set == 1 || (block.diagonal && owner.base + item < owner.tile)) item |= kTransposed;
-    int all = valid_rows(w.state->valid[owner.set], owner.tile) * valid_rows(w.state->valid[owner.other], owner.source(item));
+    int all = valid_rows(w.state->valid[owner.set], owner.tile);
+    all *= valid_rows(w.state->valid[owner.other], owner.source(item));
     int2 record = all == 0 ? make_int2(0, 0) : w.record[owner.number(item)];  // no record of a tile without pairs
     int count = owner.side == kPlus ? record.x : record.y;
     if (count > 0) kind = count == all ? kFull : record.x + record.y <= kSparse ? kFew : kMixed;
@@ -103,7 +107,9 @@ __device__ __forceinline__ void classify(const Work& w, const Block& block, cons
   __syncthreads();
 }
 
-__device__ __forceinline__ int chunk_of(int r, int c) { return c / 8 * (kTile * 128) + r * 128 + ((c % 8 ^ (r & 7)) << 4); }
+__device__ __forceinline__ int chunk_of(int r, int c) {
+  return c / 8 * (kTile * 128) + r * 128 + ((c % 8 ^ (r & 7)) << 4);
+}
 
 // Copies x^ of one mixed tile (rows of the source, this slice's columns; zeros past the last) and its masks.
 __device__ __forceinline__ void load_item(const Work& w, const Owner& owner, int item, int part, int stage,
@@ -116,7 +122,8 @@ __device__ __forceinline__ void load_item(const Work& w, const Owner& owner, int
   const int64_t pitch = inside ? int64_t{kThreads / 16} * w.width : 0;
   unsigned char* to = memory.stage.unit[stage] + chunk_of(r, c);  // rows of the same number modulo 8 are swizzled alike
 #pragma unroll
-  for (int k = 0; k < kTile * 16 / kThreads; ++k, unit += pitch) copy_16(to + k * kThreads / 16 * 128, unit, inside ? 16 : 0);
+  for (int k = 0; k < kTile * 16 / kThreads; ++k, unit += pitch)
+    copy_16(to + k * kThreads / 16 * 128, unit, inside ? 16 : 0);
   if (thread < kTile) copy_16(&memory.stage.mask[stage][thread], w.mask + owner.masks(item) * kTile + thread, 16);
 }
 
@@ -134,7 +141,8 @@ struct Products {
 };
 
 // Adds one tile's product by mma.sync: the bits of 32 columns of two groups of 16 rows at a time.
-__device__ __forceinline__ void multiply_tile(const MaskedSumMemory& memory, int stage, uint32_t one, Products& products) {
+__device__ __forceinline__ void multiply_tile(const MaskedSumMemory& memory, int stage, uint32_t one,
+    Products& products) {
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const int row = threadIdx.x / 64 * 32, column = threadIdx.x / 32 % 2 * 64;
   auto& sum = reinterpret_cast<float(&)[2][8][4]>(products.sum);
@@ -171,7 +179,8 @@ __device__ __forceinline__ void multiply_tile(const MaskedSumMemory& memory, int
 }
 
 // The same by warpgroups: a warp's bits become its 16 rows of the operand in registers, eight of them for one wait.
-__device__ __forceinline__ void multiply_tile_sm90(const MaskedSumMemory& memory, int stage, uint32_t one, Products& products) {
+__device__ __forceinline__ void multiply_tile_sm90(const MaskedSumMemory& memory, int stage, uint32_t one,
+    Products& products) {
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, row = threadIdx.x / 32 * 16;
   uint32_t a[kTile / 16][4];
 #pragma unroll
@@ -192,7 +201,8 @@ __device__ __forceinline__ void multiply_tile_sm90(const MaskedSumMemory& memory
 
 // The products of the mixed tiles, each tile copied while the one before is multiplied.
 template <bool kSm90>
-__device__ __forceinline__ void add_products(const Work& w, const Owner& owner, MaskedSumMemory& memory, Products& products) {
+__device__ __forceinline__ void add_products(const Work& w, const Owner& owner, MaskedSumMemory& memory,
+    Products& products) {
   const int two = w.parts - 1;  // one part or two: tiles are steps, or pairs of them
   auto steps = [&] { return memory.size[kMixed] << two; };
   load_item(w, owner, memory.item[kMixed][0], 0, 0, memory);
@@ -259,7 +269,8 @@ struct PairSums {
 #pragma unroll
       for (int e = 0; e < 8; ++e) {
         uint32_t pair = memory.queue[warp][min(k + e, queued - 1)];
-        if (inside && k + e < queued) v[e] = load_unit(w.set[owner.other], base + (pair & 0xffff), column, w.width, w.parts);
+        const int64_t from = base + (pair & 0xffff);
+        if (inside && k + e < queued) v[e] = load_unit(w.set[owner.other], from, column, w.width, w.parts);
         else v[e] = make_float4(0, 0, 0, 0);
       }
 #pragma unroll
@@ -390,12 +401,14 @@ __device__ __forceinline__ void add_masked(const Work& w, const Block& block) {
   }
 }
 
-__global__ void __launch_bounds__(kThreads, 2) masked_sum(const __grid_constant__ Work w, const __grid_constant__ Block block) {
+__global__ void __launch_bounds__(kThreads, 2) masked_sum(const __grid_constant__ Work w,
+    const __grid_constant__ Block block) {
   add_masked<false>(w, block);
 }
 
 // By warpgroups; like `similarity_sm90` it does nothing where it is compiled for anything but sm_90a.
-__global__ void __launch_bounds__(kThreads, 2) masked_sum_sm90(const __grid_constant__ Work w, const __grid_constant__ Block block) {
+__global__ void __launch_bounds__(kThreads, 2) masked_sum_sm90(const __grid_constant__ Work w,
+    const __grid_constant__ Block block) {
 #if TCM_SM90
   add_masked<true>(w, block);
 #endif

@@ -1,5 +1,5 @@
-// From the input to sorted unit vectors. Bound by memory: x is read once (its second reading hits the cache), x^ written
-// once; at N = 65,536, D = 512 in 16 bits 134 MB, about 1 % of the similarity product's time.
+// From the input to sorted unit vectors. Bound by memory: x is read once (its second reading hits the cache), x^
+// written once; at N = 65,536, D = 512 in 16 bits 134 MB, about 1 % of the similarity product's time.
 #pragma once
 
 #include "work.h"
@@ -21,7 +21,8 @@ __global__ void __launch_bounds__(kThreads) rank_labels(const __grid_constant__ 
     for (int64_t k = thread; k < w.partials; k += int64_t{kThreads} * gridDim.x) w.partial[k] = {};
   }
   if (set.touched != nullptr)
-    for (int64_t k = thread; k < int64_t{2} * set.tiles * w.slices; k += int64_t{kThreads} * gridDim.x) set.touched[k] = 0;
+    for (int64_t k = thread; k < int64_t{2} * set.tiles * w.slices;
+        k += int64_t{kThreads} * gridDim.x) set.touched[k] = 0;
 
   int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   int64_t i = static_cast<int64_t>(blockIdx.x) * kSorted + lane;

@@ -92,7 +92,8 @@ __device__ __forceinline__ void multiply_add(float (&d)[4], const uint32_t (&a)[
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// A barrier of 256 threads, the workers, which need not be all of their block; the second also tells whether any is true.
+// A barrier of 256 threads, the workers, which need not be all of their block; the second also tells whether any is
+// true.
 __device__ __forceinline__ void workers_sync() { asm volatile("barrier.sync 1, 256;" ::: "memory"); }
 __device__ __forceinline__ bool workers_any(bool vote) {
   int any;

@@ -1,5 +1,5 @@
-// Hopper's machine operations (sm_90a), by the same rule: barriers in shared memory that count arrivals and bytes, copies
-// of boxes of a matrix by the copy engine, products by warpgroups. Part of ptx.cuh.
+// Hopper's machine operations (sm_90a), by the same rule: barriers in shared memory that count arrivals and bytes,
+// copies of boxes of a matrix by the copy engine, products by warpgroups. Part of ptx.cuh.
 #pragma once
 
 #include "ptx.cuh"
@@ -40,7 +40,8 @@ __device__ __forceinline__ void barrier_arrive(Barrier& barrier) {
 }
 // Arrives, and has the phase wait for `bytes` of copies.
 __device__ __forceinline__ void barrier_expect(Barrier& barrier, int bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(shared_address(&barrier)), "r"(bytes) : "memory");
+  asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(shared_address(&barrier)), "r"(bytes)
+      : "memory");
 }
 // Waits until the phase of this parity is over; the one before the first is odd.
 __device__ __forceinline__ void barrier_wait(Barrier& barrier, int parity) {
@@ -68,8 +69,8 @@ __device__ __forceinline__ uint64_t operand(const void* rows) {
 // The same from column `column` (a multiple of 16) on.
 __device__ __forceinline__ uint64_t operand_at(uint64_t operand, int column) { return operand + (column * 2 >> 4); }
 
-// A matrix of 128 columns as an operand that is read across: blocks of 64 columns, 16 KB each, rows of 128 bytes swizzled as
-// by `copy_box`; from row `row` (a multiple of 16) on.
+// A matrix of 128 columns as an operand that is read across: blocks of 64 columns, 16 KB each, rows of 128 bytes
+// swizzled as by `copy_box`; from row `row` (a multiple of 16) on.
 __device__ __forceinline__ uint64_t operand_across(const void* blocks, int row) {
   return static_cast<uint64_t>(((shared_address(blocks) & 0x3ffff) + row * 128) >> 4) | uint64_t{(128 * 128) >> 4} << 16 |
          uint64_t{1024 >> 4} << 32 | uint64_t{1} << 62;
@@ -86,8 +87,8 @@ __device__ __forceinline__ void warpgroup_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-// d [64, 256] (+)= a [64, 16] b [256, 16] transposed, by a warpgroup; both operands in shared memory. A lane of warp w of the
-// warpgroup holds rows 16 w + lane / 4 + 8 h and columns 8 n + lane % 4 * 2 + e of d, as d [4 n + 2 h + e].
+// d [64, 256] (+)= a [64, 16] b [256, 16] transposed, by a warpgroup; both operands in shared memory. A lane of warp w
+// of the warpgroup holds rows 16 w + lane / 4 + 8 h and columns 8 n + lane % 4 * 2 + e of d, as d [4 n + 2 h + e].
 __device__ __forceinline__ void warpgroup_multiply(float (&d)[128], uint64_t a, uint64_t b, bool accumulate) {
   asm volatile(
       "{\n.reg .pred p;\nsetp.ne.b32 p, %130, 0;\n"
@@ -120,8 +121,8 @@ __device__ __forceinline__ void warpgroup_multiply(float (&d)[128], uint64_t a, 
       : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));
 }
 
-// d [64, 128] += a [64, 16] b [16, 128], by a warpgroup; a in registers, as `multiply_add` has it in each warp's 16 rows; d as
-// above. a must stay as it is until the product has been waited for.
+// d [64, 128] += a [64, 16] b [16, 128], by a warpgroup; a in registers, as `multiply_add` has it in each warp's 16
+// rows; d as above. a must stay as it is until the product has been waited for.
 __device__ __forceinline__ void warpgroup_multiply(float (&d)[64], const uint32_t (&a)[4], uint64_t b) {
   asm volatile(
       "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {"
@@ -155,10 +156,12 @@ __device__ __forceinline__ void more_registers() {
 inline bool describe(TensorMap& map, const Half* matrix, int64_t rows, int columns) {
   void* function = nullptr;
   cudaDriverEntryPointQueryResult found;
-  if (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found) != cudaSuccess ||
+  if (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault,
+      &found) != cudaSuccess ||
       found != cudaDriverEntryPointSuccess)
     return false;
-  cuuint64_t size[] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)}, pitch[] = {size[0] * sizeof(Half)};
+  cuuint64_t size[] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)},
+      pitch[] = {size[0] * sizeof(Half)};
   cuuint32_t box[] = {kBoxColumns, kBoxRows}, stride[] = {1, 1};
   return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function)(
              &map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, const_cast<Half*>(matrix), size, pitch, box, stride,
@@ -170,7 +173,8 @@ inline bool describe(TensorMap& map, const Half* matrix, int64_t rows, int colum
 template <class Kernel>
 int most_threads(Kernel* kernel) {
   cudaFuncAttributes attributes;
-  return cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)) == cudaSuccess ? attributes.maxThreadsPerBlock : 0;
+  return cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)) == cudaSuccess
+      ? attributes.maxThreadsPerBlock : 0;
 }
 
 #else  // the model
@@ -217,7 +221,8 @@ inline void multiply_together(const emulator::Product& one, emulator::Product* c
     }
   for (int column = 0; column < one.columns; ++column)
     for (int k = 0; k < 16; ++k)
-      b[k][column] = half(one.across ? one.b + column / 64 * (128 * 128) + k * 128 + column % 64 * 2 : one.b + column * 128 + k * 2);
+      b[k][column] = half(one.across ? one.b + column / 64 * (128 * 128) + k * 128 + column % 64 * 2
+          : one.b + column * 128 + k * 2);
   memset(d, 0, sizeof d);
   for (int row = 0; row < 64; ++row)
     for (int k = 0; k < 16; ++k)

@@ -1,10 +1,11 @@
 // Similarities of a block of tiles: a product by mma.sync, its hard pairs counted, summed and kept as bits.
 //
 // A tile is 128 x 128, each of 8 warps makes 64 x 32 of it (64 accumulators a thread), in steps of 64 columns of x^.
-// With two blocks of threads a multiprocessor (68 KB of shared memory, at most 128 registers each) the one computes while
-// the other waits or scans. 2 * 128^2 * D flop a tile against 2 * 128 * D * 2 bytes from L2: 32 bytes a cycle on an A100
-// (1,024 multiplications a cycle and multiprocessor), of about 47. For fp32 accuracy the product runs over 3 D columns:
-// high low + low high first, then scaled down, then high high on top; no second accumulator, and 3.0 times the work.
+// With two blocks of threads a multiprocessor (68 KB of shared memory, at most 128 registers each) the one computes
+// while the other waits or scans. 2 * 128^2 * D flop a tile against 2 * 128 * D * 2 bytes from L2: 32 bytes a cycle on
+// an A100 (1,024 multiplications a cycle and multiprocessor), of about 47. For fp32 accuracy the product runs over 3 D
+// columns: high low + low high first, then scaled down, then high high on top; no second accumulator, and 3.0 times the
+// work.
 #pragma once
 
 #include "tile.cuh"
@@ -20,10 +21,12 @@ struct SimilarityMemory {
   TileMemory tile;
 };
 
-// Chunk `c` (of 8 halves) of row `r`, rows of 128 bytes: eight rows of one chunk lie in eight different groups of banks.
+// Chunk `c` (of 8 halves) of row `r`, rows of 128 bytes: eight rows of one chunk lie in eight different groups of
+// banks.
 __device__ __forceinline__ int swizzled(int r, int c) { return r * 128 + ((c ^ (r & 7)) << 4); }
 
-__device__ __forceinline__ void load_operand(const Set& set, unsigned char* to, int width, bool low_part, int tile, int column) {
+__device__ __forceinline__ void load_operand(const Set& set, unsigned char* to, int width, bool low_part, int tile,
+    int column) {
   int64_t row = (low_part ? int64_t{set.tiles} * kTile : 0) + int64_t{tile} * kTile;
   int r = threadIdx.x / 8, c = threadIdx.x % 8;
   const Half* from = set.unit + (row + r) * width + column + c * 8;
@@ -41,7 +44,8 @@ __device__ __forceinline__ void load_step(const Work& w, SimilarityMemory& memor
   load_operand(w.set[1], memory.stage[stage][1], w.width, part == 0 && w.parts == 2, j, column);
 }
 
-__global__ void __launch_bounds__(kThreads, 2) similarity(const __grid_constant__ Work w, const __grid_constant__ Block block) {
+__global__ void __launch_bounds__(kThreads, 2) similarity(const __grid_constant__ Work w,
+    const __grid_constant__ Block block) {
   SimilarityMemory& memory = *reinterpret_cast<SimilarityMemory*>(shared_memory());
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
   const int warp_row = warp / 4 * 64, warp_column = warp % 4 * 32;
@@ -66,8 +70,8 @@ __global__ void __launch_bounds__(kThreads, 2) similarity(const __grid_constant_
       if (step + 1 < steps) load_step(w, memory, 1 - stage, tile_i, tile_j, step + 1);
       else if (more) load_step(w, memory, 1 - stage, walk.i, walk.j, 0);
       copies_commit();
-      // Lane's row and chunk of the operands at k = 0. The chunk of k is that one with 2 k exclusive-or'ed, which is left
-      // to the loop: eight invariant addresses would cost more registers than there are.
+      // Lane's row and chunk of the operands at k = 0. The chunk of k is that one with 2 k exclusive-or'ed, which is
+      // left to the loop: eight invariant addresses would cost more registers than there are.
       const int a_at = (stage * 2 + 0) * kOperand + swizzled(warp_row + lane % 16, lane / 16);
       const int b_at = (stage * 2 + 1) * kOperand + swizzled(warp_column + lane / 16 * 8 + lane % 8, lane / 8 % 2);
 #pragma unroll

@@ -1,10 +1,11 @@
 // Similarities of a block of tiles on Hopper: the product by warpgroups (wgmma), fed by the copy engine.
 //
 // 128 x 256 at a time, two neighbouring tiles of a row. One warpgroup has a thread that copies ahead, through a ring of
-// four stages of 48 KB; two compute, each 64 x 256 of the product in 128 accumulators a thread, and then examine the two
-// tiles together, while the ring fills with the next ones. A stage of 64 columns is 2 * 128 * 256 * 64 flop: 1,024 cycles
-// at 4,096 flop a cycle, in which 48 KB come from L2 (48 bytes a cycle and multiprocessor) and wgmma reads 80 bytes a
-// cycle of shared memory, of 128. The scan is about 1,300 instructions a warp and tile pair, 10 % of the product at D = 512.
+// four stages of 48 KB; two compute, each 64 x 256 of the product in 128 accumulators a thread, and then examine the
+// two tiles together, while the ring fills with the next ones. A stage of 64 columns is 2 * 128 * 256 * 64 flop: 1,024
+// cycles at 4,096 flop a cycle, in which 48 KB come from L2 (48 bytes a cycle and multiprocessor) and wgmma reads 80
+// bytes a cycle of shared memory, of 128. The scan is about 1,300 instructions a warp and tile pair, 10 % of the
+// product at D = 512.
 #pragma once
 
 #include "ptx_sm90.cuh"
@@ -36,7 +37,8 @@ struct Ring {
 };
 
 // One thread: copies all steps of all tiles, each as soon as its stage is empty. Parts as in `load_step`.
-__device__ __forceinline__ void copy_steps(const Work& w, const Block& block, const TensorMaps& maps, SimilaritySm90Memory& memory) {
+__device__ __forceinline__ void copy_steps(const Work& w, const Block& block, const TensorMaps& maps,
+    SimilaritySm90Memory& memory) {
   const int of_part = w.width / kDepth, parts = w.parts == 2 ? 3 : 1;
   const int low_rows = w.set[0].tiles * kTile, low_columns = w.set[1].tiles * kTile;  // where the low part begins
   Ring ring;
@@ -97,7 +99,8 @@ __device__ __forceinline__ void work_steps(const Work& w, const Block& block, Si
 
 // Compiled for anything but sm_90a it does nothing and admits too few threads: `most_threads` tells.
 __global__ void __launch_bounds__(TCM_SM90 ? kThreadsSm90 : 32, 1)
-    similarity_sm90(const __grid_constant__ Work w, const __grid_constant__ Block block, const __grid_constant__ TensorMaps maps) {
+    similarity_sm90(const __grid_constant__ Work w, const __grid_constant__ Block block,
+        const __grid_constant__ TensorMaps maps) {
 #if TCM_SM90
   SimilaritySm90Memory& memory = *reinterpret_cast<SimilaritySm90Memory*>(shared_memory());
   if (threadIdx.x == 0) {

@@ -97,14 +97,17 @@ Plan make_plan(const Problem& p, const bool (&gradient)[2], void* workspace, con
   return plan;
 }
 
-unsigned blocks(int64_t size, int64_t each) { return static_cast<unsigned>(std::max<int64_t>(1, (size + each - 1) / each)); }
+unsigned blocks(int64_t size, int64_t each) {
+  return static_cast<unsigned>(std::max<int64_t>(1, (size + each - 1) / each));
+}
 
 cudaError_t sort_labels(const Work& w, unsigned sets, const Tuning& tuning, cudaStream_t stream) {
   int64_t n = std::max(w.set[0].n, w.set[1].n), chunk = n <= tuning.one_chunk ? round_up(n + 1, kSorted) : tuning.chunk;
   int merges = 0;
   for (int64_t run = chunk; run < n; run *= 2) ++merges;
   int at = merges % 2;  // so that the last merge ends in [0]
-  cudaError_t error = launch(rank_labels, dim3(blocks(n, kSorted), sets), dim3(kThreads), kWarps * 32 * sizeof(int), stream, w, chunk, at);
+  cudaError_t error = launch(rank_labels, dim3(blocks(n, kSorted), sets), dim3(kThreads), kWarps * 32 * sizeof(int),
+      stream, w, chunk, at);
   for (int64_t run = chunk; run < n && error == cudaSuccess; run *= 2, at = 1 - at)
     error = launch(merge_labels, dim3(blocks(n, kThreads), sets), dim3(kThreads), 0, stream, w, run, at);
   return error;
@@ -115,20 +118,23 @@ cudaError_t prologue(const Work& w, Type type, bool gradient, const Tuning& tuni
   cudaError_t error = sort_labels(w, sets, tuning, stream);
   if (error != cudaSuccess) return error;
   int tiles = std::max(w.set[0].tiles, w.set[1].tiles);
-  auto kernel = type == Type::kHalf ? normalise<Half> : type == Type::kBFloat16 ? normalise<BFloat16> : normalise<float>;
+  auto kernel = type == Type::kHalf ? normalise<Half> : type == Type::kBFloat16 ? normalise<BFloat16>
+      : normalise<float>;
   error = launch(kernel, dim3(blocks(int64_t{tiles} * kTile, kWarps), sets), dim3(kThreads), 0, stream, w);
   if (error != cudaSuccess || !gradient || tiles == 0) return error;
   dim3 grid(static_cast<unsigned>(tiles), static_cast<unsigned>(w.width / kDepth), sets);
   return launch(sum_tiles, grid, dim3(kThreads), kThreads * sizeof(float2), stream, w);
 }
 
-// Whether the device, its driver and the code compiled for it allow products by warpgroups; if so, describes x^ for them.
+// Whether the device, its driver and the code compiled for it allow products by warpgroups; if so, describes x^ for
+// them.
 bool use_sm90(const Problem& p, Plan& plan) {
   const Work& w = plan.work;
   if (p.sm < 90 || p.sm > 99 || most_threads(similarity_sm90) < kThreadsSm90) return false;
   for (int k = 0; k < 2; ++k) {
     int64_t rows = int64_t{w.parts} * w.set[k].tiles * kTile;
-    if (rows == 0 || rows + 2 * kTile > INT32_MAX || !describe(plan.maps.of[k], w.set[k].unit, rows, w.width)) return false;
+    if (rows == 0 || rows + 2 * kTile > INT32_MAX || !describe(plan.maps.of[k], w.set[k].unit, rows,
+        w.width)) return false;
   }
   return true;
 }
@@ -141,14 +147,16 @@ cudaError_t one_block(const Plan& plan, const Block& block, cudaStream_t stream)
   cudaError_t error;
   if (plan.sm90) {  // one block of threads fills a multiprocessor
     grid = static_cast<unsigned>(std::min<int64_t>((tiles + 1) / 2, w.partials / 2));
-    error = launch(similarity_sm90, dim3(grid), dim3(kThreadsSm90), sizeof(SimilaritySm90Memory), stream, w, block, plan.maps);
+    error = launch(similarity_sm90, dim3(grid), dim3(kThreadsSm90), sizeof(SimilaritySm90Memory), stream, w, block,
+        plan.maps);
   } else {
     error = launch(similarity, dim3(grid), dim3(kThreads), sizeof(SimilarityMemory), stream, w, block);
   }
   int owners = (w.set[0].sum[0] != nullptr ? rows : 0) + (w.set[1].sum[0] != nullptr && !block.diagonal ? columns : 0);
   if (error != cudaSuccess || owners == 0) return error;
   auto kernel = plan.sm90 ? masked_sum_sm90 : masked_sum;
-  return launch(kernel, dim3(static_cast<unsigned>(owners) * w.slices, 2), dim3(kThreads), sizeof(MaskedSumMemory), stream, w, block);
+  return launch(kernel, dim3(static_cast<unsigned>(owners) * w.slices, 2), dim3(kThreads), sizeof(MaskedSumMemory),
+      stream, w, block);
 }
 
 cudaError_t enqueue(const Plan& plan, Type type, cudaStream_t stream, const Tuning& tuning) {
@@ -156,7 +164,8 @@ cudaError_t enqueue(const Plan& plan, Type type, cudaStream_t stream, const Tuni
   cudaError_t error = prologue(w, type, w.set[0].sum[0] != nullptr || w.set[1].sum[0] != nullptr, tuning, stream);
   for (int i = 0; i < w.set[0].tiles; i += plan.side[0])
     for (int j = w.symmetric ? i : 0; j < w.set[1].tiles && error == cudaSuccess; j += plan.side[1]) {
-      Block block{i, std::min(i + plan.side[0], w.set[0].tiles), j, std::min(j + plan.side[1], w.set[1].tiles), w.symmetric && i == j};
+      Block block{i, std::min(i + plan.side[0], w.set[0].tiles), j, std::min(j + plan.side[1], w.set[1].tiles),
+          w.symmetric && i == j};
       error = one_block(plan, block, stream);
     }
   if (error != cudaSuccess) return error;
@@ -170,10 +179,12 @@ int64_t bytes_of(const Problem& problem, const Tuning& tuning) {
   return make_plan(problem, {true, !problem.symmetric}, nullptr, tuning).bytes;
 }
 
-const char* run(const Problem& problem, const Result& result, void* workspace, cudaStream_t stream, const Tuning& tuning) {
+const char* run(const Problem& problem, const Result& result, void* workspace, cudaStream_t stream,
+    const Tuning& tuning) {
   if (std::max(problem.n, problem.m) > (int64_t{1} << 31) - 2 * kTile) return "more than 2^31 - 256 embeddings";
   if (problem.d > 65535 * int64_t{kDepth}) return "embeddings of more than 4,194,240 dimensions";
-  Plan plan = make_plan(problem, {result.grad_x != nullptr, !problem.symmetric && result.grad_ref != nullptr}, workspace, tuning);
+  Plan plan = make_plan(problem, {result.grad_x != nullptr, !problem.symmetric && result.grad_ref != nullptr},
+      workspace, tuning);
   Work& w = plan.work;
   w.set[0].grad = result.grad_x, w.set[1].grad = problem.symmetric ? result.grad_x : result.grad_ref;
   w.loss = result.loss, w.penalty = result.penalty, w.count = result.count;

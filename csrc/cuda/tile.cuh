@@ -21,9 +21,9 @@ struct TileMemory {
   Partial total;               // of all tiles so far
 };
 
-// The tiles of a block in order, kAcross neighbours of a row at a time, every gridDim.x-th of these from blockIdx.x on; those
-// wholly below the diagonal are passed over. Eight
-// row tiles go together, column by column: the tiles in work at one time then share rows and columns in L2.
+// The tiles of a block in order, kAcross neighbours of a row at a time, every gridDim.x-th of these from blockIdx.x on;
+// those wholly below the diagonal are passed over. Eight row tiles go together, column by column: the tiles in work at
+// one time then share rows and columns in L2.
 template <int kAcross>
 struct Walk {
   const Work& w;
@@ -59,11 +59,12 @@ __device__ __forceinline__ int worker() {
   return static_cast<int>(threadIdx.x) - (kHeld == kColumns ? 128 : 0);
 }
 
-// Counts and sums the hard pairs of one side among a thread's similarities. The sum is taken as a tree, 9 additions deep.
-// Bit j * 4 + 16 e of bits [i][h] is set for a hard pair: its mask_bit in its word of the row, lowered by t.
+// Counts and sums the hard pairs of one side among a thread's similarities. The sum is taken as a tree, 9 additions
+// deep. Bit j * 4 + 16 e of bits [i][h] is set for a hard pair: its mask_bit in its word of the row, lowered by t.
 // kAll: all pairs are negatives; else memory.mask [side] tells which pairs are of the side.
 template <Held kHeld, int kSide, bool kAll>
-__device__ __forceinline__ void scan(float margin, const TileMemory& memory, const float (&s)[4][4][4], int warp, int lane,
+__device__ __forceinline__ void scan(float margin, const TileMemory& memory, const float (&s)[4][4][4], int warp,
+    int lane,
                                      uint32_t (&bits)[4][2], int& count, float& penalty) {
   penalty = 0, count = 0;
   const int row = (kHeld == kRows ? warp / 4 * 64 : warp * 16) + lane / 4;
@@ -140,7 +141,8 @@ __device__ __forceinline__ void write_masks(TileMemory& memory, const uint32_t (
           if (g == 0) memory.mask[1][warp % 4 * 32 + j * 8 + t * 2 + e][row / 32 + half] = word;
         }
   } else {
-    // A warp has 16 of a word's 32 rows: in even warps bytes 0 and 2, in odd ones 1 and 3. Two columns are joined at once.
+    // A warp has 16 of a word's 32 rows: in even warps bytes 0 and 2, in odd ones 1 and 3. Two columns are joined at
+    // once.
 #pragma unroll
     for (int i = 0; i < 4; ++i)
 #pragma unroll
@@ -162,10 +164,11 @@ __device__ __forceinline__ void write_masks(TileMemory& memory, const uint32_t (
   }
 }
 
-// Whether a tile holds more than plain negatives; if so, memory.mask tells which pairs are positives and which negatives.
-// A row's positives are a range of columns; it has no pair with itself; padding has none. For all workers.
+// Whether a tile holds more than plain negatives; if so, memory.mask tells which pairs are positives and which
+// negatives. A row's positives are a range of columns; it has no pair with itself; padding has none. For all workers.
 template <Held kHeld>
-__device__ __forceinline__ bool note_pairs(const Work& w, TileMemory& memory, int tile_i, int tile_j, int rows, int columns) {
+__device__ __forceinline__ bool note_pairs(const Work& w, TileMemory& memory, int tile_i, int tile_j, int rows,
+    int columns) {
   const int thread = afresh(worker<kHeld>()), row = tile_i * kTile + thread, left = tile_j * kTile;
   const bool valid = thread < rows;
   int first = 0, last = 0, own = -1;
@@ -185,7 +188,8 @@ __device__ __forceinline__ bool note_pairs(const Work& w, TileMemory& memory, in
 // Counts and sums the hard pairs of tile (tile_i, tile_j), whose similarities the workers hold; writes its record, and
 // the masks of a tile that is neither empty nor full.
 template <Held kHeld>
-__device__ __forceinline__ void examine(const Work& w, const Block& block, TileMemory& memory, const float (&s)[4][4][4],
+__device__ __forceinline__ void examine(const Work& w, const Block& block, TileMemory& memory,
+    const float (&s)[4][4][4],
                                         int tile_i, int tile_j) {
   const int rows = valid_rows(w.state->valid[0], tile_i), columns = valid_rows(w.state->valid[1], tile_j);
   const bool special = note_pairs<kHeld>(w, memory, tile_i, tile_j, rows, columns);

@@ -91,8 +91,8 @@ struct Block {
   __device__ int tile(int i, int j) const { return (i - i0) * (j1 - j0) + (j - j0); }
 };
 
-// Where a word of a mask keeps its column c (0..31): even columns in the low half, odd ones in the high half. Bits p and
-// p + 16 are then the neighbours of one fragment of a product's operand, two halves that one multiplication makes.
+// Where a word of a mask keeps its column c (0..31): even columns in the low half, odd ones in the high half. Bits p
+// and p + 16 are then the neighbours of one fragment of a product's operand, two halves that one multiplication makes.
 __host__ __device__ constexpr int mask_bit(int c) { return c / 2 + c % 2 * 16; }
 __host__ __device__ constexpr int mask_column(int bit) { return bit % 16 * 2 + bit / 16; }
 

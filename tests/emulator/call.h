@@ -30,7 +30,8 @@ inline Outcome emulate(const Problem& problem, bool grad_x, bool grad_ref, const
   int64_t bytes = bytes_of(problem, tuning);
   std::unique_ptr<void, decltype(&std::free)> workspace(std::aligned_alloc(256, bytes), &std::free);
   std::memset(workspace.get(), 0xff, bytes);
-  Result result{&out.loss, grad_x ? out.grad_x.data() : nullptr, grad_ref ? out.grad_ref.data() : nullptr, out.penalty, out.count};
+  Result result{&out.loss, grad_x ? out.grad_x.data() : nullptr, grad_ref ? out.grad_ref.data() : nullptr,
+      out.penalty, out.count};
   const char* error = run(problem, result, workspace.get(), nullptr, tuning);
 #if defined(__SANITIZE_ADDRESS__)
   __asan_unpoison_memory_region(workspace.get(), bytes);

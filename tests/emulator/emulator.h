@@ -1,9 +1,10 @@
 // Runs CUDA kernels on a CPU, block by block, one fiber per CUDA thread, in several orders.
 //
-// What it is strict about: a collective that not all threads reach together; shared memory, which starts as NaNs and ends
-// where the launch said; asynchronous copies, whose target is NaN until a wait lets them land, as late as that wait
-// allows. AddressSanitizer guards shared memory; ThreadSanitizer sees two threads of a block, or two blocks of a launch,
-// that touch the same memory without a barrier between them. What it cannot show: PTX, registers, fences, speed.
+// What it is strict about: a collective that not all threads reach together; shared memory, which starts as NaNs and
+// ends where the launch said; asynchronous copies, whose target is NaN until a wait lets them land, as late as that
+// wait allows. AddressSanitizer guards shared memory; ThreadSanitizer sees two threads of a block, or two blocks of a
+// launch, that touch the same memory without a barrier between them. What it cannot show: PTX, registers, fences,
+// speed.
 #pragma once
 
 #if !defined(__x86_64__)
@@ -488,8 +489,8 @@ TCM_NO_TSAN inline void begin_fiber() {
   std::abort();
 }
 
-// A stack, and what ThreadSanitizer takes for a thread. These are dear, so the blocks take turns with three sets of them:
-// accesses of two blocks of a launch are unordered unless their numbers differ by a multiple of three.
+// A stack, and what ThreadSanitizer takes for a thread. These are dear, so the blocks take turns with three sets of
+// them: accesses of two blocks of a launch are unordered unless their numbers differ by a multiple of three.
 struct Fiber {
   std::unique_ptr<char[]> stack{new char[kStack]};
   void* sanitizer = nullptr;

@@ -109,7 +109,8 @@ bool check(unsigned seed) {
   Rows a = rows(p.n, p.d, classes, random), b = p.symmetric ? a : rows(p.m, p.d, classes, random);
   p.x = a.x.data(), p.y = a.y.data(), p.ref_x = b.x.data(), p.ref_y = b.y.data();
   const double margins[] = {-1.5, -0.5, -0.125, 0, 0.25, 0.375, 1, 1.5};
-  for (int side = 0; side < 2; ++side) p.margin[side] = margins[below(8)], p.lambda[side] = 0.5 + static_cast<double>(below(3));
+  for (int side = 0; side < 2; ++side) p.margin[side] = margins[below(8)],
+      p.lambda[side] = 0.5 + static_cast<double>(below(3));
   p.sm = below(2) == 0 ? 80 : 90, p.sm_count = 1 + static_cast<int>(below(4));
   Tuning tuning;
   tuning.block = 1 + static_cast<int>(below(3));
@@ -120,12 +121,15 @@ bool check(unsigned seed) {
 
   Outcome given = emulate(p, grad_x, grad_ref, tuning);
   Expected wanted = expected(p, a, b);
-  bool good = close(given.loss, wanted.loss, 1 + std::fabs(wanted.loss)) && close(given.grad_x, wanted.grad_x, wanted.scale[0]) &&
+  bool good = close(given.loss, wanted.loss, 1 + std::fabs(wanted.loss)) && close(given.grad_x, wanted.grad_x,
+      wanted.scale[0]) &&
               close(given.grad_ref, wanted.grad_ref, wanted.scale[1]);
   for (int side = 0; side < 2; ++side)
-    good = good && given.count[side] == wanted.count[side] && close(given.penalty[side], wanted.penalty[side], 1 + wanted.penalty[side]);
+    good = good && given.count[side] == wanted.count[side] && close(given.penalty[side], wanted.penalty[side],
+        1 + wanted.penalty[side]);
   if (!good)
-    std::printf("seed %u: n %ld m %ld d %ld symmetric %d: loss %g not %g, counts %ld %ld not %ld %ld\n", seed, p.n, p.m, p.d,
+    std::printf("seed %u: n %ld m %ld d %ld symmetric %d: loss %g not %g, counts %ld %ld not %ld %ld\n", seed, p.n,
+        p.m, p.d,
                 p.symmetric, given.loss, wanted.loss, given.count[0], given.count[1], wanted.count[0], wanted.count[1]);
   return good;
 }
@@ -133,7 +137,8 @@ bool check(unsigned seed) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  unsigned cases = argc > 1 ? static_cast<unsigned>(std::atoi(argv[1])) : 100, first = argc > 2 ? static_cast<unsigned>(std::atoi(argv[2])) : 0;
+  unsigned cases = argc > 1 ? static_cast<unsigned>(std::atoi(argv[1])) : 100, first = argc > 2
+      ? static_cast<unsigned>(std::atoi(argv[2])) : 0;
   try {
     for (unsigned seed = first; seed < first + cases; ++seed)
       if (!check(seed)) return 1;

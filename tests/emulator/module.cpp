@@ -30,8 +30,10 @@ py::object gradient(const std::vector<float>& values, int64_t n, int64_t d, bool
 
 py::tuple tcm_loss_emulated(const py::array& x, const Labels& y, const std::optional<py::array>& ref_x,
                             const std::optional<Labels>& ref_y, std::optional<int64_t> row_offset,
-                            std::array<double, 2> margin, std::array<double, 2> lambda, bool fp16, bool grad_x, bool grad_ref,
-                            int sm, int sm_count, int block, int64_t chunk, int64_t one_chunk, const std::string& schedule,
+                            std::array<double, 2> margin, std::array<double, 2> lambda, bool fp16, bool grad_x,
+                                bool grad_ref,
+                            int sm, int sm_count, int block, int64_t chunk, int64_t one_chunk,
+                                const std::string& schedule,
                             unsigned seed) {
   Problem problem{};
   problem.symmetric = !ref_x.has_value();
@@ -52,14 +54,16 @@ py::tuple tcm_loss_emulated(const py::array& x, const Labels& y, const std::opti
   tuning.block = block, tuning.chunk = chunk, tuning.one_chunk = one_chunk;
   Outcome out = emulate(problem, grad_x, grad_ref, tuning);
   return py::make_tuple(out.loss, gradient(out.grad_x, problem.n, problem.d, grad_x),
-                        gradient(out.grad_ref, problem.m, problem.d, grad_ref), py::make_tuple(out.penalty[0], out.penalty[1]),
+                        gradient(out.grad_ref, problem.m, problem.d, grad_ref), py::make_tuple(out.penalty[0],
+                            out.penalty[1]),
                         py::make_tuple(out.count[0], out.count[1]));
 }
 
 }  // namespace
 
 PYBIND11_MODULE(tcm_emulated, module) {
-  module.def("tcm_loss", &tcm_loss_emulated, py::kw_only(), py::arg("x"), py::arg("y"), py::arg("ref_x"), py::arg("ref_y"),
+  module.def("tcm_loss", &tcm_loss_emulated, py::kw_only(), py::arg("x"), py::arg("y"), py::arg("ref_x"),
+      py::arg("ref_y"),
              py::arg("row_offset"), py::arg("margin"), py::arg("lambda_"), py::arg("fp16"), py::arg("grad_x"),
              py::arg("grad_ref"), py::arg("sm") = 80, py::arg("sm_count") = 3, py::arg("block") = kBlock,
              py::arg("chunk") = kChunk, py::arg("one_chunk") = kOneChunk, py::arg("schedule") = "in order",
