@@ -64,7 +64,7 @@ def stages(facts: dict[str, Any], speed: Path) -> list[Stage]:
     speed_command = (python, "-m", "benchmarks.gpu_speed", str(speed), "--seconds", "SECONDS")
     return [
         Stage("build", 130, (python, "setup.py", "build_ext", "--inplace"), build),
-        Stage("tests", 150, tests, {}),
+        Stage("tests", 150, tests, {"TRITON_INTERPRET": "0"}),  # or torch.compile's kernels would be interpreted
         Stage("memcheck", 55, (*sanitizer, "memcheck", python, "-c", _SMALL_STEPS), separate, optional=True),
         Stage("racecheck", 55, (*sanitizer, "racecheck", python, "-c", _SMALL_STEPS), separate, optional=True),
         Stage("benchmark", 190, speed_command, {}),

@@ -29,6 +29,7 @@ def test_stages_end_in_time() -> None:
     assert [each.name for each in chosen] == ["build", "tests", "memcheck", "racecheck", "benchmark"]
     assert sum(each.seconds for each in chosen) <= gpu.TOTAL <= 590
     assert chosen[0].environment["TORCH_CUDA_ARCH_LIST"] == "9.0"
+    assert chosen[1].environment["TRITON_INTERPRET"] == "0", "tests/conftest.py sets it for machines without a GPU"
 
 
 def test_small_steps_run() -> None:
