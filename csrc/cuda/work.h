@@ -7,7 +7,8 @@
 //    similarity (similarity.cuh): products, hard pairs counted and summed, one bit a pair kept for mixed tiles;
 //    masked sums (masked_sum.cuh): M X^ and M^T X^ added to the sums G+ and G-.
 // 3. Epilogue (epilogue.cuh): loss, counts; gradients from G+, G- and the counts, in the order of the input.
-// The number of blocks is O((N / 24576)^2); up to that N there is one, and six launches in all.
+// Launches: six in all up to 4,096 rows; beyond that one more for each doubling of the sorted runs, and beyond 24,576 rows
+// (symmetric, kBlock tiles) two for each further block, of which there are O((N / 24,576)^2).
 #pragma once
 
 #include <cstdint>
