@@ -361,9 +361,7 @@ BUGS = {
         "similarity.cuh", "      __syncthreads();  // the stage is there for all", "//", "tsan"
     ),
     "similarity: blocks share a partial sum": Bug("tile.cuh", "w.partial[blockIdx.x]", "w.partial[0]", "tsan"),
-    "tile: no barrier after counting": Bug(
-        "tile.cuh", "memory.count[warp] = both;\n  workers_sync();\n", "memory.count[warp] = both;\n", "tsan"
-    ),
+    "tile: no barrier after counting": Bug("tile.cuh", "if (!workers_any(both != 0)) {\n", "if (false) {\n", "tsan"),
     "tile: one column too many": Bug("tile.cuh", "valid ? columns - 32 * k : 0", "valid ? columns + 1 - 32 * k : 0"),
     "sm90: copies not waited for": Bug(
         "similarity_sm90.cuh", "        barrier_wait(memory.full[ring.stage], ring.parity);\n", ""

@@ -203,18 +203,23 @@ __device__ __forceinline__ void multiply_tile_sm90(const MaskedSumMemory& memory
 template <bool kSm90>
 __device__ __forceinline__ void add_products(const Work& w, const Owner& owner, MaskedSumMemory& memory,
     Products& products) {
-  const int two = w.parts - 1;  // one part or two: tiles are steps, or pairs of them
+  // Two parts: the low ones of all tiles first, while the sums are small. Tensor cores round each addition toward zero.
+  const bool two = w.parts == 2;
   auto steps = [&] { return memory.size[kMixed] << two; };
-  load_item(w, owner, memory.item[kMixed][0], 0, 0, memory);
+  auto part = [&](int step) { return two && step < memory.size[kMixed] ? 1 : 0; };
+  auto item_at = [&](int step) -> int {
+    return memory.item[kMixed][two && step >= memory.size[kMixed] ? step - memory.size[kMixed] : step];
+  };
+  load_item(w, owner, item_at(0), part(0), 0, memory);
   copies_commit();
   for (int step = 0; step < steps(); ++step) {
     copies_wait<0>();
     if constexpr (kSm90) writes_to_products();
     __syncthreads();  // the stage is there for all, and the other one has been read by all
     int next = step + 1, stage = step % 2;
-    if (next < steps()) load_item(w, owner, memory.item[kMixed][next >> two], next & two, 1 - stage, memory);
+    if (next < steps()) load_item(w, owner, item_at(next), part(next), 1 - stage, memory);
     copies_commit();
-    int item = memory.item[kMixed][step >> two];
+    int item = item_at(step);
     if (item & kBoth) {
       if (threadIdx.x < kTile) {
         uint4& mask = memory.stage.mask[stage][threadIdx.x];
@@ -223,7 +228,7 @@ __device__ __forceinline__ void add_products(const Work& w, const Owner& owner, 
       }
       __syncthreads();
     }
-    uint32_t one = (step & two) == 0 ? 0x3c00 : 0x1000;  // 1, or 1 / kLowScale
+    uint32_t one = part(step) == 0 ? 0x3c00 : 0x1000;  // 1, or 1 / kLowScale
     if constexpr (kSm90) multiply_tile_sm90(memory, stage, one, products);
     else multiply_tile(memory, stage, one, products);
   }

@@ -58,7 +58,10 @@ Device look_up(int index) {
   std::istringstream names(TCM_CUDA_ARCHITECTURES);  // "sm_80 sm_90a compute_100"
   for (std::string name; names >> name;) {
     int built = std::atoi(name.c_str() + name.find('_') + 1);
-    if (built <= device.sm) device.built_for = std::max(device.built_for, built);
+    // PTX runs on all later devices, machine code on later minor versions, "sm_90a" on no other.
+    bool ptx = name.rfind("compute_", 0) == 0, exact = name.back() == 'a', same_major = built / 10 == device.sm / 10;
+    bool runs = exact ? built == device.sm : built <= device.sm && (ptx || same_major);
+    if (runs) device.built_for = std::max(device.built_for, built);
   }
   if (wish != nullptr) device.built_for = std::min(device.built_for, std::atoi(wish));
   return device;

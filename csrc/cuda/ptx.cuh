@@ -94,11 +94,11 @@ __device__ __forceinline__ void multiply_add(float (&d)[4], const uint32_t (&a)[
 
 // A barrier of 256 threads, the workers, which need not be all of their block; the second also tells whether any is
 // true.
-__device__ __forceinline__ void workers_sync() { asm volatile("barrier.sync 1, 256;" ::: "memory"); }
+__device__ __forceinline__ void workers_sync() { asm volatile("bar.sync 1, 256;" ::: "memory"); }
 __device__ __forceinline__ bool workers_any(bool vote) {
   int any;
   asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.s32 p, %1, 0;\nbarrier.red.or.pred p, 1, 256, p;\nselp.s32 %0, 1, 0, p;\n}\n"
+      "{\n.reg .pred p;\nsetp.ne.s32 p, %1, 0;\nbar.red.or.pred p, 1, 256, p;\nselp.s32 %0, 1, 0, p;\n}\n"
       : "=r"(any)
       : "r"(static_cast<int>(vote))
       : "memory");
@@ -180,13 +180,20 @@ inline void load_matrices(uint32_t (&r)[4], const void* row) {
   for (int k = 0; k < 4; ++k) r[k] = lane.r[k];
 }
 
+// As tensor cores add: 16 products and the sum so far exactly, then rounded toward zero.
+inline float toward_zero(double x) {
+  float f = static_cast<float>(x);
+  return std::fabs(static_cast<double>(f)) > std::fabs(x) ? std::nextafterf(f, 0.0f) : f;
+}
+
 inline void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   struct Lane {
     float d[4];
     uint32_t a[4], b[2];
   } lane{{d[0], d[1], d[2], d[3]}, {a[0], a[1], a[2], a[3]}, {b0, b1}};
   emulator::warp_together("multiply_add", lane, [](Lane* const* lanes) {
-    float fa[16][16], fb[16][8], fd[16][8] = {};  // a [row][k], b [k][column], their product
+    float fa[16][16], fb[16][8];
+    double fd[16][8] = {};  // a [row][k], b [k][column], their product
     for (int l = 0; l < 32; ++l) {
       int g = l / 4, k = l % 4 * 2;
       for (int part = 0; part < 4; ++part) {
@@ -200,9 +207,9 @@ inline void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uin
     }
     for (int row = 0; row < 16; ++row)
       for (int k = 0; k < 16; ++k)
-        for (int column = 0; column < 8; ++column) fd[row][column] += fa[row][k] * fb[k][column];
+        for (int column = 0; column < 8; ++column) fd[row][column] += static_cast<double>(fa[row][k]) * fb[k][column];
     for (int l = 0; l < 32; ++l)
-      for (int e = 0; e < 4; ++e) lanes[l]->d[e] += fd[l / 4 + e / 2 * 8][l % 4 * 2 + e % 2];
+      for (int e = 0; e < 4; ++e) lanes[l]->d[e] = toward_zero(lanes[l]->d[e] + fd[l / 4 + e / 2 * 8][l % 4 * 2 + e % 2]);
   });
   for (int k = 0; k < 4; ++k) d[k] = lane.d[k];
 }

@@ -207,7 +207,8 @@ inline void warpgroup_commit() { emulator::commit_products(); }
 
 // One product of all threads of a warpgroup: a from shared memory or registers, b by rows or across.
 inline void multiply_together(const emulator::Product& one, emulator::Product* const* all) {
-  static float a[64][16], b[16][256], d[64][256];
+  static float a[64][16], b[16][256];
+  static double d[64][256];
   auto half = [](uint64_t at) {
     at ^= (at >> 7 & 7) << 4;
     Half h;
@@ -226,12 +227,12 @@ inline void multiply_together(const emulator::Product& one, emulator::Product* c
   memset(d, 0, sizeof d);
   for (int row = 0; row < 64; ++row)
     for (int k = 0; k < 16; ++k)
-      for (int column = 0; column < one.columns; ++column) d[row][column] += a[row][k] * b[k][column];
+      for (int column = 0; column < one.columns; ++column) d[row][column] += static_cast<double>(a[row][k]) * b[k][column];
   for (int thread = 0; thread < 128; ++thread)
     for (int k = 0; k < one.columns / 2; ++k) {
       float& out = all[thread]->d[k];
       int row = thread / 32 * 16 + thread % 32 / 4 + k / 2 % 2 * 8, column = k / 4 * 8 + thread % 4 * 2 + k % 2;
-      out = d[row][column] + (one.accumulate ? out : 0.0f);
+      out = toward_zero(d[row][column] + (one.accumulate ? out : 0.0f));
     }
 }
 template <int kPending>

@@ -201,21 +201,29 @@ __device__ __forceinline__ void examine(const Work& w, const Block& block, TileM
     scan<kHeld, kMinus, false>(w.margin[kMinus], memory, s, warp, lane, bits, found[kMinus], excess[kMinus]);
     scan<kHeld, kPlus, false>(w.margin[kPlus], memory, s, warp, lane, bits, found[kPlus], excess[kPlus]);
   } else {
-    scan<kHeld, kMinus, true>(w.margin[kMinus], memory, s, warp, lane, bits, found[kMinus], excess[kMinus]);
+    float top[4] = {s[0][0][0], s[0][0][1], s[0][0][2], s[0][0][3]};
+#pragma unroll
+    for (int k = 4; k < 64; ++k) top[k % 4] = max(top[k % 4], s[k / 16][k / 4 % 4][k % 4]);
+    if (__any_sync(~0u, max(max(top[0], top[1]), max(top[2], top[3])) >= w.margin[kMinus]))
+      scan<kHeld, kMinus, true>(w.margin[kMinus], memory, s, warp, lane, bits, found[kMinus], excess[kMinus]);
   }
 
   unsigned both = static_cast<unsigned>(found[kPlus]) | static_cast<unsigned>(found[kMinus]) << 16;
-  for (int k = 16; k > 0; k /= 2) both += __shfl_xor_sync(~0u, both, k);
+  if (__any_sync(~0u, both != 0))
+    for (int k = 16; k > 0; k /= 2) both += __shfl_xor_sync(~0u, both, k);
   if (both != 0)
     for (int side = 0; side < 2; ++side) {
       double penalty = warp_sum(excess[side]);
       if (lane == 0) memory.penalty[side][warp] = penalty;
     }
   if (lane == 0) memory.count[warp] = both;
-  workers_sync();
+  const int tile = block.tile(tile_i, tile_j), all = rows * columns;
+  if (!workers_any(both != 0)) {
+    if (thread == 0) w.record[tile] = make_int2(0, 0);
+    return;
+  }
   int count[2] = {0, 0};
   for (int k = 0; k < kWarps; ++k) count[kPlus] += memory.count[k] & 0xffff, count[kMinus] += memory.count[k] >> 16;
-  const int tile = block.tile(tile_i, tile_j), all = rows * columns;
   if (thread == 0) {
     int pairs = w.symmetric && tile_i != tile_j ? 2 : 1;  // (j, i) too
     for (int side = 0; side < 2; ++side) {
