@@ -1,9 +1,10 @@
 # make demo | test | bench | info: each sets up .venv and builds the extension first, if that is not done yet.
+# make gpu: on a machine with an NVIDIA GPU, with the Python, torch and nvcc that are there; needs no network.
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test lint bench info clean
+.PHONY: demo test lint bench info gpu registers clean
 
 demo: $(VENV)/built
 	$(RUN) -m benchmarks.demo
@@ -22,6 +23,12 @@ bench: $(VENV)/built
 
 info: $(VENV)/built
 	$(RUN) -m tcm_fused info
+
+gpu:
+	$(PYTHON) -m benchmarks.gpu
+
+registers: $(VENV)/built
+	$(RUN) tests/test_ptxas.py
 
 $(VENV)/installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)

@@ -1,24 +1,48 @@
-"""Builds tcm_fused._C, the C++ extension. Everything else is in pyproject.toml."""
+"""Builds tcm_fused._C, the C++ and CUDA extension. Everything else is in pyproject.toml. The environment decides:
 
+TCM_FUSED_CUDA        auto: with CUDA kernels if nvcc is found (the default); 1: with them or not at all; 0: without
+TORCH_CUDA_ARCH_LIST  what they are compiled for, as torch writes it; the default is "8.0;9.0a;10.0+PTX"
+CUDA_HOME             nvcc is CUDA_HOME/bin/nvcc if that is there, else the one on the PATH
+CXX                   the C++ compiler (g++), which is nvcc's host compiler too
+MAX_JOBS              how many compilers may run at once (2)
+
+No GPU is asked for. `python setup.py build_cuda` compiles the kernels alone and prints where ptxas' reports are.
+"""
+
+import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sysconfig
+from functools import cache
 from pathlib import Path
+from typing import ClassVar, NamedTuple
 
-from setuptools import setup
+from setuptools import Command, setup
 
 try:
+    import pybind11
     import torch
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 except ImportError as error:
     raise SystemExit(
-        "tcm_fused is built against the torch you run it with: install torch first, then "
+        f"tcm_fused is built against the torch you run it with ({error}): install torch and pybind11 first, then "
         "`pip install --no-build-isolation .`"
     ) from error
 
 ROOT = Path(__file__).parent
 STABLE_ABI = "0x020b000000000000"  # operators use only what every torch from 2.11 on has
+ARCHITECTURES = "8.0;9.0a;10.0+PTX"
+NVCC_OPTIONS = (
+    "-std=c++20",
+    "-O3",
+    "-Xptxas=-v",
+    "-Xfatbin=-compress-all",
+    "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall",
+)
+OLDEST = 80  # the kernels need cp.async and mma.sync m16n8k16
+JOBS = os.environ.setdefault("MAX_JOBS", "2")  # torch reads it as well
 
 
 def compiler() -> str:
@@ -28,21 +52,167 @@ def compiler() -> str:
         raise SystemExit(f"tcm_fused needs a C++20 compiler: '{command}' was not found; install g++ or set CXX")
     if not Path(sysconfig.get_paths()["include"], "Python.h").exists():
         raise SystemExit("tcm_fused needs Python's headers (Python.h): install python3-dev")
-    return subprocess.run([command, "--version"], capture_output=True, text=True).stdout.splitlines()[0]
+    return run(command, "--version")[0].splitlines()[0]
+
+
+def run(*command: str) -> tuple[str, int]:
+    """What `command` prints, on either stream, and its exit status."""
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return done.stdout, done.returncode
+
+
+class Cuda(NamedTuple):
+    """What the CUDA kernels are compiled with and for."""
+
+    nvcc: str
+    name: str  # with version
+    architectures: tuple[str, ...]  # "sm_80": machine code; "compute_100": PTX, for that and later ones
+    includes: tuple[str, ...]
+    runtime: str  # the static library
+
+
+@cache
+def cuda() -> Cuda | str:
+    """nvcc, or why there are to be no CUDA kernels."""
+    wish = os.environ.get("TCM_FUSED_CUDA", "auto")
+    if wish not in ("auto", "0", "1"):
+        raise SystemExit(f"TCM_FUSED_CUDA={wish!r} is not known; choose one of 'auto', '0', '1'")
+    if wish == "0":
+        return "TCM_FUSED_CUDA was 0"
+    home = os.environ.get("CUDA_HOME", "")
+    nvcc = (home and shutil.which("nvcc", path=str(Path(home, "bin")))) or shutil.which("nvcc")
+    if not nvcc:
+        reason = f"nvcc was not found in CUDA_HOME={home or '(not set)'} nor on the PATH"
+        if wish == "1":
+            raise SystemExit(f"TCM_FUSED_CUDA=1, but {reason}: install the CUDA toolkit, or set CUDA_HOME")
+        return reason
+    version = re.search(r"V(\d+\.\d+\.\d+)", run(nvcc, "--version")[0])
+    if version is None:
+        raise SystemExit(f"'{nvcc} --version' does not give a version; set CUDA_HOME to another, or TCM_FUSED_CUDA=0")
+    plan = run(nvcc, "--dryrun", "-E", "-x", "cu", os.devnull)[0]  # nvcc knows best where its own files are
+    libraries = [Path(folder, "libcudart_static.a") for folder in re.findall(r'"-L([^"]+)"', plan)]
+    runtime = next((path for path in libraries if path.exists()), None)
+    if runtime is None:
+        raise SystemExit(f"{nvcc} has no CUDA runtime ({libraries} are not there); install it, or set TCM_FUSED_CUDA=0")
+    includes = tuple(dict.fromkeys(re.findall(r'"-I([^"]+)"', plan)))
+    return Cuda(nvcc, f"nvcc {version[1]}", architectures(nvcc), includes, str(runtime))
+
+
+def architectures(nvcc: str) -> tuple[str, ...]:
+    """TORCH_CUDA_ARCH_LIST as nvcc names them, less those that are too old for the kernels.
+
+    Hopper is always compiled as sm_90a, which every Hopper GPU runs and whose instructions the kernels use.
+    """
+    wish = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
+    known = run(nvcc, "--list-gpu-code")[0].split()
+    found: dict[str, None] = {}
+    for entry in re.split(r"[;,\s]+", (wish or ARCHITECTURES).strip()):
+        parts = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", entry)
+        if parts is None:
+            raise SystemExit(
+                f"TORCH_CUDA_ARCH_LIST={wish!r}: {entry!r} is not understood; give numbers, as in {ARCHITECTURES!r}"
+            )
+        number = parts[1] + parts[2]
+        if int(number) < OLDEST:
+            print(f"tcm_fused: no CUDA kernels for compute capability {entry}, they need {OLDEST / 10} or later")
+        elif f"sm_{number}" in known:
+            found[f"sm_{number}{'a' if number == '90' else parts[3]}"] = None
+            if parts[4]:
+                found[f"compute_{number}"] = None
+        elif wish:
+            raise SystemExit(f"TORCH_CUDA_ARCH_LIST={wish!r}: {nvcc} does not know sm_{number}; it knows {known}")
+    if not found:
+        raise SystemExit(
+            f"TORCH_CUDA_ARCH_LIST={wish!r} leaves nothing to compile CUDA kernels for; add '8.0' or a later one, or "
+            "set TCM_FUSED_CUDA=0"
+        )
+    return tuple(found)
+
+
+def compile_kernels(build: Cuda) -> list[Path]:
+    """The objects of csrc/cuda/*.cu, each with ptxas' report beside it as .log; nothing is compiled twice.
+
+    No header of torch is read, so that any torch will do, one without CUDA too. nvcc itself runs as many compilers at
+    once as there may be, one for each architecture.
+    """
+    folder = ROOT / "build" / "cuda" / "-".join(build.architectures)
+    folder.mkdir(parents=True, exist_ok=True)
+    host = shutil.which(os.environ.get("CXX", "g++"))
+    command = [build.nvcc, f"-ccbin={host}", *NVCC_OPTIONS]
+    for name in build.architectures:
+        command.append(f"-gencode=arch={name.replace('sm_', 'compute_')},code={name}")
+    sources = sorted(path for path in ROOT.glob("csrc/**/*") if path.suffix in (".cu", ".cuh", ".h"))
+    state = hashlib.sha256(repr((build, command)).encode())
+    for path in sources:
+        state.update(path.name.encode() + b"\0" + path.read_bytes())
+    objects = []
+    for source in (path for path in sources if path.suffix == ".cu"):
+        target = folder / f"{source.stem}.o"
+        objects.append(target)
+        made_from = target.with_suffix(".sha256")
+        if target.exists() and made_from.exists() and made_from.read_text() == state.hexdigest():
+            continue
+        made_from.unlink(missing_ok=True)
+        report, failed = run(*command, f"--threads={JOBS}", "-c", str(source), "-o", str(target))
+        if failed:
+            print(report)
+            raise SystemExit(f"nvcc could not compile {source}; TCM_FUSED_CUDA=0 builds without CUDA kernels")
+        lines = [line for line in report.splitlines() if "Compile time" not in line]
+        for line in lines:
+            if not line.startswith(("ptxas info", "    ")):
+                print(line)  # a warning
+        target.with_suffix(".log").write_text("\n".join(lines) + "\n")
+        made_from.write_text(state.hexdigest())
+    return objects
+
+
+class BuildCuda(Command):
+    """The kernels alone: `python setup.py build_cuda`."""
+
+    user_options: ClassVar[list[tuple[str, str, str]]] = []
+
+    def initialize_options(self) -> None: ...
+
+    def finalize_options(self) -> None: ...
+
+    def run(self) -> None:
+        build = cuda()
+        if isinstance(build, str):
+            raise SystemExit(f"no CUDA kernels: {build}")
+        print(build.name, *(path.with_suffix(".log") for path in compile_kernels(build)), sep="\n")
+
+
+class Build(BuildExtension):
+    """The extension, its CUDA kernels first."""
+
+    def build_extensions(self) -> None:
+        build = cuda()
+        if isinstance(build, Cuda):
+            print(f"tcm_fused: CUDA kernels with {build.name} for {' '.join(build.architectures)}")
+            self.extensions[0].extra_objects += [*map(str, compile_kernels(build)), build.runtime]
+        else:
+            print(f"tcm_fused: no CUDA kernels: {build}")
+        print(f"tcm_fused: CPU kernels with {compiler()}, torch {torch.__version__} (stable ABI 2.11)")
+        self.force = True  # setuptools looks at the age of files alone; ninja knows what flags and headers changed
+        super().build_extensions()
 
 
 def extension() -> CppExtension:
-    name = compiler()
-    print(f"tcm_fused: CPU kernels with {name}, torch {torch.__version__} (stable ABI 2.11); no CUDA kernels yet")
+    build = cuda()
+    with_cuda = isinstance(build, Cuda)
+    sources = sorted(path.relative_to(ROOT) for path in ROOT.glob("csrc/**/*.cpp"))
     return CppExtension(
         "tcm_fused._C",
-        sources=[str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("csrc/**/*.cpp"))],
-        depends=[str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("csrc/**/*.h"))],
+        sources=[str(path) for path in sources if with_cuda or "cuda" not in path.parts],
+        include_dirs=[pybind11.get_include()],  # before torch 2.11's copy, which refuses a stable ABI
         define_macros=[
             ("TORCH_STABLE_ONLY", None),
             ("TORCH_TARGET_VERSION", STABLE_ABI),
-            ("TCM_COMPILER", f'"{name}"'),
+            ("TCM_COMPILER", f'"{compiler()}"'),
             ("TCM_TORCH_VERSION", f'"{torch.__version__}"'),
+            ("TCM_CUDA", int(with_cuda)),
+            ("TCM_CUDA_COMPILER", f'"{build.name if with_cuda else build}"'),
+            ("TCM_CUDA_ARCHITECTURES", f'"{" ".join(build.architectures) if with_cuda else ""}"'),
         ],
         extra_compile_args=[
             "-std=c++20",
@@ -53,8 +223,12 @@ def extension() -> CppExtension:
             "-fvisibility=hidden",
             "-Wall",
             "-Wno-psabi",
+            *(f"-isystem{path}" for path in (build.includes if with_cuda else ())),
         ],
+        # The static CUDA runtime keeps its names to itself: torch has one of its own. libtorch.so has no symbol, but
+        # brings libtorch_cuda.so where there is one, for the weak symbol in csrc/cuda/operator.cpp.
+        extra_link_args=["-Wl,--exclude-libs,ALL,--no-as-needed", "-ltorch", "-lrt", "-ldl"] if with_cuda else [],
     )
 
 
-setup(ext_modules=[extension()], cmdclass={"build_ext": BuildExtension})
+setup(ext_modules=[extension()], cmdclass={"build_ext": Build, "build_cuda": BuildCuda})

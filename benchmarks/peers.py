@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,43 +19,47 @@ from tcm_fused import tcm_loss
 
 MARGIN_PLUS = 0.9  # the defaults of tcm_fused and of pytorch-metric-learning; each lambda is 1
 MARGIN_MINUS = 0.5
-CENTRES = 4096  # two rows share a centre, and so are a hard pair, with probability 1 / CENTRES
+# Two rows share a centre, and so are a hard pair, with probability 1 / centres.
+_CENTRES = {"few": 4096, "1e-4": 10_000, "1e-3": 1000}
 
 # cos^2 between a row and the direction common to all: the mean similarity of the batch.
 _MEAN_SIMILARITY = {"half": MARGIN_MINUS, "all": 0.75}
 
 
-def make_batch(n: int, d: int, hard: str = "few", seed: int = 0) -> tuple[Tensor, Tensor]:
+def make_batch(n: int, d: int, hard: str = "few", seed: int = 0, device: str = "cpu") -> tuple[Tensor, Tensor]:
     """Embeddings [n, d] float32 of uneven norms and labels [n] int64: classes of four rows, in shuffled order.
 
     `hard` sets how many of the negatives have s >= 0.5. Hard pairs lie anywhere, in no block of the matrix.
 
         none   random directions: s is about normal around 0 with deviation 1 / sqrt(d). None at d = 128 and up
                (5.7 deviations); at d = 64 about 1e-5 of the pairs stray over the margin
-        few    rows drawn to one of 4096 random centres, whatever their label: 2.4e-4 of the pairs, at any n
+        1e-4   rows drawn to one of 10,000 random centres, whatever their label: 1e-4 of the pairs, at any n
+        1e-3   of 1000: 1e-3 of the pairs
+        few    of 4096: 2.4e-4 of the pairs
         half   a common direction at 45 degrees to every row: s is symmetric around 0.5
         all    a common direction, closer: s is 0.75 +- 0.25 / sqrt(d)
 
     All positives have s <= 0.9, so each of them is hard.
     """
-    generator = torch.Generator().manual_seed(seed)
-    noise = F.normalize(torch.randn(n, d, generator=generator))
+    generator = torch.Generator(device).manual_seed(seed)
+    random = partial(torch.randn, generator=generator, device=device)
+    noise = F.normalize(random(n, d))
     if hard == "none":
         x_hat = noise
-    elif hard == "few":
-        centres = F.normalize(torch.randn(CENTRES, d, generator=generator))
-        mine = torch.randint(CENTRES, (n,), generator=generator)
+    elif hard in _CENTRES:
+        centres = F.normalize(random(_CENTRES[hard], d))
+        mine = torch.randint(_CENTRES[hard], (n,), generator=generator, device=device)
         x_hat = 0.7**0.5 * centres[mine] + 0.3**0.5 * noise  # s is 0.7 within a centre
     elif hard in _MEAN_SIMILARITY:
         # Noise orthogonal to the common direction, of one length: no row is harder than another.
-        common = F.normalize(torch.randn(1, d, generator=generator))
+        common = F.normalize(random(1, d))
         noise = F.normalize(noise - (noise @ common.T) * common)
         share = _MEAN_SIMILARITY[hard]
         x_hat = share**0.5 * common + (1 - share) ** 0.5 * noise
     else:
-        raise ValueError(f"hard={hard!r} is not known; choose one of 'none', 'few', 'half', 'all'")
-    length = 0.5 + torch.rand(n, 1, generator=generator)
-    labels = (torch.arange(n) // 4)[torch.randperm(n, generator=generator)]
+        raise ValueError(f"hard={hard!r} is not known; choose one of 'none', '1e-4', 'few', '1e-3', 'half', 'all'")
+    length = 0.5 + torch.rand(n, 1, generator=generator, device=device)
+    labels = torch.randperm(n, generator=generator, device=device) // 4
     return x_hat * length, labels
 
 

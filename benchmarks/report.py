@@ -10,8 +10,6 @@ import statistics
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.figures import draw_growth, draw_speed
-
 Infos = dict[str, dict[str, Any]]  # name of a benchmark -> what it recorded in `extra_info`
 
 # hard pairs: (most of one product's time, least speed-up over eager), at N = 8192, D = 512
@@ -47,8 +45,8 @@ def _density_goals(infos: Infos) -> list[Goal]:
     for hard, (most, least) in DENSITY_GOALS.items():
         subject = f"N = 8192, D = 512, {hard} of the negatives hard"
         ratio = infos.get(f"test_density[{hard}]", {}).get("ratio", {})
-        rows.append(_at_most(subject, "one product X^ X^T", most, ratio.get("product"), " of it"))
-        rows.append(_at_least(subject, "eager", least, _inverse(ratio.get("eager"))))
+        rows.append(at_most(subject, "one product X^ X^T", most, ratio.get("product"), " of it"))
+        rows.append(at_least(subject, "eager", least, _inverse(ratio.get("eager"))))
     return rows
 
 
@@ -56,8 +54,8 @@ def _peer_goals(infos: Infos) -> list[Goal]:
     library = infos.get("test_library[1024]", {}).get("ratio", {}).get("pytorch-metric-learning")
     small = [info["ratio"]["eager"] for name, info in infos.items() if name.startswith("test_small")]
     return [
-        _at_least("N = 1024, D = 512", "pytorch-metric-learning", LIBRARY_SPEED_UP, _inverse(library)),
-        _at_least("N = 64 to 1024, D = 128, the least", "eager", SMALL_SPEED_UP, _inverse(max(small, default=None))),
+        at_least("N = 1024, D = 512", "pytorch-metric-learning", LIBRARY_SPEED_UP, _inverse(library)),
+        at_least("N = 64 to 1024, D = 128, the least", "eager", SMALL_SPEED_UP, _inverse(max(small, default=None))),
     ]
 
 
@@ -67,7 +65,7 @@ def _memory_goals(infos: Infos) -> list[Goal]:
         info = next((info for full_name, info in infos.items() if full_name.endswith(name)), None)
         factor = info["peak_bytes"]["tcm_fused"] / info["embedding_bytes"] if info else None
         subject = f"N = 65,536, D = 128, {hard} of the negatives hard"
-        rows.append(_at_most(subject, "the embeddings' bytes", MEMORY_FACTOR, factor, "x"))
+        rows.append(at_most(subject, "the embeddings' bytes", MEMORY_FACTOR, factor, "x"))
     return rows
 
 
@@ -94,9 +92,9 @@ def _opis_goals(infos: Infos) -> list[Goal]:
     peak = large["peak_bytes"]["tcm_fused"] / 1e9 if large else None
     subject = "OPIS, N = 60,000, D = 512, 11,316 classes"
     return [
-        _at_most(subject, "the symmetric product", OPIS_PRODUCTS, products, " of it"),
-        _at_most(subject, "memory beyond the embeddings", OPIS_MEMORY_GB, peak, " GB"),
-        _at_least("OPIS, N = 8192, D = 512, 1545 classes", "blocked PyTorch", OPIS_SPEED_UP, _inverse(blocked)),
+        at_most(subject, "the symmetric product", OPIS_PRODUCTS, products, " of it"),
+        at_most(subject, "memory beyond the embeddings", OPIS_MEMORY_GB, peak, " GB"),
+        at_least("OPIS, N = 8192, D = 512, 1545 classes", "blocked PyTorch", OPIS_SPEED_UP, _inverse(blocked)),
     ]
 
 
@@ -114,12 +112,12 @@ def growth_slope(infos: Infos, quantity: str) -> float | None:
     ).slope
 
 
-def _at_most(subject: str, against: str, most: float, figure: float | None, unit: str) -> Goal:
+def at_most(subject: str, against: str, most: float, figure: float | None, unit: str) -> Goal:
     shown = None if figure is None else f"{figure:.2f}{unit}"
     return Goal(subject, against, f"at most {most:g}{unit}", shown, figure is not None and figure <= most)
 
 
-def _at_least(subject: str, against: str, least: float, figure: float | None) -> Goal:
+def at_least(subject: str, against: str, least: float, figure: float | None) -> Goal:
     shown = None if figure is None else f"{figure:,.1f}x" if figure < 100 else f"{figure:,.0f}x"
     return Goal(subject, against, f"at least {least:g}x faster", shown, figure is not None and figure >= least)
 
@@ -192,6 +190,8 @@ def hardware(machine: dict[str, Any]) -> str:
 
 
 def main() -> None:
+    from benchmarks.figures import draw_growth, draw_speed  # the table alone needs no matplotlib
+
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__.splitlines()[0])
     parser.add_argument("result", type=Path, help="what pytest-benchmark wrote")
     path = parser.parse_args().result

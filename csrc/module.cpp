@@ -7,13 +7,21 @@
 
 #include "cpu/pair_loops.h"
 
+namespace tcm::cuda {
+std::string runtime_error();  // operator.cpp
+}
+
 PYBIND11_MODULE(_C, module) {
   module.def("build_info", [] {
     return std::map<std::string, std::string>{
         {"compiler", TCM_COMPILER},
         {"torch", TCM_TORCH_VERSION},
-        {"cuda_architectures", ""},
+        {"cuda_compiler", TCM_CUDA_COMPILER},            // nvcc and its version, or why there was none
+        {"cuda_architectures", TCM_CUDA_ARCHITECTURES},  // "sm_80 compute_100": machine code, PTX; or empty
         {"cpu_instruction_set", tcm::cpu::name(tcm::cpu::best_isa())},
     };
   });
+#if TCM_CUDA
+  module.def("cuda_runtime_error", &tcm::cuda::runtime_error);
+#endif
 }

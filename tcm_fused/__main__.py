@@ -44,11 +44,11 @@ def _info(arguments: argparse.Namespace) -> None:
         print(json.dumps(facts, indent=2))
         return
     for name in ("version", "torch", "device", "threads"):
-        print(f"{name:10} {facts[name]}")
+        print(f"{name:20} {facts[name]}")
     for name, state in facts["backends"].items():
-        print(f"{name:10} {'available' if state['available'] else 'not available: ' + state['reason']}")
+        print(f"{name:20} {'available' if state['available'] else 'not available: ' + state['reason']}")
     for name, value in (facts["build"] or {}).items():
-        print(f"{name:10} {value}")
+        print(f"{name:20} {value}")
 
 
 def _opis(arguments: argparse.Namespace) -> None:

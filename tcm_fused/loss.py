@@ -270,7 +270,7 @@ def _in_autocast(x: Tensor) -> bool:
     return x.device.type in _AUTOCAST_DEVICES and torch.is_autocast_enabled(x.device.type)
 
 
-@torch.compiler.assume_constant_result  # torch.compile cannot trace it, and compiles again when the setting changes
+@ops.constant_when_compiled  # torch.compile cannot trace it, and compiles again when the setting changes
 def _user_allows_less_than_float32(device_type: str) -> bool:
     if device_type == "cpu":  # no kernel there has less
         return False

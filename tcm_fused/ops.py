@@ -1,14 +1,15 @@
 """The operators: schema, shapes, autograd and choice of backend. The only file that knows backends.
 
-Two operators of the loss share one schema. `tcm_fused::fused` is the kernel that the extension registers for a
-device; `tcm_fused::blocked` is plain PyTorch and runs anywhere. Both return the gradient with the
-loss (one pass over the pairs), so that backward is a multiplication. In the same way `tcm_fused::pair_counts`
-and `tcm_fused::pair_counts_blocked` count the pairs for OPIS.
+Three operators of the loss share one schema. `tcm_fused::fused` is the kernel that the extension registers for a
+device, `tcm_fused::triton` that for GPUs without it, and `tcm_fused::blocked` is plain PyTorch and runs anywhere. All
+return the gradient with the loss (one pass over the pairs), so that backward is a multiplication. In the same way
+`tcm_fused::pair_counts` and `tcm_fused::pair_counts_blocked` count the pairs for OPIS.
 """
 
 import warnings
+from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ except ImportError as error:  # not swallowed: `why_unavailable` tells it
 else:
     _IMPORT_ERROR = None
 
+F = TypeVar("F", bound=Callable[..., Any])
 BACKENDS = ("cpu", "cuda", "triton", "torch")
 
 _LIBRARY = torch.library.Library("tcm_fused", "FRAGMENT")
@@ -93,12 +95,20 @@ class _OnceDifferentiable(torch.autograd.Function):
         )
 
 
-for _name in ("fused", "blocked"):
+def _run_triton(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    from tcm_fused.triton_loss import tcm_triton  # only here: Triton is optional, and takes a second to import
+
+    return tcm_triton(*arguments)
+
+
+for _name in ("fused", "triton", "blocked"):
     _LIBRARY.define(_name + _SCHEMA)
     torch.library.register_fake(f"tcm_fused::{_name}", _fake, lib=_LIBRARY)
     torch.library.register_autograd(f"tcm_fused::{_name}", _backward, setup_context=_setup_context, lib=_LIBRARY)
 _LIBRARY.impl("blocked", tcm_blocked, "CompositeExplicitAutograd")
-OPERATORS = {"fused": torch.ops.tcm_fused.fused.default, "blocked": torch.ops.tcm_fused.blocked.default}
+_LIBRARY.impl("triton", _run_triton, "CUDA")  # which is also what torch calls ROCm
+_LIBRARY.impl("triton", _run_triton, "CPU")  # in Triton's interpreter
+OPERATORS = {name: getattr(torch.ops.tcm_fused, name).default for name in ("fused", "triton", "blocked")}
 
 # x [N, D] float32 or float64, finite; y [N] int64 class; thresholds [T] ascending similarities in the dtype of x.
 # counts [2, 2^(bits + 1) + 1], class_counts [2, classes + 1, T] int64 and best [2, N]: see `pair_counts_blocked`.
@@ -129,6 +139,15 @@ _COUNTERS = {
 }
 
 
+def constant_when_compiled(function: F) -> F:
+    """torch.compile calls `function` once, when it traces, and does not look inside.
+
+    This is what `torch.compiler.assume_constant_result` does, which imports the compiler first: a second, and Triton.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
 def build_info() -> dict[str, Any] | None:
     """What the extension was built with, or None where it is not built."""
     return None if _IMPORT_ERROR else _C.build_info()
@@ -139,35 +158,114 @@ def why_unavailable(backend: str) -> str | None:
     if backend == "torch":
         return None
     if backend == "triton":
-        return "this version has no Triton kernels; use backend='torch'"
+        return _why_no_triton()
     if _IMPORT_ERROR is not None:
         return (
             f"the C++ extension could not be imported ({_IMPORT_ERROR}); build it with "
             "`pip install --no-build-isolation .` or use backend='torch'"
         )
-    if backend == "cuda":
-        return "this version has no CUDA kernels; use backend='torch'"
+    return _why_no_cuda() if backend == "cuda" else None
+
+
+@cache
+def _why_no_cuda() -> str | None:
+    """Of the extension, torch, the driver and the GPUs, in this order, the first that does not do."""
+    built = _C.build_info()
+    architectures = built["cuda_architectures"].split()
+    if not architectures:
+        return (
+            f"the extension was built without CUDA kernels ({built['cuda_compiler']}); build it again with nvcc on the "
+            "PATH (`TCM_FUSED_CUDA=1 pip install --no-build-isolation .`) or use backend='torch'"
+        )
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} has no CUDA; install a torch that has it, or use backend='torch'"
+    if not torch.cuda.is_available():
+        return "torch sees no GPU (torch.cuda.is_available() is False); use backend='torch'"
+    error = _C.cuda_runtime_error()
+    if error:
+        return (
+            f"the CUDA runtime of {built['cuda_compiler']} does not start ({error}); update the driver, build with an "
+            "older nvcc, or use backend='torch'"
+        )
+    gpus = [torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())]
+    if not any(_runs_on(architecture, gpu) for architecture in architectures for gpu in gpus):
+        capabilities = ", ".join(f"{major}.{minor}" for major, minor in gpus)
+        return (
+            f"the CUDA kernels were built for {' '.join(architectures)}, compute capability here is {capabilities}; "
+            "build again with that in TORCH_CUDA_ARCH_LIST (8.0 is the least), or use backend='torch'"
+        )
     return None
 
 
-@torch.compiler.assume_constant_result  # torch.compile asks once and does not look inside
+@cache
+def _why_no_triton() -> str | None:
+    try:
+        from tcm_fused import triton_loss
+    except ImportError as error:
+        return f"Triton could not be imported ({error}); install it (`pip install triton`) or use backend='torch'"
+    if triton_loss.INTERPRETED or torch.cuda.is_available():
+        return None
+    return "torch finds no GPU; use backend='torch' (or, to test, set TRITON_INTERPRET=1 before Triton is imported)"
+
+
+def _triton_device() -> str:
+    """Device of the tensors that Triton's kernels take in this process, where they can run."""
+    from tcm_fused.triton_loss import INTERPRETED
+
+    return "cpu" if INTERPRETED else "cuda"
+
+
+def _runs_on(architecture: str, gpu: tuple[int, int]) -> bool:
+    """Machine code ("sm_80") runs on later minor versions, unless it is "sm_90a"; PTX ("compute_80") on all later."""
+    kind, name = architecture.split("_")
+    version = divmod(int(name.rstrip("af")), 10)
+    if kind == "compute":
+        return version <= gpu
+    return version == gpu if name.endswith("a") else version[0] == gpu[0] and version <= gpu
+
+
+@constant_when_compiled
 def choose(backend: str, device_type: str, dtype: torch.dtype) -> str:
     """Which of OPERATORS runs `backend` on embeddings of `dtype` on `device_type`; RuntimeError if none does."""
     if backend == "auto":
-        reason = why_unavailable(device_type) if device_type in BACKENDS else f"no kernel for device '{device_type}'"
-        if reason is not None:
-            _warn_once(f"tcm_fused runs its slower PyTorch fallback on '{device_type}': {reason}")
-        return "fused" if reason is None else "blocked"
+        return _choose_best(device_type, dtype)
     reason = why_unavailable(backend)
     if reason is not None:
         raise RuntimeError(f"backend={backend!r} is not available: {reason}")
     if backend == "torch":
         return "blocked"
-    if backend != device_type:
+    device = backend
+    if backend == "triton":
+        device = _triton_device()
+    if device_type != device:
+        raise RuntimeError(f"backend={backend!r} needs tensors on device '{device}', embeddings are on '{device_type}'")
+    if backend in ("cuda", "triton") and dtype == torch.float64:
         raise RuntimeError(
-            f"backend={backend!r} needs tensors on device '{backend}', embeddings are on '{device_type}'"
+            f"backend={backend!r} has no float64 kernels; use backend='torch' for float64 embeddings, or "
+            "embeddings.float()"
         )
-    return "fused"
+    return "triton" if backend == "triton" else "fused"
+
+
+def _choose_best(device_type: str, dtype: torch.dtype) -> str:
+    """The extension's kernel, else on a GPU Triton's, else the blocked form, with a warning that says what is missing.
+
+    Embeddings in float64 on a GPU take the blocked form without one: GPU kernels live off 16-bit products.
+    """
+    if device_type == "cuda" and dtype == torch.float64:
+        return "blocked"
+    reason = why_unavailable(device_type) if device_type in BACKENDS else f"no kernel for device '{device_type}'"
+    if reason is None:
+        return "fused"
+    if device_type == "cuda":
+        no_triton = why_unavailable("triton")
+        if no_triton is None and _triton_device() == "cpu":
+            no_triton = "TRITON_INTERPRET is set; unset it"
+        if no_triton is None:
+            return "triton"
+        reason = f"CUDA kernels: {reason}. Triton kernels: {no_triton}"
+    _warn_once(f"tcm_fused runs its slower PyTorch fallback on '{device_type}': {reason}")
+    return "blocked"
 
 
 def choose_counter(backend: str, device_type: str) -> Any:
@@ -187,4 +285,4 @@ def choose_counter(backend: str, device_type: str) -> Any:
 
 @cache
 def _warn_once(message: str) -> None:
-    warnings.warn(message, stacklevel=4)  # at the caller of `tcm_loss`
+    warnings.warn(message, stacklevel=5)  # at the caller of `tcm_loss`

@@ -1,17 +1,39 @@
-"""Every test that takes `backend` runs on each. Hypothesis draws new inputs each time and prints how to repeat them."""
+"""Every test that takes `backend` runs on each. Hypothesis draws new inputs each time and prints how to repeat them.
 
+Triton kernels run in its interpreter, on CPU tensors: that is decided here, since Triton reads the variable when the
+kernels are imported. TRITON_INTERPRET=0 leaves it to the GPU; the tests of the interpreter are then skipped.
+"""
+
+import os
 from collections.abc import Iterator
+
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
 import torch
-from hypothesis import settings
 
-settings.register_profile("tcm_fused", deadline=None, derandomize=False, print_blob=True)
-settings.load_profile("tcm_fused")
+from tcm_fused import ops
+
+try:
+    from hypothesis import settings
+except ImportError:  # tests marked `cuda` do without
+    pass
+else:
+    settings.register_profile("tcm_fused", deadline=None, derandomize=False, print_blob=True)
+    settings.load_profile("tcm_fused")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: takes a minute or more; leave out with -m 'not slow'")
+    config.addinivalue_line("markers", "cuda: runs the CUDA kernels; skipped, with the reason, where they cannot run")
+
+
+@pytest.fixture(autouse=True)
+def _cuda_or_skip(request: pytest.FixtureRequest) -> None:
+    if request.node.get_closest_marker("cuda") is not None:
+        reason = ops.why_unavailable("cuda")
+        if reason is not None:
+            pytest.skip(reason)
 
 
 @pytest.fixture(scope="session", params=["cpu", "torch"])

@@ -106,6 +106,7 @@ before = set(sys.modules)
 import tcm_fused
 new = {name.split(".")[0] for name in set(sys.modules) - before}
 assert not new & {"matplotlib", "pyarrow", "pytorch_metric_learning", "sklearn", "torchmetrics", "triton", "tqdm"}, new
+assert "torch._dynamo" not in sys.modules
 assert not torch.cuda.is_initialized()
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)

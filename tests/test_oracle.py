@@ -225,3 +225,36 @@ def test_compare_refuses_a_self_pair_and_a_missing_factor() -> None:
     oracle = make()
     with pytest.raises(AssertionError, match="grad_x"):
         compare(half_gradient(oracle.evaluate(oracle.hard())), oracle, torch.float32)
+
+
+def rounded(oracle: Oracle, bits: int) -> Result:
+    """What a backend would give that stores X^ with `bits` bits (11: fp16, 8: bf16) and is exact otherwise."""
+
+    def stored(x: np.ndarray) -> np.ndarray:
+        fraction, exponent = np.frexp(x)
+        return np.ldexp(np.round(fraction * 2.0**bits), exponent - bits)
+
+    coarse = make(rectangular=not oracle.symmetric)
+    coarse.x_hat, coarse.ref_hat = stored(oracle.x_hat), stored(oracle.ref_hat)
+    coarse.s = coarse.x_hat @ coarse.ref_hat.T
+    coarse.gap = (coarse.margin[0] - coarse.s, coarse.s - coarse.margin[1])
+    return coarse.evaluate(coarse.hard())
+
+
+@pytest.mark.parametrize("rectangular", [False, True])
+def test_compare_of_fp16_products(rectangular: bool) -> None:
+    """X^ in fp16 is within the error that is allowed for it, not in that of fp32; X^ in bf16 is beyond both."""
+    oracle = make(rectangular=rectangular)
+    near = compare(rounded(oracle, 11), oracle, torch.float32, fp16=True)
+    assert near <= 4e-3 * sum(pair.sum() for pair in oracle.pair), "a band that holds many pairs compares nothing"
+    with pytest.raises(AssertionError):
+        compare(rounded(oracle, 11), oracle, torch.float32)
+    with pytest.raises(AssertionError):
+        compare(rounded(oracle, 8), oracle, torch.float32, fp16=True)
+
+
+@pytest.mark.parametrize("spoil", [forget_one_row, swap_two_rows, half_gradient, swap_sides, loss_is_nan])
+def test_compare_of_fp16_products_refuses(spoil: Callable[[Result], Result]) -> None:
+    oracle = make()
+    with pytest.raises(AssertionError):
+        compare(spoil(rounded(oracle, 11)), oracle, torch.float32, fp16=True)

@@ -1,0 +1,264 @@
+// Hopper's machine operations (sm_90a), by the same rule: barriers in shared memory that count arrivals and bytes,
+// copies of boxes of a matrix by the copy engine, products by warpgroups. Part of ptx.cuh.
+#pragma once
+
+#include "ptx.cuh"
+
+#if defined(__CUDACC__)
+#include <cuda.h>  // types only; the one function is looked up at run time
+#endif
+
+namespace tcm::cuda {
+
+constexpr int kBoxRows = 128, kBoxColumns = 64;  // of halves: 128 bytes a row, the width of a swizzle
+
+#if defined(__CUDACC__)
+
+// Whether the code being compiled may use warpgroups; asked at run time, see `most_threads`.
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define TCM_SM90 1
+#else
+#define TCM_SM90 0
+#endif
+
+using TensorMap = CUtensorMap;
+
+struct Barrier {
+  uint64_t state;
+};
+
+__device__ __forceinline__ void barrier_init(Barrier& barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(&barrier)), "r"(arrivals) : "memory");
+}
+// Makes barriers known to the copy engine; a __syncthreads() must follow.
+__device__ __forceinline__ void barriers_ready() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+__device__ __forceinline__ void barrier_arrive(Barrier& barrier) {
+  asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(shared_address(&barrier)) : "memory");
+}
+// Arrives, and has the phase wait for `bytes` of copies.
+__device__ __forceinline__ void barrier_expect(Barrier& barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(shared_address(&barrier)), "r"(bytes)
+      : "memory");
+}
+// Waits until the phase of this parity is over; the one before the first is odd.
+__device__ __forceinline__ void barrier_wait(Barrier& barrier, int parity) {
+  asm volatile(
+      "{\n.reg .pred p;\nWAIT:\nmbarrier.try_wait.parity.shared.b64 p, [%0], %1;\n@p bra DONE;\nbra WAIT;\nDONE:\n}\n" ::"r"(
+          shared_address(&barrier)),
+      "r"(parity)
+      : "memory");
+}
+
+// Starts the copy of a box of the matrix, from (row, column) on; chunk c of 16 bytes of row r comes to r * 128 +
+// (c ^ r % 8) * 16. `to` is aligned to 1,024 bytes. Rows past the end are zeros.
+__device__ __forceinline__ void copy_box(void* to, const TensorMap& map, Barrier& barrier, int row, int column) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
+          shared_address(to)),
+      "l"(&map), "r"(column), "r"(row), "r"(shared_address(&barrier))
+      : "memory");
+}
+
+// A matrix of rows of 64 halves, swizzled as `copy_box` does, as an operand of `warpgroup_multiply`.
+__device__ __forceinline__ uint64_t operand(const void* rows) {
+  return static_cast<uint64_t>((shared_address(rows) & 0x3ffff) >> 4) | uint64_t{1} << 16 | uint64_t{1024 >> 4} << 32 | uint64_t{1} << 62;
+}
+// The same from column `column` (a multiple of 16) on.
+__device__ __forceinline__ uint64_t operand_at(uint64_t operand, int column) { return operand + (column * 2 >> 4); }
+
+// A matrix of 128 columns as an operand that is read across: blocks of 64 columns, 16 KB each, rows of 128 bytes
+// swizzled as by `copy_box`; from row `row` (a multiple of 16) on.
+__device__ __forceinline__ uint64_t operand_across(const void* blocks, int row) {
+  return static_cast<uint64_t>(((shared_address(blocks) & 0x3ffff) + row * 128) >> 4) | uint64_t{(128 * 128) >> 4} << 16 |
+         uint64_t{1024 >> 4} << 32 | uint64_t{1} << 62;
+}
+// After this thread's ordinary writes to shared memory, and before the barrier that lets products read them.
+__device__ __forceinline__ void writes_to_products() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// Before the first product, and after registers of `d` or shared memory have been written otherwise.
+__device__ __forceinline__ void warpgroup_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void warpgroup_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+// Waits until at most `kPending` groups of products are under way.
+template <int kPending>
+__device__ __forceinline__ void warpgroup_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+
+// d [64, 256] (+)= a [64, 16] b [256, 16] transposed, by a warpgroup; both operands in shared memory. A lane of warp w
+// of the warpgroup holds rows 16 w + lane / 4 + 8 h and columns 8 n + lane % 4 * 2 + e of d, as d [4 n + 2 h + e].
+__device__ __forceinline__ void warpgroup_multiply(float (&d)[128], uint64_t a, uint64_t b, bool accumulate) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %130, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n256k16.f32.f16.f16 {"
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "
+      "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "
+      "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "
+      "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, "
+      "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+      "}, %128, %129, p, 1, 1, 0, 0;\n}\n"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
+        "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),
+        "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),
+        "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]),
+        "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]), "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]),
+        "+f"(d[40]), "+f"(d[41]), "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]),
+        "+f"(d[48]), "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]),
+        "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63]),
+        "+f"(d[64]), "+f"(d[65]), "+f"(d[66]), "+f"(d[67]), "+f"(d[68]), "+f"(d[69]), "+f"(d[70]), "+f"(d[71]),
+        "+f"(d[72]), "+f"(d[73]), "+f"(d[74]), "+f"(d[75]), "+f"(d[76]), "+f"(d[77]), "+f"(d[78]), "+f"(d[79]),
+        "+f"(d[80]), "+f"(d[81]), "+f"(d[82]), "+f"(d[83]), "+f"(d[84]), "+f"(d[85]), "+f"(d[86]), "+f"(d[87]),
+        "+f"(d[88]), "+f"(d[89]), "+f"(d[90]), "+f"(d[91]), "+f"(d[92]), "+f"(d[93]), "+f"(d[94]), "+f"(d[95]),
+        "+f"(d[96]), "+f"(d[97]), "+f"(d[98]), "+f"(d[99]), "+f"(d[100]), "+f"(d[101]), "+f"(d[102]), "+f"(d[103]),
+        "+f"(d[104]), "+f"(d[105]), "+f"(d[106]), "+f"(d[107]), "+f"(d[108]), "+f"(d[109]), "+f"(d[110]), "+f"(d[111]),
+        "+f"(d[112]), "+f"(d[113]), "+f"(d[114]), "+f"(d[115]), "+f"(d[116]), "+f"(d[117]), "+f"(d[118]), "+f"(d[119]),
+        "+f"(d[120]), "+f"(d[121]), "+f"(d[122]), "+f"(d[123]), "+f"(d[124]), "+f"(d[125]), "+f"(d[126]), "+f"(d[127])
+      : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));
+}
+
+// d [64, 128] += a [64, 16] b [16, 128], by a warpgroup; a in registers, as `multiply_add` has it in each warp's 16
+// rows; d as above. a must stay as it is until the product has been waited for.
+__device__ __forceinline__ void warpgroup_multiply(float (&d)[64], const uint32_t (&a)[4], uint64_t b) {
+  asm volatile(
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {"
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+      "}, {%64, %65, %66, %67}, %68, 1, 1, 1, 1;\n"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
+        "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),
+        "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),
+        "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]),
+        "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]), "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]),
+        "+f"(d[40]), "+f"(d[41]), "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]),
+        "+f"(d[48]), "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]),
+        "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+
+// Registers a thread of the warpgroup has from here on.
+template <int kRegisters>
+__device__ __forceinline__ void fewer_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+template <int kRegisters>
+__device__ __forceinline__ void more_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+// Describes a matrix [rows, columns] of halves to the copy engine; false if the driver cannot.
+inline bool describe(TensorMap& map, const Half* matrix, int64_t rows, int columns) {
+  void* function = nullptr;
+  cudaDriverEntryPointQueryResult found;
+  if (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault,
+      &found) != cudaSuccess ||
+      found != cudaDriverEntryPointSuccess)
+    return false;
+  cuuint64_t size[] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)},
+      pitch[] = {size[0] * sizeof(Half)};
+  cuuint32_t box[] = {kBoxColumns, kBoxRows}, stride[] = {1, 1};
+  return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function)(
+             &map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, const_cast<Half*>(matrix), size, pitch, box, stride,
+             CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
+
+// Threads a block of the kernel can have on the current device, as its code there was compiled; 0: there is none.
+template <class Kernel>
+int most_threads(Kernel* kernel) {
+  cudaFuncAttributes attributes;
+  return cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)) == cudaSuccess
+      ? attributes.maxThreadsPerBlock : 0;
+}
+
+#else  // the model
+
+#define TCM_SM90 1
+
+using TensorMap = emulator::TensorMap;
+using Barrier = emulator::Barrier;
+
+inline void barrier_init(Barrier& barrier, int arrivals) { emulator::init_barrier(barrier, arrivals); }
+inline void barriers_ready() {}
+inline void barrier_arrive(Barrier& barrier) { emulator::arrive_at(barrier, 0); }
+inline void barrier_expect(Barrier& barrier, int bytes) { emulator::arrive_at(barrier, bytes); }
+inline void barrier_wait(Barrier& barrier, int parity) { emulator::wait_for(barrier, parity); }
+inline void copy_box(void* to, const TensorMap& map, Barrier& barrier, int row, int column) {
+  emulator::require(emulator::aligned(to, 1024), "copy_box: not aligned");
+  emulator::start_box(to, map, barrier, row, column);
+}
+
+inline uint64_t operand(const void* rows) {
+  return static_cast<uint64_t>(static_cast<const unsigned char*>(rows) - shared_memory());
+}
+inline uint64_t operand_at(uint64_t operand, int column) { return operand + column * 2; }
+
+inline uint64_t operand_across(const void* blocks, int row) { return operand(blocks) + row * 128; }
+inline void writes_to_products() {}
+
+inline void warpgroup_fence() {}
+inline void warpgroup_commit() { emulator::commit_products(); }
+
+// One product of all threads of a warpgroup: a from shared memory or registers, b by rows or across.
+inline void multiply_together(const emulator::Product& one, emulator::Product* const* all) {
+  static float a[64][16], b[16][256], d[64][256];
+  auto half = [](uint64_t at) {
+    at ^= (at >> 7 & 7) << 4;
+    Half h;
+    memcpy(&h.bits, shared_memory() + at, 2);
+    return to_float(h);
+  };
+  for (int row = 0; row < 64; ++row)
+    for (int k = 0; k < 16; ++k) {
+      uint32_t pair = all[row / 16 * 32 + row % 8 * 4 + k % 8 / 2]->registers[row / 8 % 2 + k / 8 * 2];
+      a[row][k] = !one.across ? half(one.a + row * 128 + k * 2) : to_float(k % 2 == 0 ? low(pair) : high(pair));
+    }
+  for (int column = 0; column < one.columns; ++column)
+    for (int k = 0; k < 16; ++k)
+      b[k][column] = half(one.across ? one.b + column / 64 * (128 * 128) + k * 128 + column % 64 * 2
+          : one.b + column * 128 + k * 2);
+  memset(d, 0, sizeof d);
+  for (int row = 0; row < 64; ++row)
+    for (int k = 0; k < 16; ++k)
+      for (int column = 0; column < one.columns; ++column) d[row][column] += a[row][k] * b[k][column];
+  for (int thread = 0; thread < 128; ++thread)
+    for (int k = 0; k < one.columns / 2; ++k) {
+      float& out = all[thread]->d[k];
+      int row = thread / 32 * 16 + thread % 32 / 4 + k / 2 % 2 * 8, column = k / 4 * 8 + thread % 4 * 2 + k % 2;
+      out = d[row][column] + (one.accumulate ? out : 0.0f);
+    }
+}
+template <int kPending>
+inline void warpgroup_wait() {
+  emulator::wait_products(kPending, multiply_together);
+}
+inline void warpgroup_multiply(float (&d)[128], uint64_t a, uint64_t b, bool accumulate) {
+  emulator::start_product({d, 256, false, a, b, accumulate, {}});
+}
+inline void warpgroup_multiply(float (&d)[64], const uint32_t (&a)[4], uint64_t b) {
+  emulator::start_product({d, 128, true, 0, b, true, {a[0], a[1], a[2], a[3]}});
+}
+
+template <int kRegisters>
+inline void fewer_registers() {}
+template <int kRegisters>
+inline void more_registers() {}
+
+inline bool describe(TensorMap& map, const Half* matrix, int64_t rows, int columns) {
+  map = {reinterpret_cast<const unsigned char*>(matrix), rows, columns, kBoxRows};
+  return true;
+}
+template <class Kernel>
+int most_threads(Kernel*) {
+  return 1024;
+}
+
+#endif
+
+}  // namespace tcm::cuda

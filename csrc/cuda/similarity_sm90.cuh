@@ -1,0 +1,123 @@
+// Similarities of a block of tiles on Hopper: the product by warpgroups (wgmma), fed by the copy engine.
+//
+// 128 x 256 at a time, two neighbouring tiles of a row. One warpgroup has a thread that copies ahead, through a ring of
+// four stages of 48 KB; two compute, each 64 x 256 of the product in 128 accumulators a thread, and then examine the
+// two tiles together, while the ring fills with the next ones. A stage of 64 columns is 2 * 128 * 256 * 64 flop: 1,024
+// cycles at 4,096 flop a cycle, in which 48 KB come from L2 (48 bytes a cycle and multiprocessor) and wgmma reads 80
+// bytes a cycle of shared memory, of 128. The scan is about 1,300 instructions a warp and tile pair, 10 % of the
+// product at D = 512.
+#pragma once
+
+#include "ptx_sm90.cuh"
+#include "tile.cuh"
+
+namespace tcm::cuda {
+namespace {
+
+constexpr int kRing = 4;
+constexpr int kThreadsSm90 = 128 + kThreads;  // the warpgroup that copies, and the workers
+
+struct SimilaritySm90Memory {
+  unsigned char stage[kRing][3][kBoxRows * kBoxColumns * 2];  // the row tile, two column tiles; each 1,024-byte aligned
+  Barrier full[kRing], empty[kRing];
+  TileMemory tile;
+};
+static_assert(kBoxRows == kTile && kBoxColumns == kDepth);
+
+struct TensorMaps {
+  TensorMap of[2];  // x^ of rows and of columns, [parts * tiles * kTile, width]
+};
+
+// Place in the ring of the n-th step: its stage, and the parity of its turn there.
+struct Ring {
+  int stage = 0, parity = 0;
+  __device__ void next() {
+    if (++stage == kRing) stage = 0, parity ^= 1;
+  }
+};
+
+// One thread: copies all steps of all tiles, each as soon as its stage is empty. Parts as in `load_step`.
+__device__ __forceinline__ void copy_steps(const Work& w, const Block& block, const TensorMaps& maps,
+    SimilaritySm90Memory& memory) {
+  const int of_part = w.width / kDepth, parts = w.parts == 2 ? 3 : 1;
+  const int low_rows = w.set[0].tiles * kTile, low_columns = w.set[1].tiles * kTile;  // where the low part begins
+  Ring ring;
+  Walk<2> walk(w, block);
+  for (bool more = walk.find(); more; more = walk.next())
+    for (int part = 0; part < parts; ++part) {
+      const int row = walk.i * kTile + (part == 1 ? low_rows : 0);
+      const int column_row = walk.j * kTile + (part == 0 && parts == 3 ? low_columns : 0);
+      for (int step = 0; step < of_part; ++step, ring.next()) {
+        barrier_wait(memory.empty[ring.stage], ring.parity ^ 1);
+        Barrier& full = memory.full[ring.stage];
+        barrier_expect(full, sizeof memory.stage[0]);
+        copy_box(memory.stage[ring.stage][0], maps.of[0], full, row, step * kDepth);
+        copy_box(memory.stage[ring.stage][1], maps.of[1], full, column_row, step * kDepth);
+        copy_box(memory.stage[ring.stage][2], maps.of[1], full, column_row + kTile, step * kDepth);
+      }
+    }
+}
+
+// The workers: all products, and what follows from them.
+__device__ __forceinline__ void work_steps(const Work& w, const Block& block, SimilaritySm90Memory& memory) {
+  const int of_part = w.width / kDepth, steps = of_part * (w.parts == 2 ? 3 : 1);
+  const int half = worker<kColumns>() / 128 * (64 * 128);  // bytes to the warpgroup's rows
+  const bool speaks = threadIdx.x % 32 == 0;               // for its warp
+  float s[128];  // [tile, word, 8 columns, 2 h + e]
+  Ring ring;
+  Walk<2> walk(w, block);
+  for (bool more = walk.find(); more; more = walk.next()) {
+    for (int from = 0, to = w.parts == 2 ? 2 * of_part : of_part; from < steps; from = to, to = steps) {
+      int held = 0;  // the stage before, which the products under way still read
+      for (int step = from; step < to; ++step, ring.next()) {
+        barrier_wait(memory.full[ring.stage], ring.parity);
+        const uint64_t a = operand(memory.stage[ring.stage][0] + half), b = operand(memory.stage[ring.stage][1]);
+        warpgroup_fence();
+#pragma unroll
+        for (int k = 0; k < kDepth; k += 16) warpgroup_multiply(s, operand_at(a, k), operand_at(b, k), (step | k) != 0);
+        warpgroup_commit();
+        warpgroup_wait<1>();
+        if (step > from && speaks) barrier_arrive(memory.empty[held]);
+        held = ring.stage;
+      }
+      warpgroup_wait<0>();
+      if (speaks) barrier_arrive(memory.empty[held]);
+      if (to < steps) {
+#pragma unroll
+        for (int k = 0; k < 128; ++k) s[k] *= 1 / kLowScale;
+      }
+    }
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      const int j = walk.j + k;
+      if (j >= block.j1 || (block.diagonal && walk.i > j) || valid_rows(w.state->valid[1], j) == 0) continue;
+      examine<kColumns>(w, block, memory.tile, reinterpret_cast<const float(*)[4][4][4]>(s)[k], walk.i, j);
+    }
+  }
+  if (worker<kColumns>() == 0) add_total(w, memory.tile);
+}
+
+// Compiled for anything but sm_90a it does nothing and admits too few threads: `most_threads` tells.
+__global__ void __launch_bounds__(TCM_SM90 ? kThreadsSm90 : 32, 1)
+    similarity_sm90(const __grid_constant__ Work w, const __grid_constant__ Block block,
+        const __grid_constant__ TensorMaps maps) {
+#if TCM_SM90
+  SimilaritySm90Memory& memory = *reinterpret_cast<SimilaritySm90Memory*>(shared_memory());
+  if (threadIdx.x == 0) {
+    for (int k = 0; k < kRing; ++k) barrier_init(memory.full[k], 1), barrier_init(memory.empty[k], kWarps);
+    barriers_ready();
+    memory.tile.total = {};
+  }
+  __syncthreads();
+  if (threadIdx.x < 128) {
+    fewer_registers<40>();
+    if (threadIdx.x == 0) copy_steps(w, block, maps, memory);
+  } else {
+    more_registers<232>();
+    work_steps(w, block, memory);
+  }
+#endif
+}
+
+}  // namespace
+}  // namespace tcm::cuda

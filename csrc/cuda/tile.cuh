@@ -1,0 +1,250 @@
+// What is done with the similarities of a tile, whichever way they were made: 256 threads, the workers, hold 64 each.
+//
+// Two ways to hold them, by warp w, g = lane / 4 and t = lane % 4. Value [i][j][2 h + e] of a thread is
+//   kRows     row w / 4 * 64 + i * 16 + h * 8 + g, column w % 4 * 32 + j * 8 + 2 t + e   (mma.sync, 64 x 32 a warp)
+//   kColumns  row w * 16 + h * 8 + g,              column i * 32 + j * 8 + 2 t + e        (wgmma, 16 x 128 a warp)
+#pragma once
+
+#include "work.h"
+
+namespace tcm::cuda {
+namespace {
+
+constexpr int kGroup = 8;  // row tiles that neighbouring blocks of threads share: see `Walk`
+
+enum Held { kRows, kColumns };
+
+struct TileMemory {
+  uint32_t mask[2][kTile][4];  // pairs of each row: positives, negatives; then hard pairs: rows, columns
+  double penalty[2][kWarps];
+  unsigned count[kWarps];      // positives in the low half, negatives in the high half
+  Partial total;               // of all tiles so far
+};
+
+// The tiles of a block in order, kAcross neighbours of a row at a time, every gridDim.x-th of these from blockIdx.x on;
+// those wholly below the diagonal are passed over. Eight row tiles go together, column by column: the tiles in work at
+// one time then share rows and columns in L2.
+template <int kAcross>
+struct Walk {
+  const Work& w;
+  const Block& block;
+  int group = 0, offset = static_cast<int>(blockIdx.x), i = 0, j = 0;
+
+  __device__ Walk(const Work& of, const Block& in) : w(of), block(in) {}
+  __device__ bool find() {  // the tile at `offset`, or the next one; those without a valid row are left out
+    const int i1 = min(block.i1, (w.state->valid[0] + kTile - 1) / kTile);
+    const int j1 = min(block.j1, (w.state->valid[1] + kTile - 1) / kTile);
+    for (;;) {
+      int top = block.i0 + kGroup * group;
+      if (top >= i1) return false;
+      int height = min(kGroup, i1 - top), left = block.diagonal ? top : block.j0;
+      int size = height * max(0, (j1 - left + kAcross - 1) / kAcross);
+      if (offset >= size) {
+        offset -= size, ++group;
+        continue;
+      }
+      i = top + offset % height, j = left + offset / height * kAcross;
+      if (!block.diagonal || i < j + kAcross) return true;
+      offset += static_cast<int>(gridDim.x);
+    }
+  }
+  __device__ bool next() {
+    offset += static_cast<int>(gridDim.x);
+    return find();
+  }
+};
+
+template <Held kHeld>
+__device__ __forceinline__ int worker() {
+  return static_cast<int>(threadIdx.x) - (kHeld == kColumns ? 128 : 0);
+}
+
+// Counts and sums the hard pairs of one side among a thread's similarities. The sum is taken as a tree, 9 additions
+// deep. Bit j * 4 + 16 e of bits [i][h] is set for a hard pair: its mask_bit in its word of the row, lowered by t.
+// kAll: all pairs are negatives; else memory.mask [side] tells which pairs are of the side.
+template <Held kHeld, int kSide, bool kAll>
+__device__ __forceinline__ void scan(float margin, const TileMemory& memory, const float (&s)[4][4][4], int warp,
+    int lane,
+                                     uint32_t (&bits)[4][2], int& count, float& penalty) {
+  penalty = 0, count = 0;
+  const int row = (kHeld == kRows ? warp / 4 * 64 : warp * 16) + lane / 4;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    float of_rows = 0;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      uint32_t pairs = ~0u;
+      if constexpr (!kAll) {
+        if constexpr (kHeld == kRows) pairs = memory.mask[kSide][row + i * 16 + h * 8][warp % 4] >> lane % 4;
+        else pairs = memory.mask[kSide][row + h * 8][i] >> lane % 4;
+      }
+      float of_row = 0;
+      uint32_t hard = 0;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        float of_two = 0;
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const uint32_t bit = 1u << mask_bit(j * 8 + e);
+          const float value = s[i][j][2 * h + e];
+          float over = kSide == kPlus ? margin - value : value - margin;  // hard if not negative: its sign is exact
+          if (!(pairs & bit)) over = -1.0f;
+          hard |= over >= 0.0f ? bit : 0;
+          of_two += max(over, 0.0f);
+        }
+        of_row += of_two;
+      }
+      of_rows += of_row;
+      bits[i][h] |= hard;
+      count += __popc(hard);
+    }
+    penalty += of_rows;
+  }
+}
+
+// A word that the lanes of equal lane % 4, or of equal lane / 4, have parts of.
+__device__ __forceinline__ uint32_t join_rows(uint32_t word) {
+  word |= __shfl_xor_sync(~0u, word, 4);
+  word |= __shfl_xor_sync(~0u, word, 8);
+  return word | __shfl_xor_sync(~0u, word, 16);
+}
+__device__ __forceinline__ uint32_t join_columns(uint32_t word) {
+  word |= __shfl_xor_sync(~0u, word, 1);
+  return word | __shfl_xor_sync(~0u, word, 2);
+}
+
+// The workers' bits (of `scan`) to memory.mask, as rows and as columns.
+template <Held kHeld>
+__device__ __forceinline__ void write_masks(TileMemory& memory, const uint32_t (&bits)[4][2], int warp, int lane) {
+  const int g = lane / 4, t = lane % 4, row = kHeld == kRows ? warp / 4 * 64 : warp * 16;
+#pragma unroll
+  for (int i = 0; i < 4; ++i)
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      uint32_t word = join_columns(bits[i][h] << t);
+      if (t != 0) continue;
+      if constexpr (kHeld == kRows) memory.mask[0][row + i * 16 + h * 8 + g][warp % 4] = word;
+      else memory.mask[0][row + h * 8 + g][i] = word;
+    }
+  if constexpr (kHeld == kRows) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j)
+#pragma unroll
+      for (int e = 0; e < 2; ++e)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {  // 32 rows
+          uint32_t word = 0;
+#pragma unroll
+          for (int k = 0; k < 4; ++k)  // mask_bit of row 16 * (k / 2) + 8 * (k % 2)
+            word |= (bits[2 * half + k / 2][k % 2] >> mask_bit(j * 8 + e) & 1) << (k / 2 * 8 + k % 2 * 4);
+          word = join_rows(word << mask_bit(g));
+          if (g == 0) memory.mask[1][warp % 4 * 32 + j * 8 + t * 2 + e][row / 32 + half] = word;
+        }
+  } else {
+    // A warp has 16 of a word's 32 rows: in even warps bytes 0 and 2, in odd ones 1 and 3. Two columns are joined at
+    // once.
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        uint32_t word = 0;
+#pragma unroll
+        for (int e = 0; e < 2; ++e)
+#pragma unroll
+          for (int h = 0; h < 2; ++h) word |= (bits[i][h] >> mask_bit(j * 8 + e) & 1) << (e * 8 + h * 4);
+        word = join_rows(word << mask_bit(g));
+        if (g != 0) continue;
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          uint8_t* bytes = reinterpret_cast<uint8_t*>(&memory.mask[1][i * 32 + j * 8 + t * 2 + e][warp / 2]);
+          bytes[warp % 2] = static_cast<uint8_t>(word >> e * 8);
+          bytes[warp % 2 + 2] = static_cast<uint8_t>(word >> (e * 8 + 16));
+        }
+      }
+  }
+}
+
+// Whether a tile holds more than plain negatives; if so, memory.mask tells which pairs are positives and which
+// negatives. A row's positives are a range of columns; it has no pair with itself; padding has none. For all workers.
+template <Held kHeld>
+__device__ __forceinline__ bool note_pairs(const Work& w, TileMemory& memory, int tile_i, int tile_j, int rows,
+    int columns) {
+  const int thread = afresh(worker<kHeld>()), row = tile_i * kTile + thread, left = tile_j * kTile;
+  const bool valid = thread < rows;
+  int first = 0, last = 0, own = -1;
+  if (valid) first = w.set[0].first[row] - left, last = w.set[0].last[row] - left, own = w.set[0].own[row] - left;
+  bool special = rows < kTile || columns < kTile || (first < min(last, kTile) && last > 0) || (0 <= own && own < kTile);
+  if (!workers_any(special)) return false;
+  if (thread < kTile)
+    for (int k = 0; k < 4; ++k) {
+      uint32_t pairs = mask_range(0, valid ? columns - 32 * k : 0) & ~mask_range(own - 32 * k, own - 32 * k + 1);
+      uint32_t same = mask_range(first - 32 * k, last - 32 * k);
+      memory.mask[kPlus][thread][k] = pairs & same, memory.mask[kMinus][thread][k] = pairs & ~same;
+    }
+  workers_sync();
+  return true;
+}
+
+// Counts and sums the hard pairs of tile (tile_i, tile_j), whose similarities the workers hold; writes its record, and
+// the masks of a tile that is neither empty nor full.
+template <Held kHeld>
+__device__ __forceinline__ void examine(const Work& w, const Block& block, TileMemory& memory,
+    const float (&s)[4][4][4],
+                                        int tile_i, int tile_j) {
+  const int rows = valid_rows(w.state->valid[0], tile_i), columns = valid_rows(w.state->valid[1], tile_j);
+  const bool special = note_pairs<kHeld>(w, memory, tile_i, tile_j, rows, columns);
+  const int thread = afresh(worker<kHeld>()), lane = thread % 32, warp = thread / 32;
+  uint32_t bits[4][2] = {};
+  int found[2] = {0, 0};
+  float excess[2] = {0, 0};
+  if (special) {
+    scan<kHeld, kMinus, false>(w.margin[kMinus], memory, s, warp, lane, bits, found[kMinus], excess[kMinus]);
+    scan<kHeld, kPlus, false>(w.margin[kPlus], memory, s, warp, lane, bits, found[kPlus], excess[kPlus]);
+  } else {
+    scan<kHeld, kMinus, true>(w.margin[kMinus], memory, s, warp, lane, bits, found[kMinus], excess[kMinus]);
+  }
+
+  unsigned both = static_cast<unsigned>(found[kPlus]) | static_cast<unsigned>(found[kMinus]) << 16;
+  for (int k = 16; k > 0; k /= 2) both += __shfl_xor_sync(~0u, both, k);
+  if (both != 0)
+    for (int side = 0; side < 2; ++side) {
+      double penalty = warp_sum(excess[side]);
+      if (lane == 0) memory.penalty[side][warp] = penalty;
+    }
+  if (lane == 0) memory.count[warp] = both;
+  workers_sync();
+  int count[2] = {0, 0};
+  for (int k = 0; k < kWarps; ++k) count[kPlus] += memory.count[k] & 0xffff, count[kMinus] += memory.count[k] >> 16;
+  const int tile = block.tile(tile_i, tile_j), all = rows * columns;
+  if (thread == 0) {
+    int pairs = w.symmetric && tile_i != tile_j ? 2 : 1;  // (j, i) too
+    for (int side = 0; side < 2; ++side) {
+      memory.total.count[side] += static_cast<int64_t>(pairs) * count[side];
+      for (int k = 0; k < kWarps; ++k)
+        if (memory.count[k] != 0) memory.total.penalty[side] += pairs * memory.penalty[side][k];
+    }
+    w.record[tile] = make_int2(count[kPlus], count[kMinus]);
+  }
+
+  const bool keep = w.set[0].sum[0] != nullptr || w.set[1].sum[0] != nullptr;
+  if (!keep || count[kPlus] + count[kMinus] == 0 || count[kPlus] == all || count[kMinus] == all) return;
+  write_masks<kHeld>(memory, bits, warp, lane);
+  workers_sync();
+  const int of = thread / kTile, k = thread % kTile;
+  const uint4 mask = *reinterpret_cast<const uint4*>(memory.mask[of][k]);
+  w.mask[(static_cast<int64_t>(tile) * 2 + of) * kTile + k] = mask;
+  const unsigned occupied = __ballot_sync(~0u, (mask.x | mask.y | mask.z | mask.w) != 0);
+  if (lane == 0) reinterpret_cast<unsigned*>(w.occupied)[(tile * 2 + of) * 4 + k / 32] = occupied;
+}
+
+// Adds what worker 0 has found to the block of threads' part in the result.
+__device__ __forceinline__ void add_total(const Work& w, const TileMemory& memory) {
+  Partial& partial = w.partial[blockIdx.x];
+  for (int side = 0; side < 2; ++side) {
+    partial.penalty[side] += memory.total.penalty[side];
+    partial.count[side] += memory.total.count[side];
+  }
+}
+
+}  // namespace
+}  // namespace tcm::cuda

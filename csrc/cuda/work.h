@@ -1,0 +1,114 @@
+// What the kernels share: the workspace in device memory and the sizes of tiles.
+//
+// How the loss goes over the device, everything in stream order:
+// 1. Prologue (prologue.cuh): rows and columns sorted by label, those that take no part last; x^ as one or two halves
+//    an element; for each row the range of columns of its label; sums of x^ over each tile of rows.
+// 2. For each block of up to kBlock x kBlock tiles (symmetric: those that reach above the diagonal):
+//    similarity (similarity.cuh): products, hard pairs counted and summed, one bit a pair kept for mixed tiles;
+//    masked sums (masked_sum.cuh): M X^ and M^T X^ added to the sums G+ and G-.
+// 3. Epilogue (epilogue.cuh): loss, counts; gradients from G+, G- and the counts, in the order of the input.
+// The number of blocks is O((N / 24576)^2); up to that N there is one, and six launches in all.
+#pragma once
+
+#include <cstdint>
+
+#include "ptx.cuh"
+
+namespace tcm::cuda {
+
+constexpr int kTile = 128;     // rows and columns of a tile of similarities
+constexpr int kDepth = 64;     // columns of x^ in one step of a product; x^ is padded to a multiple
+constexpr int kSlice = 128;    // columns of x^ in one tile of a masked sum
+constexpr int kThreads = 256;  // of every block of threads
+constexpr int kWarps = kThreads / 32;
+constexpr int kBlock = 192;    // tiles a side of a block at most: 151 MB of masks
+constexpr int kSparse = 64;    // hard pairs up to which a tile's masked sum goes pair by pair
+constexpr int kChunk = 1024;   // labels sorted by one comparison of all with all, if there are more than kOneChunk
+constexpr int kOneChunk = 4096;
+
+constexpr double kEps = 1e-12;         // smallest norm a row is divided by
+constexpr float kLowScale = 2048.0f;   // x^ = high + low / kLowScale: low then has the exponents of high
+constexpr int kPlus = 0, kMinus = 1;   // positives, negatives
+
+// Rows or columns. "Sorted" is by label, then by index; a row with a negative label takes no part and comes last.
+struct Set {
+  const void* x;         // [n, d]
+  const int64_t* y;      // [n]
+  int64_t n;
+  int tiles;             // of kTile rows; arrays of sorted rows are padded to them
+  uint64_t* label[2];    // [n] sorted; [1] is room to sort
+  int32_t* order[2];     // [n] input row of a sorted row; [1] is room to sort
+  int32_t* position;     // [n] sorted row of an input row
+  int32_t* first;        // [n] the positives of a sorted row: sorted rows first <= j < last of the other set
+  int32_t* last;         // [n]
+  int32_t* own;          // [n] sorted row of the other set that is this row itself; -1: none
+  double* inverse;       // [n] 1 / max(|x|, kEps), 0 for a zero row
+  Half* unit;            // [parts, tiles * kTile, width] x^, high and low part; 0 where there is no row
+  float* tile_sum;       // [tiles, width] sum of x^ over a tile
+  float* sum[2];         // [tiles * kTile, width] G+ and G-; null: no gradient wanted
+  uint8_t* touched;      // [2, tiles, slices] whether a tile of G has been written; what has not been is zero
+  float* grad;           // [n, d] output, or null
+};
+
+struct State {
+  int non_finite;  // whether an embedding that takes part is not finite
+  int valid[2];    // rows of each set that take part
+};
+
+struct Partial {  // one block of threads' part in the result
+  double penalty[2];
+  int64_t count[2];
+};
+
+struct Work {
+  Set set[2];  // rows, columns; the same where the rows are the columns
+  bool symmetric, has_own;
+  int64_t d, row_offset;
+  int width;   // d rounded up to kDepth
+  int slices;  // of kSlice columns
+  int parts;   // halves an element of x^: 1, or 2 for fp32 accuracy
+  float margin[2];
+  double lambda[2];
+  State* state;
+  Partial* partial;   // [partials]
+  int partials;
+  int2* record;       // [tiles of a block] hard positives, hard negatives of a tile
+  uint4* mask;        // [tiles of a block, 2, kTile] one bit a pair: of each row, of each column; see `mask_bit`
+  uint4* occupied;    // [tiles of a block, 2] which rows, which columns have a hard pair
+  float* loss;        // outputs
+  double* penalty;
+  int64_t* count;
+
+  const Set& rows() const { return set[0]; }
+  const Set& columns() const { return set[1]; }
+};
+
+// A block of tiles: row tiles [i0, i1), column tiles [j0, j1).
+struct Block {
+  int i0, i1, j0, j1;
+  bool diagonal;  // symmetric, and the row tiles are the column tiles: only those with i <= j
+
+  __device__ int tile(int i, int j) const { return (i - i0) * (j1 - j0) + (j - j0); }
+};
+
+// Where a word of a mask keeps its column c (0..31): even columns in the low half, odd ones in the high half. Bits p
+// and p + 16 are then the neighbours of one fragment of a product's operand, two halves that one multiplication makes.
+__host__ __device__ constexpr int mask_bit(int c) { return c / 2 + c % 2 * 16; }
+__host__ __device__ constexpr int mask_column(int bit) { return bit % 16 * 2 + bit / 16; }
+
+// The bits of columns `first` to `last` without it, counted from the word's first: see mask_bit.
+__device__ __forceinline__ uint32_t mask_range(int first, int last) {
+  int a = min(max(first, 0), 32), b = max(min(max(last, 0), 32), a);
+  uint32_t even = (1u << (b + 1) / 2) - (1u << (a + 1) / 2), odd = (1u << b / 2) - (1u << a / 2);
+  return even | odd << 16;
+}
+
+// Rows of a tile that take part.
+__device__ __forceinline__ int valid_rows(int valid, int tile) { return min(kTile, max(0, valid - tile * kTile)); }
+
+__device__ __forceinline__ double warp_sum(double x) {
+  for (int k = 16; k > 0; k /= 2) x += __shfl_xor_sync(~0u, x, k);
+  return x;
+}
+
+}  // namespace tcm::cuda

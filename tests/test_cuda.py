@@ -1,0 +1,438 @@
+"""The CUDA operator on a GPU against the oracle, and what only a GPU shows: streams, graphs, no waiting, memory.
+
+Everything here is marked `cuda` and does without hypothesis: inputs are drawn from a seed that each failure prints, and
+that TCM_SEED sets again. `TCM_FUSED_SM=80 pytest -m cuda` runs the path for older GPUs on a newer one.
+"""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from batches import KINDS, batch, dyadic, embeddings, margins
+from oracle import check, oracle_of, run
+from test_large import Crowd, compare_crowd, poison_freed_memory
+from torch import Tensor
+
+from tcm_fused import TCMLoss, ops, tcm_loss
+
+pytestmark = pytest.mark.cuda
+
+BACKEND = "cuda"
+DEVICE = torch.device("cuda")
+ROOT = Path(__file__).parent.parent
+
+# dtype of the embeddings, and the precision asked for: one product in fp16, or three.
+ARITHMETIC = (
+    (torch.float16, "auto"),
+    (torch.bfloat16, "auto"),
+    (torch.float32, "fp16"),
+    (torch.float32, "fp32"),
+    (torch.bfloat16, "fp32"),
+)
+arithmetic = pytest.mark.parametrize(("dtype", "precision"), ARITHMETIC)
+# Around the sides of tiles, 64 to 256, and several tiles with a ragged last one.
+SIZES = (1, 2, 3, 17, 63, 64, 65, 127, 128, 129, 192, 255, 256, 257, 300, 513, 700)
+WIDTHS = (1, 2, 3, 7, 8, 31, 33, 64, 65, 100, 128, 257, 520)
+SEED = int(os.environ.get("TCM_SEED", time.time_ns() % 2**32))
+
+
+@pytest.fixture
+def rng(request: pytest.FixtureRequest) -> np.random.Generator:
+    """Fresh numbers for each test of each run."""
+    print(f"TCM_SEED={SEED}")
+    return np.random.default_rng([SEED, *request.node.name.encode()])
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """PyTorch fills each tensor it allocates, workspace and results too: floats with NaN, bytes with 255."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def call_of(form: str, n: int, m: int, d: int, classes: int, kind: str, rng: np.random.Generator) -> dict[str, Any]:
+    """Arguments of `check`: a batch of `kind` in one of the forms, a quarter of it padding in one of three."""
+    sizes = [n] if form == "symmetric" else [n, m]
+    y_all = rng.integers(classes, size=sum(sizes))
+    x_all = embeddings(kind, y_all, d, rng)
+    padding = rng.choice([0.0, 0.0, 0.25])
+    sets = []
+    for part in np.split(np.arange(sum(sizes)), np.cumsum(sizes)[:-1]):
+        y = np.where(rng.random(len(part)) < padding, -1 - rng.integers(9, size=len(part)), y_all[part])
+        sets += [torch.from_numpy(x_all[part]), torch.from_numpy(y)]
+    call: dict[str, Any] = dict(zip(("x", "y", "ref_x", "ref_y"), sets, strict=False))
+    if form == "row_offset":
+        call["row_offset"] = int(rng.integers(m - n + 1))
+    return call
+
+
+def in_dtype(call: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    return {
+        name: value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+        for name, value in call.items()
+    }
+
+
+# Against the oracle.
+
+
+@arithmetic
+@pytest.mark.parametrize("round_", range(24))
+def test_random_batches(rng: np.random.Generator, round_: int, dtype: torch.dtype, precision: str) -> None:
+    """Every form, geometry, ragged size, density of hard pairs and weight."""
+    form = ("symmetric", "symmetric", "reference set", "row_offset")[round_ % 4]
+    n, m, d = int(rng.choice(SIZES)), int(rng.choice(SIZES)), int(rng.choice(WIDTHS))
+    m = m + n if form == "row_offset" else m
+    call = in_dtype(call_of(form, n, m, d, int(rng.choice([1, 2, 5, 30, 999])), str(rng.choice(KINDS)), rng), dtype)
+    if round_ % 2:
+        call.update(margins(oracle_of(**call), float(rng.choice([0.0, 0.001, 0.02, 0.5, 0.98, 0.999, 1.0]))))
+    else:
+        call.update(margin_plus=float(rng.uniform(-2, 2)), margin_minus=float(rng.uniform(-2, 2)))
+    call.update(
+        lambda_plus=float(rng.choice([0.0, 0.25, 1.0, 7.0])), lambda_minus=float(rng.choice([0.0, 0.25, 1.0, 7.0]))
+    )
+    check(BACKEND, **call, precision=precision)
+
+
+@arithmetic
+@pytest.mark.parametrize("share", [0.0, 0.0005, 0.01, 0.5, 0.99, 0.9995, 1.0])
+@pytest.mark.parametrize(("n", "d", "kind"), [(257, 65, "random"), (1030, 64, "groups"), (2100, 16, "random")])
+def test_densities(
+    rng: np.random.Generator, n: int, d: int, kind: str, share: float, dtype: torch.dtype, precision: str
+) -> None:
+    """From no hard pair to all: tiles that are empty, hold a handful, are mixed, lack a handful, are full."""
+    y = rng.integers(n // 20 + 2, size=n)
+    x, labels = torch.from_numpy(embeddings(kind, y, d, rng)).to(dtype), torch.from_numpy(y)
+    check(BACKEND, x, labels, **margins(oracle_of(x, labels), share), precision=precision)
+
+
+@arithmetic
+@pytest.mark.parametrize("d", [1, 8, 512, 768, 1000, 4096])
+def test_widths(rng: np.random.Generator, d: int, dtype: torch.dtype, precision: str) -> None:
+    """One column to 4096, with a multiple of nothing among them; in both forms."""
+    y = rng.integers(9, size=700)
+    x, labels = torch.from_numpy(embeddings("classes", y, d, rng)).to(dtype), torch.from_numpy(y)
+    for sets in ((x[:450], labels[:450]), (x[:450], labels[:450], x[450:], labels[450:])):
+        check(BACKEND, *sets, **margins(oracle_of(*sets), 0.3), precision=precision)
+
+
+@arithmetic
+def test_many_tiles(rng: np.random.Generator, dtype: torch.dtype, precision: str) -> None:
+    """Every kind of tile at once, more than twenty a side."""
+    y = rng.integers(60, size=3001)
+    x = torch.from_numpy(embeddings("groups", y, 40, rng)).to(dtype)
+    check(BACKEND, x, torch.from_numpy(y), margin_plus=0.95, margin_minus=0.3, precision=precision)
+
+
+@arithmetic
+@pytest.mark.parametrize(("n", "d"), [(2, 1), (65, 4), (129, 33), (513, 100)])
+def test_similarities_on_the_margin(
+    rng: np.random.Generator, n: int, d: int, dtype: torch.dtype, precision: str
+) -> None:
+    """Multiples of 1/4 against margins that are too: both inequalities are inclusive, for zero rows as well."""
+    x, y = torch.from_numpy(dyadic(n, d, rng)).to(dtype), torch.from_numpy(rng.integers(4, size=n))
+    for margin_plus, margin_minus in [(0.5, 0.25), (0.0, 0.0), (-0.25, 0.75), (1.0, -1.0), (-1.0, 1.0)]:
+        options: Any = {"margin_plus": margin_plus, "margin_minus": margin_minus, "precision": precision}
+        check(BACKEND, x, y, **options, exact=True)
+        check(BACKEND, x, y, x[: n // 2 + 1], y[: n // 2 + 1], **options, exact=True)
+
+
+@arithmetic
+@pytest.mark.parametrize(("n", "m"), [(0, None), (0, 0), (0, 7), (7, 0), (1, None), (1, 1)])
+def test_no_pairs(n: int, m: int | None, dtype: torch.dtype, precision: str) -> None:
+    x, y = batch(n, 5, 2, dtype)
+    sets = (x, y) if m is None else (x, y, *batch(m, 5, 2, dtype, seed=1))
+    options: Any = {"margin_plus": 2.0, "margin_minus": -2.0, "precision": precision}
+    result = check(BACKEND, *sets, row_offset=0 if n == m else None, **options)
+    assert (result.loss, result.count.tolist()) == (0, [0, 0])
+
+
+@arithmetic
+@pytest.mark.parametrize(("grad_x", "grad_ref"), [(True, True), (True, False), (False, True), (False, False)])
+def test_gradients_where_asked_for(
+    rng: np.random.Generator, grad_x: bool, grad_ref: bool, dtype: torch.dtype, precision: str
+) -> None:
+    for form in ("symmetric", "reference set", "row_offset"):
+        call = in_dtype(call_of(form, 200, 413, 33, 5, "random", rng), dtype)
+        if form == "symmetric" and grad_ref:
+            continue
+        check(BACKEND, **call, margin_minus=0.05, grad_x=grad_x, grad_ref=grad_ref, precision=precision)
+
+
+@arithmetic
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_non_finite(value: float, dtype: torch.dtype, precision: str) -> None:
+    """One value of one row that takes part makes all NaN; in a row with a negative label nothing."""
+    x, y = batch(300, 9, 5, dtype)
+    ref_x, ref_y = batch(70, 9, 5, dtype, seed=1)
+    y[::10] = -1
+    x[10, 3] = value
+    for sets in ((x, y), (x, y, ref_x, ref_y), (ref_x, ref_y, x, y)):
+        clean = check(BACKEND, *(torch.nan_to_num(t, 0, 0, 0) for t in sets), margin_minus=0.1, precision=precision)
+        padded = run(BACKEND, *sets, margin_minus=0.1, precision=precision)
+        assert padded.loss == clean.loss
+        np.testing.assert_array_equal(padded.grad_x, clean.grad_x)
+    x[11, 3] = value
+    for sets in ((x, y), (x, y, ref_x, ref_y), (ref_x, ref_y, x, y)):
+        for margin in (0.2, 5.0, -5.0):  # mixed, all, none
+            result = run(BACKEND, *sets, margin_plus=margin, margin_minus=-margin, precision=precision)
+            grads = [result.grad_x] if len(sets) == 2 else [result.grad_x, result.grad_ref]
+            assert np.isnan(result.loss)
+            assert all(np.isnan(g[t.numpy() >= 0]).all() for g, t in zip(grads, sets[1::2], strict=True))
+
+
+@arithmetic
+def test_zero_rows_and_scales(dtype: torch.dtype, precision: str) -> None:
+    """Similarity 0 to all and gradient 0; norms from the smallest to the largest that the dtype holds."""
+    x, y = batch(300, 33, 5, torch.float64)
+    x = torch.nn.functional.normalize(x)
+    largest = 4e4 if dtype == torch.float16 else 1e37
+    for scale in (1.0, largest, 1e-3 if dtype == torch.float16 else 1e-30):
+        scaled = torch.where(torch.arange(300)[:, None] % 3 == 0, scale * x, x).to(dtype)
+        scaled[::7] = 0
+        result = check(BACKEND, scaled, y, margin_plus=0.3, margin_minus=-0.1, precision=precision)
+        assert not result.grad_x[::7].any()
+
+
+@arithmetic
+def test_layouts(dtype: torch.dtype, precision: str) -> None:
+    """Any strides and offsets: rows that begin at an odd address, columns and rows that are skipped, NaN in between."""
+    x, y = batch(130, 40, 5, dtype)
+    wide = torch.full((261, 121), torch.nan, dtype=dtype)
+    wide[1::2, 2::3] = x
+    shifted = torch.full((130 * 40 + 3,), torch.nan, dtype=dtype)[3:].view(130, 40).copy_(x)
+    for strided in (x.T.contiguous().T, wide[1::2, 2::3], shifted, x[:1].expand(130, 40)):
+        labels = torch.stack([y, -y - 1], 1)[:, 0]
+        check(BACKEND, strided, labels, margin_minus=0.1, precision=precision)
+        check(BACKEND, strided, labels, shifted[:70], labels[:70], margin_minus=0.1, precision=precision)
+
+
+@pytest.mark.usefixtures("poisoned")
+@arithmetic
+def test_new_tensors_hold_nan(rng: np.random.Generator, dtype: torch.dtype, precision: str) -> None:
+    """Results are written to the last element, and nothing of the workspace is read before it is written."""
+    for n, m, d in [(1, 2, 1), (65, 63, 7), (129, 300, 33), (513, 130, 65), (1030, 65, 9)]:
+        for form, share in (("symmetric", 0.4), ("reference set", 0.4), ("symmetric", 1.0), ("reference set", 0.0)):
+            call = in_dtype(call_of(form, n, m, d, 5, "random", rng), dtype)
+            check(BACKEND, **call, **margins(oracle_of(**call), share), precision=precision)
+
+
+def test_counts_beyond_2_31() -> None:
+    """3.0e9 pairs, most of them hard; and 2.3e9 of a reference set, all of them hard: counts and sums are exact."""
+    count = compare_crowd(BACKEND, Crowd.make(55003, 0, seed=0), None, margin_plus=0.5, margin_minus=-0.25)
+    assert count[1] > 2**31
+    rows, columns = Crowd.make(70001, 0, seed=1), Crowd.make(33007, 3, seed=2)
+    assert compare_crowd(BACKEND, rows, columns, margin_plus=1.0, margin_minus=-1.0).sum() == 70001 * 33007
+
+
+# The same bits.
+
+
+def on_gpu(n: int, d: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[Tensor, Tensor]:
+    x, y = batch(n, d, 40, dtype, seed)
+    return x.to(DEVICE), y.to(DEVICE)
+
+
+def loss_and_gradients(*sets: Tensor, **options: Any) -> list[Tensor]:
+    """Loss, counts and gradients to all embeddings, on the device."""
+    leaves = [t.detach().requires_grad_() if t.is_floating_point() else t for t in sets]
+    loss, stats = tcm_loss(*leaves, **{"margin_minus": 0.0, "backend": BACKEND, **options}, return_stats=True)
+    return [loss.detach(), *stats, *torch.autograd.grad(loss, leaves[::2])]
+
+
+def assert_same_bits(some: list[Tensor], others: list[Tensor]) -> None:
+    for one, other in zip(some, others, strict=True):
+        assert torch.equal(one, other)
+
+
+@arithmetic
+@pytest.mark.parametrize("rectangular", [False, True])
+def test_two_runs_give_the_same_bits(rectangular: bool, dtype: torch.dtype, precision: str) -> None:
+    sets = (*on_gpu(3000, 65, dtype), *(on_gpu(1500, 65, dtype, seed=1) if rectangular else ()))
+    first = loss_and_gradients(*sets, precision=precision)
+    for n in (400, 1100):
+        loss_and_gradients(*on_gpu(n, 33))
+        poison_freed_memory(n, 65, 33)
+        assert_same_bits(loss_and_gradients(*sets, precision=precision), first)
+
+
+def test_stream_of_the_caller() -> None:
+    """On another stream, after work there that is slow to produce the input, and none of it on the default stream."""
+    sets = on_gpu(1500, 64)
+    expected = loss_and_gradients(*sets)
+    side = torch.cuda.Stream()
+    late = torch.full_like(sets[0], torch.nan)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(200_000_000)  # about 0.1 s
+        late.copy_(sets[0])
+        got = loss_and_gradients(late, sets[1])
+    assert torch.cuda.current_stream().query(), "the default stream was given work"
+    side.synchronize()
+    assert_same_bits(got, expected)
+
+
+@arithmetic
+@pytest.mark.parametrize("rectangular", [False, True])
+def test_cuda_graph(rectangular: bool, dtype: torch.dtype, precision: str) -> None:
+    """Forward and backward are captured; replays follow what is written into the inputs, labels among it."""
+    sets = (*on_gpu(700, 64, dtype), *(on_gpu(300, 64, dtype, seed=1) if rectangular else ()))
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            loss_and_gradients(*sets, precision=precision)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = loss_and_gradients(*sets, precision=precision)
+    for seed in (0, 5, 6):
+        changed = (*on_gpu(700, 64, dtype, seed), *(on_gpu(300, 64, dtype, seed + 1) if rectangular else ()))
+        for target, source in zip(sets, changed, strict=True):
+            target.copy_(source)
+        graph.replay()
+        assert_same_bits(captured, loss_and_gradients(*changed, precision=precision))
+
+
+@arithmetic
+def test_nothing_waits_for_the_device(dtype: torch.dtype, precision: str) -> None:
+    """No synchronisation that torch knows of, and forward and backward return while the device is still busy."""
+    sets = (*on_gpu(1500, 64, dtype), *on_gpu(700, 64, dtype, seed=1))
+    loss_and_gradients(*sets, precision=precision)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        torch.cuda._sleep(1_000_000_000)  # about 0.5 s
+        loss_and_gradients(*sets, precision=precision)
+        loss_and_gradients(*sets[:2], precision=precision)
+        assert not torch.cuda.current_stream().query(), "a call waited for the device"
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        torch.cuda.synchronize()
+
+
+@pytest.mark.parametrize("share", ["few", "all"])
+def test_memory_grows_with_n(share: str) -> None:
+    """N = 131,072, D = 64: less than 1 GiB, of which N^2 bits would be twice as much."""
+    x, y = on_gpu(131_072, 64, torch.bfloat16)
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    loss_and_gradients(x, y, margin_minus=0.7 if share == "few" else -2.0)
+    torch.cuda.synchronize()
+    assert torch.cuda.max_memory_allocated() - before < 2**30
+
+
+def test_other_device() -> None:
+    """Tensors of a GPU that is not the current one."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("there is one GPU")
+    sets = on_gpu(500, 33)
+    expected = loss_and_gradients(*sets)
+    got = loss_and_gradients(*(t.to("cuda:1") for t in sets))
+    assert {t.device for t in got} == {torch.device("cuda:1")}
+    assert torch.cuda.current_device() == 0
+    assert_same_bits([t.cuda() for t in got], expected)
+    with pytest.raises(ValueError, match="move them to one device"):
+        tcm_loss(sets[0], sets[1].to("cuda:1"), backend=BACKEND)
+
+
+# In PyTorch's machinery.
+
+
+def test_auto_is_the_kernel() -> None:
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        assert ops.choose("auto", "cuda", dtype) == "fused"
+    assert ops.choose("auto", "cuda", torch.float64) == "blocked"
+    with pytest.raises(RuntimeError, match=r"float64.*backend='torch'"):
+        tcm_loss(torch.ones(4, 2, dtype=torch.float64, device=DEVICE), torch.arange(4, device=DEVICE), backend=BACKEND)
+
+
+def test_cpu_tensors() -> None:
+    with pytest.raises(RuntimeError, match="needs tensors on device 'cuda', embeddings are on 'cpu'"):
+        tcm_loss(torch.ones(4, 2), torch.arange(4), backend=BACKEND)
+
+
+@pytest.mark.parametrize("rectangular", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_opcheck(rectangular: bool, dtype: torch.dtype) -> None:
+    x, y = on_gpu(70, 5, dtype)
+    ref_x, ref_y = on_gpu(90, 5, dtype, seed=1)
+    sets = (
+        (x.requires_grad_(), y, ref_x.requires_grad_(), ref_y) if rectangular else (x.requires_grad_(), y, None, None)
+    )
+    torch.library.opcheck(
+        ops.OPERATORS["fused"], (*sets, None, 0.9, 0.1, 1.0, 2.0, dtype != torch.float32, True, rectangular)
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_compile(dtype: torch.dtype) -> None:
+    x, y = on_gpu(300, 33, dtype)
+    criterion = TCMLoss(margin_minus=0.0, backend=BACKEND)
+    x.requires_grad_()
+    loss = torch.compile(criterion, fullgraph=True)(x, y)
+    (grad,) = torch.autograd.grad(loss, [x])
+    expected = criterion(x, y)
+    (expected_grad,) = torch.autograd.grad(expected, [x])
+    assert torch.equal(loss, expected)
+    torch.testing.assert_close(grad, expected_grad)
+
+
+def test_autocast_of_a_model(rng: np.random.Generator) -> None:
+    """A layer that autocast runs in bf16 feeds the loss; the fp32 weight gets its gradient."""
+    x, y = on_gpu(200, 16)
+    layer = torch.nn.Linear(16, 24).to(DEVICE)
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        features = layer(x)
+        loss = tcm_loss(features, y, margin_minus=0.0, backend=BACKEND)
+    loss.backward()
+    assert (features.dtype, loss.dtype) == (torch.bfloat16, torch.float32)
+    assert layer.weight.grad is not None
+    assert layer.weight.grad.dtype == torch.float32
+    check(BACKEND, features.detach().cpu(), y.cpu(), margin_minus=0.0)
+
+
+def test_operator_refuses_what_the_kernels_trust() -> None:
+    """Called directly: an error, not memory that is read where there is none."""
+    x, y = on_gpu(70, 5)
+    rest: Any = (None, 0.9, 0.1, 1.0, 2.0, False, True, True)
+    for sets, message in (
+        ((x, y.cpu(), None, None), "one CUDA device"),
+        ((x, y[1:], None, None), "labels"),
+        ((x, y.int(), None, None), "int64"),
+        ((x.double(), y, None, None), "float16, bfloat16 or float32"),
+        ((x, y, x, None), "both ref_x and ref_y"),
+        ((x, y, x[:, :3], y), "embeddings must be"),
+        ((x, y, x.half(), y), "one dtype"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            ops.OPERATORS["fused"](*sets, *rest)
+    for offset in (-1, 1, 2**62):
+        with pytest.raises(RuntimeError, match="row_offset"):
+            ops.OPERATORS["fused"](x, y, x, y, offset, *rest[1:])
+
+
+@pytest.mark.skipif("TCM_FUSED_SM" in os.environ, reason="this is that run")
+def test_path_for_older_gpus() -> None:
+    """The kernels for sm_80 on a later GPU, in a process of their own."""
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("that is the path taken here")
+    chosen = "test_densities or test_widths or test_gradients_where_asked_for or test_two_runs or test_no_pairs"
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/test_cuda.py", "-k", chosen],
+        cwd=ROOT,
+        env={**os.environ, "TCM_FUSED_SM": "80", "TCM_SEED": str(SEED)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-4000:]
