@@ -121,7 +121,7 @@ def _margins(arguments: argparse.Namespace) -> None:
     print(f"{'':14} {found.count_plus:,} positive pairs lie below it, {100 * found.share_plus:.3g} % of all")
     print(f"{'margin_minus':14} {found.margin_minus:.4f}")
     print(f"{'':14} {found.count_minus:,} negative pairs reach it, {100 * found.share_minus:.3g} % of all")
-    print(f"TCMLoss(margin_plus={found.margin_plus:.4f}, margin_minus={found.margin_minus:.4f})")
+    print(f"TCMLoss(margin_plus={found.margin_plus:.8f}, margin_minus={found.margin_minus:.8f})")
     _write(arguments, found, data)
 
 

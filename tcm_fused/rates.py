@@ -151,7 +151,7 @@ class Pairs:
         t = torch.from_numpy(thresholds).to(self.x)
         classes = len(self.class_ids)
         counts, class_counts, best = self._run(self.x, self.y, classes, t, BITS)
-        hit = (best[0] > best[1])[(self.y >= 0) & (self.y < classes)]
+        hit = (best[0] > best[1] + 8 * torch.finfo(best.dtype).eps)[(self.y >= 0) & (self.y < classes)]
         return Counts(_rates(counts), class_counts.cumsum_(dim=2), hit.double().mean().item())
 
     def _run(self, *arguments: Any) -> Any:

@@ -177,7 +177,7 @@ def test_margins(files: Path, data: tuple[Any, Any], tmp_path: Path, capsys: pyt
     )
     expected = suggest_margins(*data, far=0.05, frr=0.3)
     assert json.loads(out.read_text()) == expected.to_dict()
-    assert f"TCMLoss(margin_plus={expected.margin_plus:.4f}, margin_minus={expected.margin_minus:.4f})" in printed
+    assert f"TCMLoss(margin_plus={expected.margin_plus:.8f}, margin_minus={expected.margin_minus:.8f})" in printed
     assert f"{expected.count_plus:,} positive pairs" in printed
     assert picture.read_bytes().startswith(PNG)
 
