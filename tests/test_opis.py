@@ -439,6 +439,21 @@ def test_perfect_and_collapsed(backend: str) -> None:
     assert (result.utility == 0).all()
 
 
+def test_number_of_any_integer_type_and_exact_rates() -> None:
+    """And a rate is the quotient of its counts, not what is left of another."""
+    x, y = clustered(n=300)
+    nine: Any = np.int64(9)
+    result = opis(x, y, num_thresholds=nine, frr_range=(0.1, 0.3))
+    assert result.to_dict() == opis(x, y, num_thresholds=9, frr_range=(0.1, 0.3)).to_dict()
+    positives = int((np.bincount(y) * (np.bincount(y) - 1)).sum()) // 2
+    assert np.array_equal(result.frr, np.rint(result.frr * positives) / positives)
+    found = calibrate(x, y, far=0.05)
+    pairs = found.class_sizes * (found.class_sizes - 1) // 2, found.class_sizes * (300 - found.class_sizes)
+    for rate, total in zip((found.class_frr, found.class_far), pairs, strict=True):
+        assert np.array_equal(rate, np.rint(rate * total) / total)
+    assert all(at.tar == np.rint(at.tar * positives) / positives for at in found.tar_at_far)
+
+
 def test_one_counted_class() -> None:
     """No class is left for the rest: epsilon-OPIS is 0."""
     result = opis(torch.eye(3), torch.tensor([0, 0, 1]), thresholds=[0.5, 1.0])
@@ -574,7 +589,7 @@ def test_bad_sets(call: str, x: Tensor, y: Tensor, message: str) -> None:
 
 @pytest.mark.parametrize("call", CALLS)
 def test_bad_types(call: str) -> None:
-    with pytest.raises(TypeError, match=r"embeddings must be a torch.Tensor"):
+    with pytest.raises(TypeError, match=r"embeddings must be a torch.Tensor or a NumPy array, got list"):
         CALLS[call]([[1.0]], GOOD[1])
     with pytest.raises(TypeError, match="labels must have an integer dtype"):
         CALLS[call](GOOD[0], GOOD[1].float())
