@@ -78,6 +78,43 @@ def test_every_form_reads_the_same(files: Path, data: tuple[Any, Any], x: str, y
         assert loaded.names[3].startswith("bird 3")
 
 
+def test_byte_order_mark(data: tuple[Any, Any], tmp_path: Path) -> None:
+    """Spreadsheets write one; it makes no header of the first row."""
+    x, y = data
+    np.savetxt(tmp_path / "x.csv", x, delimiter=",", fmt="%.17g", encoding="utf-8-sig")
+    np.savetxt(tmp_path / "y.csv", y, fmt="%d", encoding="utf-8-sig")
+    assert (tmp_path / "x.csv").read_bytes().startswith(b"\xef\xbb\xbf")
+    loaded = load(tmp_path / "x.csv", tmp_path / "y.csv")
+    assert np.array_equal(loaded.embeddings, x)
+    assert np.array_equal(loaded.labels, y)
+
+
+def test_long_integer_labels(files: Path, data: tuple[Any, Any], tmp_path: Path) -> None:
+    """Identifiers beyond 2^53 stay apart; floats are labels where each is an integer of its own."""
+    ids = 12345678901234560 + data[1]
+    for header in ("", "id\n"):
+        (tmp_path / "y.csv").write_text(header + "".join(f"{i}\n" for i in ids))
+        assert np.array_equal(load(files / "x.npy", tmp_path / "y.csv").labels, ids)
+    np.savetxt(tmp_path / "y.csv", data[1])
+    assert np.array_equal(load(files / "x.npy", tmp_path / "y.csv").labels, data[1])
+    for bad in (np.float64(2.0**53), np.inf, np.nan, np.float32(2.0**24), np.float16(0.5)):
+        np.save(tmp_path / "y.npy", np.full(N, bad))
+        with pytest.raises(ValueError, match=r"must hold integer or text labels.*whole, finite"):
+            load(files / "x.npy", tmp_path / "y.npy")
+
+
+def test_index_of_pandas_is_no_embedding(data: tuple[Any, Any], tmp_path: Path) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    x = data[0]
+    table = pyarrow.table({**{f"c{k}": x[:, k] for k in range(D)}, "__index_level_0__": np.arange(N)})
+    about = {"index_columns": ["__index_level_0__"], "columns": [], "column_indexes": []}
+    parquet.write_table(table.replace_schema_metadata({"pandas": json.dumps(about)}), tmp_path / "x.parquet")
+    np.save(tmp_path / "y.npy", data[1])
+    assert np.array_equal(load(tmp_path / "x.parquet", tmp_path / "y.npy").embeddings, x)
+
+
 def test_one_file_of_both(files: Path, data: tuple[Any, Any]) -> None:
     loaded = load(files / "both.npz", None)
     assert np.array_equal(loaded.embeddings, data[0])
@@ -214,6 +251,23 @@ def bad_file(folder: Path, name: str) -> Path:
     elif name == "cut.npy":
         np.save(path, np.ones((400, 20)))
         path.write_bytes(path.read_bytes()[:1000])
+    elif name == "flipped.npz":
+        np.savez_compressed(path, embeddings=np.arange(4000.0).reshape(400, 10), labels=np.arange(400))
+        content = bytearray(path.read_bytes())
+        content[100:140] = bytes(255 - b for b in content[100:140])
+        path.write_bytes(content)
+    elif name == "huge.npy":
+        with path.open("wb") as file:
+            header = {"descr": "<f4", "fortran_order": False, "shape": (10**9, 10**5)}
+            np.lib.format.write_array_header_1_0(file, header)
+    elif name == "header.npy":
+        np.save(path, np.ones((4, 2)))
+        path.write_bytes(path.read_bytes().replace(b"(4, 2)", b"(4, -2"))
+    elif name == "empty.parquet":
+        import pyarrow
+        from pyarrow import parquet
+
+        parquet.write_table(pyarrow.table({"e": pyarrow.array([], pyarrow.list_(pyarrow.float32()))}), path)
     elif name == "words.csv":
         path.write_text("a,b\n1,2\nthree,4\n")
     elif name == "ragged.csv":
@@ -240,6 +294,10 @@ def bad_file(folder: Path, name: str) -> Path:
         ("archive.npy", "it is not a single array"),
         ("wrong.npz", "it has no array 'embeddings', only x"),
         ("broken.npz", "damaged or pickled"),
+        ("flipped.npz", "cannot read embeddings"),
+        ("huge.npy", "cannot read embeddings"),
+        ("header.npy", "cannot read embeddings"),
+        ("empty.parquet", "it is empty"),
         ("broken.parquet", "cannot read embeddings"),
         ("broken.csv", "it is empty"),
         ("words.csv", "cannot read embeddings"),
