@@ -16,6 +16,7 @@ from tcm_fused.rates import (
     Worst,
     as_distance,
     check_rate,
+    lowest,
     plain,
     utility_of,
 )
@@ -83,7 +84,7 @@ class Calibration:
         """The k classes with the highest false reject rate (or `rate="far"`), the highest first."""
         _check_choice("rate", rate, ("far", "frr"))
         values = self.class_frr if rate == "frr" else self.class_far
-        order = np.argsort(-values, kind="stable")[:k]
+        order = lowest(-values, k)
         return [Worst(int(self.class_ids[c]), int(self.class_sizes[c]), float(values[c])) for c in order]
 
     def to_dict(self) -> dict[str, Any]:

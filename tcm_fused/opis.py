@@ -20,6 +20,7 @@ from tcm_fused.rates import (
     as_similarity,
     check_rate,
     class_rates,
+    lowest,
     plain,
     utility_of,
 )
@@ -76,7 +77,7 @@ class OPISResult:
 
     def worst(self, k: int = 10) -> list[Worst]:
         """The k classes with the lowest mean utility in the range, the lowest first."""
-        order = np.argsort(self.class_utility, kind="stable")[:k]
+        order = lowest(self.class_utility, k)
         return [Worst(int(self.class_ids[c]), int(self.class_sizes[c]), float(self.class_utility[c])) for c in order]
 
     def to_dict(self) -> dict[str, Any]:
@@ -342,6 +343,6 @@ def _check_thresholds(thresholds: Any, axis: str) -> Array:
 
 def _positive(name: str, value: Any) -> float:
     _check_number(name, value, least=0.0)
-    if value == 0:
-        raise ValueError(f"{name} must be above 0, got {value}")
+    if not 0 < value <= 1e100:  # its square is a number too
+        raise ValueError(f"{name} must be above 0 and at most 1e100, got {value}")
     return float(value)

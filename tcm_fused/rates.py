@@ -200,6 +200,14 @@ def _as_tensor(name: str, value: Any) -> Tensor:
     return torch.from_numpy(np.require(value, requirements=("C", "W")))
 
 
+def lowest(values: Array, k: int) -> Array:
+    """Indices of the k lowest values, the lowest first."""
+    if k < 0:
+        raise ValueError(f"k must be at least 0, got {k}")
+    order: Array = np.argsort(values, kind="stable")[:k]
+    return order
+
+
 def as_distance(similarity: Array) -> Array:
     """d = sqrt(2 - 2 s) of unit vectors."""
     return np.sqrt(np.maximum(2 - 2 * similarity, 0))

@@ -1,7 +1,10 @@
 """`python -m tcm_fused opis | calibrate | margins | compare`: files in, figures, JSON and pictures out; bad input."""
 
 import json
+import os
 import pickle
+import signal
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -173,6 +176,37 @@ def test_opis(files: Path, data: tuple[Any, Any], tmp_path: Path, capsys: pytest
     assert sorted(tmp_path.iterdir()) == [out, picture]
 
 
+def test_suffixes_in_capitals(
+    files: Path, data: tuple[Any, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("x.npy", "y.CSV", "both.npz"):
+        (tmp_path / name.upper()).write_bytes((files / name.lower()).read_bytes())
+    assert np.array_equal(load(tmp_path / "X.NPY", tmp_path / "Y.CSV").labels, data[1])
+    run(capsys, "opis", tmp_path / "BOTH.NPZ", "--plot", tmp_path / "OUT.PNG")
+    assert (tmp_path / "OUT.PNG").read_bytes().startswith(PNG)
+
+
+def test_a_reader_that_leaves() -> None:
+    """`| head -0`: neither a traceback nor a message."""
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, "-m", "tcm_fused", "info"], stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert done.stderr == ""
+    assert done.returncode == 128 + signal.SIGPIPE
+
+
+@pytest.mark.parametrize("error", [MemoryError(), FloatingPointError("overflow")])
+def test_errors_of_work_have_no_traceback(
+    files: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail(*arguments: Any, **options: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("tcm_fused.__main__.opis", fail)
+    assert (str(error) or "MemoryError") in refuse(capsys, "opis", files / "both.npz")
+
+
 def test_opis_by_other_ranges(
     files: Path, data: tuple[Any, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -339,6 +373,11 @@ def test_parquet_without_pyarrow(
         (("opis", "both.npz", "--far", "1e-9", "2e-9"), "the calibration range is empty"),
         (("opis", "both.npz", "--epsilon", "2"), "epsilon must lie between 0 and 1"),
         (("opis", "both.npz", "--thresholds", "0.5", "3"), "thresholds must lie from 0 to 2"),
+        (("opis", "both.npz", "--beta", "1e200"), "beta must be above 0 and at most 1e100"),
+        (("opis", "both.npz", "--worst", "-1"), "must be a whole number, 0 or above, got -1"),
+        (("opis", "x.npy", "y.npy", "--json", "y.npy"), "it is an input or the other output"),
+        (("compare", "both.npz", "other.npz", "--json", "other.npz"), "it is an input or the other output"),
+        (("opis", "both.npz", "--json", "OUT/a.png", "--plot", "OUT/./a.png"), "the other output"),
         (("opis", "both.npz", "--far", "a", "b"), "invalid float value"),
         (("opis", "both.npz", "--plot", "OUT/picture.gif"), "its name must end in one of .png, .pdf, .svg"),
         (("opis", "both.npz", "--plot", "OUT/none/picture.png"), "there is no folder"),

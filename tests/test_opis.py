@@ -468,6 +468,10 @@ def test_result_travels() -> None:
     assert sum(loaded["histogram"]["positives"]) + sum(loaded["histogram"]["negatives"]) == 200 * 199 // 2
     worst = result.worst(3)
     assert [w.value for w in worst] == sorted(result.class_utility)[:3]
+    for found in (result, calibrate(*clustered(n=200), far=0.1)):
+        assert found.worst(0) == []
+        with pytest.raises(ValueError, match="k must be at least 0, got -1"):
+            found.worst(-1)
 
 
 # Calibration and margins.
@@ -619,6 +623,7 @@ def test_bad_types(call: str) -> None:
         ({"distance": "manhattan"}, "distance='manhattan' is not known"),
         ({"beta": 0}, "beta must be above 0"),
         ({"beta": -1}, "beta must be finite and at least 0"),
+        ({"beta": 1e200}, "beta must be above 0 and at most 1e100"),
         ({"beta": math.inf}, "beta must be finite"),
         ({"epsilon": 0}, "epsilon must lie between 0 and 1"),
         ({"epsilon": 1.0}, "epsilon must lie between 0 and 1"),
