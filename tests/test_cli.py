@@ -1,5 +1,6 @@
 """`python -m tcm_fused opis | calibrate | margins | compare`: files in, figures, JSON and pictures out; bad input."""
 
+import dataclasses
 import json
 import os
 import pickle
@@ -481,6 +482,19 @@ def test_pictures(data: tuple[Any, Any], tmp_path: Path) -> None:
         figure.savefig(tmp_path / f"{k}.png")
         assert (tmp_path / f"{k}.png").read_bytes().startswith(PNG)
     assert plot_utility(opis(*data, thresholds=[0.5, 1.0], distance="cosine"), axes[0]) is axes[0]
+
+
+@pytest.mark.parametrize("gap", [-0.3, -0.01, 0.0, 0.01, 0.3])
+@pytest.mark.parametrize("at", [-0.4, 0.3, 0.95])
+def test_names_of_the_margins_do_not_overlap(data: tuple[Any, Any], at: float, gap: float) -> None:
+    found = suggest_margins(*data, far=0.1, frr=0.1)
+    drawn = dataclasses.replace(found, margin_plus=at, margin_minus=at + gap).plot()
+    figure: Any = drawn.figure
+    figure.canvas.draw()
+    first, second = (text.get_window_extent() for text in drawn.texts)
+    assert not first.overlaps(second)
+    for box in (first, second):
+        assert drawn.bbox.y0 < box.y0 and box.y1 < drawn.bbox.y1
 
 
 def test_utility_picture_shows_the_curves(data: tuple[Any, Any]) -> None:
