@@ -157,16 +157,8 @@ def opis(
         >>> round(result.opis, 4), round(result.eps_opis, 4)
         (0.1875, 0.75)
     """
-    _check_choice("distance", distance, ("euclidean", "cosine"))
-    beta, epsilon = _positive("beta", beta), check_rate("epsilon", epsilon)
-    if isinstance(num_thresholds, bool) or not isinstance(num_thresholds, numbers.Integral):
-        raise TypeError(f"num_thresholds must be an int, got {type(num_thresholds).__name__}")
-    num_thresholds = int(num_thresholds)
-    if num_thresholds < 2:
-        raise ValueError(f"num_thresholds must be at least 2, got {num_thresholds}")
-    name, bounds = ("far_range", far_range) if frr_range is None else ("frr_range", frr_range)
-    bounds = _check_range(name, bounds)
-    given = None if thresholds is None else _check_thresholds(thresholds, distance)
+    options = check_options(far_range, frr_range, thresholds, num_thresholds, distance, beta, epsilon)
+    name, bounds, given, num_thresholds, beta, epsilon = options
     pairs = Pairs(embeddings, labels, backend, progress)
 
     wide = None
@@ -317,6 +309,30 @@ def _scores(utility: Array, axis: Array, epsilon: float) -> dict[str, Any]:
 def _wide_curves(pairs: Pairs, counts: Counts, grid: Array, index: Array, beta: float) -> Curves:
     phi, psi, _ = class_rates(pairs, counts, index)
     return Curves(grid[index], as_distance(grid[index]), utility_of(phi, psi, beta).astype(np.float32))
+
+
+class _Options(NamedTuple):
+    name: str  # "far_range" or "frr_range"
+    bounds: tuple[float, float]
+    thresholds: Array | None
+    num_thresholds: int
+    beta: float
+    epsilon: float
+
+
+def check_options(
+    far_range: Any, frr_range: Any, thresholds: Any, num_thresholds: Any, distance: Any, beta: Any, epsilon: Any
+) -> _Options:
+    """The options of `opis`, or TypeError or ValueError."""
+    _check_choice("distance", distance, ("euclidean", "cosine"))
+    beta, epsilon = _positive("beta", beta), check_rate("epsilon", epsilon)
+    if isinstance(num_thresholds, bool) or not isinstance(num_thresholds, numbers.Integral):
+        raise TypeError(f"num_thresholds must be an int, got {type(num_thresholds).__name__}")
+    if num_thresholds < 2:
+        raise ValueError(f"num_thresholds must be at least 2, got {num_thresholds}")
+    name, bounds = ("far_range", far_range) if frr_range is None else ("frr_range", frr_range)
+    given = None if thresholds is None else _check_thresholds(thresholds, distance)
+    return _Options(name, _check_range(name, bounds), given, int(num_thresholds), beta, epsilon)
 
 
 def _check_range(name: str, bounds: Any) -> tuple[float, float]:
