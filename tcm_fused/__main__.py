@@ -5,7 +5,9 @@ import argparse
 import importlib
 import importlib.util
 import json
+import os
 import platform
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -121,7 +123,7 @@ def _margins(arguments: argparse.Namespace) -> None:
     print(f"{'':14} {found.count_plus:,} positive pairs lie below it, {100 * found.share_plus:.3g} % of all")
     print(f"{'margin_minus':14} {found.margin_minus:.4f}")
     print(f"{'':14} {found.count_minus:,} negative pairs reach it, {100 * found.share_minus:.3g} % of all")
-    print(f"TCMLoss(margin_plus={found.margin_plus:.4f}, margin_minus={found.margin_minus:.4f})")
+    print(f"TCMLoss(margin_plus={found.margin_plus:.8f}, margin_minus={found.margin_minus:.8f})")
     _write(arguments, found, data)
 
 
@@ -193,19 +195,25 @@ def _write_json(path: Path, content: Any) -> None:
 
 
 def _save_picture(path: Path, axes: Any) -> None:
-    write_whole(path, lambda part: axes.figure.savefig(part, format=path.suffix[1:]))
+    write_whole(path, lambda part: axes.figure.savefig(part, format=path.suffix[1:].lower()))
     print(f"drew {path}")
 
 
 def _check_outputs(arguments: argparse.Namespace) -> None:
     """Before any work, so that none is lost."""
+    inputs = arguments.files if arguments.command == "compare" else [arguments.embeddings, arguments.labels]
+    taken = {path.resolve() for path in inputs if path is not None}
     for path in (arguments.json, arguments.plot):
         if path is not None and not path.parent.is_dir():
             raise ValueError(f"cannot write {path}: there is no folder {path.parent}")
         if path is not None and path.is_dir():
             raise ValueError(f"cannot write {path}: it is a folder")
+        if path is not None and path.resolve() in taken:
+            raise ValueError(f"cannot write {path}: it is an input or the other output")
+        if path is not None:
+            taken.add(path.resolve())
     if arguments.plot is not None:
-        if arguments.plot.suffix not in _PICTURES:
+        if arguments.plot.suffix.lower() not in _PICTURES:
             raise ValueError(f"cannot draw {arguments.plot}: its name must end in one of {', '.join(_PICTURES)}")
         importlib.import_module("tcm_fused.plots")  # its error names what to install
 
@@ -284,6 +292,12 @@ def _add(
     return command
 
 
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be a whole number, 0 or above, got {text}")
+    return int(text)
+
+
 def _add_set(command: argparse.ArgumentParser) -> None:
     kinds = ", ".join(SUFFIXES)
     command.add_argument("embeddings", type=Path, metavar="EMB", help=f"[N, D] numbers, of any length ({kinds})")
@@ -294,7 +308,7 @@ def _add_set(command: argparse.ArgumentParser) -> None:
         metavar="LABELS",
         help="[N] integers or text; may be missing if EMB is an .npz with the arrays 'embeddings' and 'labels'",
     )
-    command.add_argument("--worst", type=int, default=5, metavar="K", help="how many classes to list (default: 5)")
+    command.add_argument("--worst", type=_count, default=5, metavar="K", help="how many classes to list (default: 5)")
 
 
 def _add_opis_options(command: argparse.ArgumentParser) -> None:
@@ -323,8 +337,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if options.command != "info":
             _check_outputs(options)
         options.run(options)
-    except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
-        parser.exit(2, f"{parser.prog} {options.command}: error: {error}\n")
+        sys.stdout.flush()
+    except BrokenPipeError:  # who reads has seen enough, such as `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what Python still flushes on leaving
+        sys.exit(128 + signal.SIGPIPE)
+    except (ValueError, TypeError, OSError, ImportError, RuntimeError, MemoryError, ArithmeticError) as error:
+        parser.exit(2, f"{parser.prog} {options.command}: error: {str(error) or type(error).__name__}\n")
 
 
 if __name__ == "__main__":

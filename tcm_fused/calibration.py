@@ -12,10 +12,11 @@ from tcm_fused.rates import (
     Array,
     Histogram,
     Pairs,
+    Rates,
     Worst,
     as_distance,
     check_rate,
-    class_rates,
+    lowest,
     plain,
     utility_of,
 )
@@ -83,7 +84,7 @@ class Calibration:
         """The k classes with the highest false reject rate (or `rate="far"`), the highest first."""
         _check_choice("rate", rate, ("far", "frr"))
         values = self.class_frr if rate == "frr" else self.class_far
-        order = np.argsort(-values, kind="stable")[:k]
+        order = lowest(-values, k)
         return [Worst(int(self.class_ids[c]), int(self.class_sizes[c]), float(values[c])) for c in order]
 
     def to_dict(self) -> dict[str, Any]:
@@ -110,7 +111,8 @@ def calibrate(
 
     Give one of `far` and `frr`. far: the lowest threshold whose false accept rate (share of all negative pairs with at
     least that similarity) is at most `far`. frr: the highest threshold whose false reject rate (share of all positive
-    pairs below it) is at most `frr`. Thresholds are multiples of 2^-17 = 7.6e-6 in similarity; rates at them are exact.
+    pairs below it) is at most `frr`. Thresholds are multiples of 2^-17 = 7.6e-6 in similarity, below 1; rates at them
+    are exact.
 
     Two passes over the pairs. Arguments otherwise as in `opis`.
 
@@ -126,7 +128,7 @@ def calibrate(
     name, bound = _one_bound(far, frr)
     pairs = Pairs(embeddings, labels, backend, progress)
     rates = pairs.count(np.empty(0)).rates
-    curves = rates.far, rates.frr
+    curves = _curves(rates)
     chosen = _lowest_far(curves[0], bound) if name == "far" else _highest_frr(curves[1], bound)
     if chosen is None:
         raise ValueError(
@@ -137,17 +139,17 @@ def calibrate(
     best = _middle(utility_of(1 - curves[1], 1 - curves[0], 1.0), np.max)
     # For each class at the chosen threshold.
     counts = pairs.count(np.array([chosen / HALF - 1]))
-    phi, psi, _ = class_rates(pairs, counts, np.array([0]))
+    positives, negatives, _ = counts.accepted(np.array([0]))
     return Calibration(
         bound={name: bound},
         threshold=_operation(curves, chosen),
         class_ids=pairs.class_ids,
         class_sizes=pairs.class_sizes,
-        class_far=1 - psi[:, 0],
-        class_frr=1 - phi[:, 0],
+        class_far=negatives[:, 0] / pairs.class_negatives,
+        class_frr=(pairs.class_positives - positives[:, 0]) / pairs.class_positives,
         equal_error=_operation(curves, equal),
         best_utility=_operation(curves, best),
-        tar_at_far=[_tar(curves, at) for at in _FARS],
+        tar_at_far=[_tar(rates, at) for at in _FARS],
         pairs=(rates.positives, rates.negatives),
         recall_at_1=counts.recall_at_1,
         left_out=pairs.left_out,
@@ -159,6 +161,11 @@ def _one_bound(far: float | None, frr: float | None) -> tuple[str, float]:
     if (far is None) == (frr is None):
         raise ValueError(f"give exactly one of far and frr, got far={far} and frr={frr}")
     return ("far", check_rate("far", far)) if far is not None else ("frr", check_rate("frr", frr))
+
+
+def _curves(rates: Rates) -> tuple[Array, Array]:
+    """False accept and reject rate on the grid without similarity 1, where rounding decides about equal rows."""
+    return rates.far[:-1], rates.frr[:-1]
 
 
 def _lowest_far(far: Array, bound: float) -> int | None:
@@ -184,11 +191,11 @@ def _operation(curves: tuple[Array, Array], k: int) -> Operation:
     return Operation(similarity, float(as_distance(np.array(similarity))), float(curves[0][k]), float(curves[1][k]))
 
 
-def _tar(curves: tuple[Array, Array], bound: float) -> TAR:
-    k = _lowest_far(curves[0], bound)
+def _tar(rates: Rates, bound: float) -> TAR:
+    k = _lowest_far(_curves(rates)[0], bound)
     if k is None:
         return TAR(bound, math.nan, math.nan, math.nan)
-    return TAR(bound, k / HALF - 1, float(curves[0][k]), float(1 - curves[1][k]))
+    return TAR(bound, k / HALF - 1, float(rates.far[k]), int(rates.accepted_positives[k]) / rates.positives)
 
 
 @dataclass(frozen=True, eq=False)
@@ -220,9 +227,9 @@ def suggest_margins(
     """Margins for `tcm_loss` that bind for given shares of the pairs of held-out data.
 
     margin_minus is the lowest similarity that at most the share `far` of the negative pairs reach, and margin_plus the
-    highest that at most the share `frr` of the positive pairs fall short of, both multiples of 2^-17. So the loss would
-    mine these shares (and any pair exactly at margin_plus, which it counts as hard). One pass over the pairs;
-    arguments otherwise as in `opis`.
+    highest that at most the share `frr` of the positive pairs fall short of, both from the multiples of 2^-17. So the
+    loss would mine these shares: margin_plus is the float32 number just below its multiple, since the loss takes a
+    pair at the margin as hard. One pass over the pairs; arguments otherwise as in `opis`.
 
     Raises:
         TypeError, ValueError, RuntimeError: as `calibrate`.
@@ -235,16 +242,18 @@ def suggest_margins(
     """
     far, frr = check_rate("far", far), check_rate("frr", frr)
     rates = Pairs(embeddings, labels, backend, progress).count(np.empty(0)).rates
-    minus, plus = _lowest_far(rates.far, far), _highest_frr(rates.frr, frr)
+    curves = _curves(rates)
+    minus, plus = _lowest_far(curves[0], far), _highest_frr(curves[1], frr)
     if minus is None:
         raise ValueError(
-            f"no margin_minus meets far={far}: the share {rates.far[-1]:.3g} of the negative pairs has similarity 1; "
+            f"no margin_minus meets far={far}: the share {curves[0][-1]:.3g} of the negative pairs has similarity 1; "
             "rows of different classes are the same"
         )
     count_plus = 2 * (rates.positives - int(rates.accepted_positives[plus]))
     count_minus = 2 * int(rates.accepted_negatives[minus])
     return Margins(
-        margin_plus=plus / HALF - 1,
+        # Just below the point of the grid, since the loss takes a pair at the margin as hard.
+        margin_plus=float(np.nextafter(np.float32(plus / HALF - 1), np.float32(-2))),
         margin_minus=minus / HALF - 1,
         count_plus=count_plus,
         count_minus=count_minus,

@@ -5,7 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tcm_fused.opis import OPISResult, opis
+from tcm_fused import ops
+from tcm_fused.loss import _check_choice, _check_set, _int64
+from tcm_fused.opis import OPISResult, check_options, opis
 
 try:
     from torchmetrics import Metric
@@ -42,18 +44,48 @@ class OPIS(Metric):
 
     _OPTIONS = ("far_range", "frr_range", "thresholds", "num_thresholds", "distance", "beta", "epsilon", "backend")
 
+    # What the base class sets aside while it scores a batch.
+    _CHANGED_BY_FORWARD = (
+        *("result", "compute_on_cpu", "_update_count", "_computed", "_enable_grad"),
+        *("_to_sync", "_should_unsync", "_is_synced", "_cache"),
+    )
+
     def __init__(self, **options: Any) -> None:
         own = {name: options.pop(name) for name in self._OPTIONS if name in options}
         super().__init__(**options)
+        defaults: dict[str, Any] = opis.__kwdefaults__ or {}
+        known = {name: own.get(name, defaults[name]) for name in self._OPTIONS}
+        _check_choice("backend", known.pop("backend"), ("auto", *ops.BACKENDS))
+        check_options(**known)
         self.options = own
         self.result: OPISResult | None = None
         self.add_state("embeddings", default=[], dist_reduce_fx="cat")
         self.add_state("labels", default=[], dist_reduce_fx="cat")
 
     def update(self, embeddings: Tensor, labels: Tensor) -> None:
-        """Add embeddings [N, D] and labels [N]."""
-        self.embeddings.append(embeddings.detach())
-        self.labels.append(labels)
+        """Add a copy of embeddings [N, D] and labels [N]; errors as of `opis`."""
+        self._check_batch(embeddings, labels)
+        self.embeddings.append(embeddings.detach().clone())
+        self.labels.append(labels.clone())
+
+    def forward(self, embeddings: Tensor, labels: Tensor) -> Any:
+        """Add a batch, and return the scores of it alone; a batch that has none (no positive pair) is an error, and
+        all that was added before remains."""
+        self._check_batch(embeddings, labels)  # here too, since the batch is scored on its own
+        before = {name: getattr(self, name) for name in self._CHANGED_BY_FORWARD}
+        before |= {name: list(getattr(self, name)) for name in self._defaults}
+        try:
+            return super().forward(embeddings, labels)
+        except Exception:
+            for name, value in before.items():
+                setattr(self, name, value)
+            raise
+
+    def _check_batch(self, embeddings: Tensor, labels: Tensor) -> None:
+        _check_set("embeddings", embeddings, "labels", labels)
+        _int64(labels, "labels")
+        if len(self.embeddings) > 0 and (columns := self.embeddings[0].shape[-1]) != embeddings.shape[1]:
+            raise ValueError(f"embeddings must have {columns} columns as before, got {embeddings.shape[1]}")
 
     def compute(self) -> dict[str, Tensor]:
         """The scores of everything added since the last `reset`."""

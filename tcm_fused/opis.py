@@ -1,6 +1,7 @@
 """Does one threshold serve all classes? `opis` measures it."""
 
 import math
+import numbers
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -19,6 +20,7 @@ from tcm_fused.rates import (
     as_similarity,
     check_rate,
     class_rates,
+    lowest,
     plain,
     utility_of,
 )
@@ -26,8 +28,9 @@ from tcm_fused.rates import (
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_CELLS = 4  # cells of the classes' counts for each step between thresholds, at least
-_MOST_CELLS = 1 << 25  # of all classes together: 512 MiB
+_CELLS = 8  # cells of the classes' counts for each step between thresholds, as far as memory allows
+_RANGE_CELLS = 512  # and for the range, at least
+_MOST_CELLS = 1 << 25  # of all classes together: 512 MiB, or 4 cells a threshold where that is more
 
 
 class Curves(NamedTuple):
@@ -47,7 +50,7 @@ class OPISResult:
 
     opis: float
     eps_opis: float
-    recall_at_1: float  # over the rows whose class has another; a tie with a row of another class is a miss
+    recall_at_1: float  # over the rows whose class has another; a tie with another class, but for rounding, is a miss
     axis: str  # "euclidean" or "cosine": what the integrals run over
     beta: float
     epsilon: float
@@ -74,7 +77,7 @@ class OPISResult:
 
     def worst(self, k: int = 10) -> list[Worst]:
         """The k classes with the lowest mean utility in the range, the lowest first."""
-        order = np.argsort(self.class_utility, kind="stable")[:k]
+        order = lowest(self.class_utility, k)
         return [Worst(int(self.class_ids[c]), int(self.class_sizes[c]), float(self.class_utility[c])) for c in order]
 
     def to_dict(self) -> dict[str, Any]:
@@ -115,12 +118,12 @@ def opis(
     side is averaged; it is 0 where no class is left for the rest. Both are 0 if all classes have the same curve, and
     at most 1. Classes of one sample are left out of the means (and counted), not of the others' negatives.
 
-    One pass over the pairs of rows, O(N D + C * cells) memory. The range is first guessed from 2048 rows and verified
-    afterwards; where the guess was wrong, the pass is made again. Thresholds from a range lie on a grid of
-    similarities of 2^-17 = 7.6e-6 or a power of two times that, at least twice as fine as the spacing of the
-    thresholds: they are the points of the grid nearest to even spacing on the axis, from the first to the last of
-    those whose rate lies in the bounds. Counts at them are exact. Where so few points lie in the range, there are
-    fewer thresholds than asked for.
+    One pass over the pairs of rows, O(N D + C * num_thresholds) memory. The range is first guessed from 2048 rows and
+    verified afterwards; where the guess was wrong or these rows have too few pairs to tell, there is a second pass.
+    Thresholds from a range are multiples of 2^-17 = 7.6e-6 in similarity, as near to even spacing on the axis as the
+    cells of the counts allow, which are finer; where so few multiples lie in the range, there are fewer thresholds
+    than asked for. Their first and last lie in the bounds and leave out at most 1/256 of the range at either end.
+    Counts at them are exact.
 
     Args:
         embeddings: [N, D] tensor or array, float16, bfloat16, float32 or float64, of any scale.
@@ -154,15 +157,8 @@ def opis(
         >>> round(result.opis, 4), round(result.eps_opis, 4)
         (0.1875, 0.75)
     """
-    _check_choice("distance", distance, ("euclidean", "cosine"))
-    beta, epsilon = _positive("beta", beta), check_rate("epsilon", epsilon)
-    if isinstance(num_thresholds, bool) or not isinstance(num_thresholds, int):
-        raise TypeError(f"num_thresholds must be an int, got {type(num_thresholds).__name__}")
-    if num_thresholds < 2:
-        raise ValueError(f"num_thresholds must be at least 2, got {num_thresholds}")
-    name, bounds = ("far_range", far_range) if frr_range is None else ("frr_range", frr_range)
-    bounds = _check_range(name, bounds)
-    given = None if thresholds is None else _check_thresholds(thresholds, distance)
+    options = check_options(far_range, frr_range, thresholds, num_thresholds, distance, beta, epsilon)
+    name, bounds, given, num_thresholds, beta, epsilon = options
     pairs = Pairs(embeddings, labels, backend, progress)
 
     wide = None
@@ -170,7 +166,7 @@ def opis(
         ascending = given if distance == "cosine" else as_similarity(given)[::-1]
         counts, grid, index = pairs.count(np.ascontiguousarray(ascending)), ascending, np.arange(len(given))
     else:
-        counts, grid, (first, last) = _count_range(pairs, name, bounds, num_thresholds)
+        counts, grid, (first, last) = _count_range(pairs, name, bounds, num_thresholds, distance)
         index = _spread(grid, first, last, num_thresholds, distance)
         half = (last - first) // 2
         wide = _spread(grid, max(first - half, 0), min(last + half, len(grid) - 1), 2 * num_thresholds - 1, distance)
@@ -189,7 +185,7 @@ def opis(
         similarity=similarity,
         distance=exact,
         far=accepted[1] / counts.rates.negatives,
-        frr=1 - accepted[0] / counts.rates.positives,
+        frr=(counts.rates.positives - accepted[0]) / counts.rates.positives,
         class_ids=pairs.class_ids,
         class_sizes=pairs.class_sizes,
         left_out=pairs.left_out,
@@ -202,32 +198,53 @@ def opis(
 
 
 def _count_range(
-    pairs: Pairs, name: str, bounds: tuple[float, float], num_thresholds: int
+    pairs: Pairs, name: str, bounds: tuple[float, float], num_thresholds: int, axis: str
 ) -> tuple[Counts, Array, tuple[int, int]]:
-    """Counts at a grid of similarities [T] that holds the calibration range, and its first and last point in it.
+    """Counts at similarities [T] that hold the calibration range, and the first and last of them in it.
 
-    The grid reaches half a range beyond either end, so that a guess of the range is good if it is roughly right.
+    They reach half a range beyond either end, so that a guess of the range is good if it is roughly right.
     """
-    rates = pairs.sample()
-    for guess in (True, False):
+    rates, guess = pairs.sample(), True
+    whole = rates.positives + rates.negatives == pairs.rows * (pairs.rows - 1) // 2
+    if not whole and bounds[0] * (rates.negatives if name == "far_range" else rates.positives) < 32:
+        rates, guess = pairs.count(np.empty(0)).rates, False  # too few pairs to tell
+    while True:
         first, last = _find_range(rates, name, bounds, guess)
-        cells = last - first
-        low, high = max(first - cells // 2 - 8, 0), min(last + cells // 2 + 8, 2 * HALF)
-        if guess and rates.negatives * bounds[0] < 32 and name == "far_range":
-            high = 2 * HALF  # too few negatives to tell
-        if guess and rates.positives * bounds[0] < 32 and name == "frr_range":
-            low = 0
-        step = _step(cells, high - low, num_thresholds, len(pairs.class_ids))
-        index = np.arange(-(-low // step), high // step + 1) * step
-        counts = pairs.count(index / HALF - 1)
+        points = _cells(first, last, num_thresholds, len(pairs.class_ids), axis)
+        counts = pairs.count(points / HALF - 1)
         rates = counts.rates
         first, last = _find_range(rates, name, bounds, guess=False)
-        inside = np.flatnonzero((index >= first) & (index <= last))
-        if low <= first and last <= high and (step == 1 or len(inside) >= 2 * num_thresholds - 1 or not guess):
+        inside = np.flatnonzero((points >= first) & (points <= last))
+        if not guess:
             break
+        if len(inside) > 1 and points[0] <= first and last <= points[-1]:
+            ends, reached = (_on_axis(np.array(k), axis) for k in ((first, last), points[inside[[0, -1]]]))
+            fine = len(inside) > min(last - first, 2 * num_thresholds - 2)
+            if fine and np.abs(ends - reached).max() <= (ends[1] - ends[0]) / 256:
+                break
+        guess = False
     if len(inside) < 2:
         _refuse_range(name, bounds, rates)
-    return counts, index / HALF - 1, (int(inside[0]), int(inside[-1]))
+    return counts, points / HALF - 1, (int(inside[0]), int(inside[-1]))
+
+
+def _cells(first: int, last: int, num_thresholds: int, classes: int, axis: str) -> Array:
+    """Points of the grid, ascending: `first`, `last`, and others even on the axis from half a range before to after."""
+    number = 2 * max(_CELLS * (num_thresholds - 1), _RANGE_CELLS)
+    number = max(min(number, _MOST_CELLS // classes - 4), 4 * num_thresholds - 4)
+    low, high = _on_axis(np.array((first, last)), axis)
+    half = (high - low) / 2
+    even = np.linspace(low - half, high + half, number)
+    similarity = even if axis == "cosine" else as_similarity(np.minimum(even, 0))
+    points = np.rint((similarity + 1) * HALF).astype(np.int64).clip(0, 2 * HALF)
+    slack = np.array((first - 8, first, last, last + 8)).clip(0, 2 * HALF)
+    return np.unique(np.concatenate((points, slack)))
+
+
+def _on_axis(points: Array, axis: str) -> Array:
+    """Similarity, or distance with its sign turned: both ascend with the points of the grid."""
+    similarity = points / HALF - 1
+    return similarity if axis == "cosine" else -as_distance(similarity)
 
 
 def _find_range(rates: Rates, name: str, bounds: tuple[float, float], guess: bool) -> tuple[int, int]:
@@ -260,24 +277,13 @@ def _refuse_range(name: str, bounds: tuple[float, float], rates: Rates) -> None:
     )
 
 
-def _step(cells: int, window: int, num_thresholds: int, classes: int) -> int:
-    """Points of the grid to a cell of the classes' counts: a power of two."""
-    step = 1
-    while cells // (2 * step) >= _CELLS * (num_thresholds - 1):
-        step *= 2
-    while classes * (window // step) > _MOST_CELLS and cells // (2 * step) >= 2 * num_thresholds:
-        step *= 2
-    return step
-
-
 def _spread(grid: Array, first: int, last: int, number: int, axis: str) -> Array:
-    """Indices into grid [T] from `first` to `last`, the nearest to even spacing on the axis; ascending, each once."""
-    if axis == "cosine":
-        even = np.linspace(grid[first], grid[last], number)
-    else:
-        even = as_similarity(np.linspace(as_distance(grid[last]), as_distance(grid[first]), number))
-    index = np.rint((even - grid[0]) / (grid[1] - grid[0])).astype(np.int64)
-    return np.unique(np.clip(index, first, last))
+    """Indices into ascending grid [T] from `first` to `last`, near even spacing on the axis; ascending, each once."""
+    at = (grid if axis == "cosine" else -as_distance(grid))[first : last + 1]
+    even = np.linspace(at[0], at[-1], number)
+    right = np.searchsorted(at, even).clip(1, len(at) - 1)
+    nearest = right - (even - at[right - 1] < at[right] - even)
+    return np.unique(first + nearest)
 
 
 def _scores(utility: Array, axis: Array, epsilon: float) -> dict[str, Any]:
@@ -305,6 +311,30 @@ def _wide_curves(pairs: Pairs, counts: Counts, grid: Array, index: Array, beta: 
     return Curves(grid[index], as_distance(grid[index]), utility_of(phi, psi, beta).astype(np.float32))
 
 
+class _Options(NamedTuple):
+    name: str  # "far_range" or "frr_range"
+    bounds: tuple[float, float]
+    thresholds: Array | None
+    num_thresholds: int
+    beta: float
+    epsilon: float
+
+
+def check_options(
+    far_range: Any, frr_range: Any, thresholds: Any, num_thresholds: Any, distance: Any, beta: Any, epsilon: Any
+) -> _Options:
+    """The options of `opis`, or TypeError or ValueError."""
+    _check_choice("distance", distance, ("euclidean", "cosine"))
+    beta, epsilon = _positive("beta", beta), check_rate("epsilon", epsilon)
+    if isinstance(num_thresholds, bool) or not isinstance(num_thresholds, numbers.Integral):
+        raise TypeError(f"num_thresholds must be an int, got {type(num_thresholds).__name__}")
+    if num_thresholds < 2:
+        raise ValueError(f"num_thresholds must be at least 2, got {num_thresholds}")
+    name, bounds = ("far_range", far_range) if frr_range is None else ("frr_range", frr_range)
+    given = None if thresholds is None else _check_thresholds(thresholds, distance)
+    return _Options(name, _check_range(name, bounds), given, int(num_thresholds), beta, epsilon)
+
+
 def _check_range(name: str, bounds: Any) -> tuple[float, float]:
     if not isinstance(bounds, (tuple, list)) or len(bounds) != 2:
         raise TypeError(f"{name} must be a pair of rates (low, high), got {bounds!r}")
@@ -329,6 +359,6 @@ def _check_thresholds(thresholds: Any, axis: str) -> Array:
 
 def _positive(name: str, value: Any) -> float:
     _check_number(name, value, least=0.0)
-    if value == 0:
-        raise ValueError(f"{name} must be above 0, got {value}")
+    if not 0 < value <= 1e100:  # its square is a number too
+        raise ValueError(f"{name} must be above 0 and at most 1e100, got {value}")
     return float(value)

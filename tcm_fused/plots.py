@@ -84,8 +84,6 @@ def plot_similarities(result: OPISResult | Calibration | Margins, axes: Axes | N
         axes.stairs(density, edges, fill=True, color=colour, alpha=0.25, linewidth=0)
         label = f"{name} ({_thousands(int(count.sum()))})"
         axes.stairs(density, edges, color=colour, linewidth=1.6, linestyle=style, label=label)
-    top = axes.get_ylim()[1] * 1.18
-    axes.set_ylim(0, top)
     marks: list[tuple[float, str, str]] = []
     if isinstance(result, Margins):
         marks.append((result.margin_minus, f"$m_-$ = {result.margin_minus:.3f}", ROSE))
@@ -105,13 +103,15 @@ def plot_similarities(result: OPISResult | Calibration | Margins, axes: Axes | N
         )
         middle = float(result.similarity.min() + result.similarity.max()) / 2
         marks.append((middle, f"range, FAR {_rates(result.far)}", INK))
+    axes.set_ylim(0, axes.get_ylim()[1] * (1.1 + 0.08 * len(marks)))  # a line for each mark's name
     left, right = _extent(edges, counts, [mark for mark, _, _ in marks])
     axes.set_xlim(left, right)
     order = sorted(marks)
     for place, (x, text, colour) in enumerate(order):
         if not isinstance(result, OPISResult):
             axes.axvline(x, color=colour, linewidth=1.8, linestyle=("--", "-.")[place % 2])
-        # The lower of two marks is named to its left, the higher to its right; near an end, inwards.
+        # The lower of two marks is named to its left, the higher to its right; near an end, inwards. A line lower, too:
+        # they may be near each other.
         leftwards = x > left + 0.75 * (right - left) or (
             len(order) > 1 and place == 0 and x > left + 0.2 * (right - left)
         )
@@ -119,7 +119,7 @@ def plot_similarities(result: OPISResult | Calibration | Margins, axes: Axes | N
         axes.annotate(
             text,
             (x, 0.98),
-            (0 if centred else -5 if leftwards else 5, 0),
+            (0 if centred else -5 if leftwards else 5, -15 * place),
             xycoords=axes.get_xaxis_transform(),
             textcoords="offset points",
             ha="center" if centred else "right" if leftwards else "left",

@@ -94,7 +94,7 @@ class Pairs:
     """
 
     def __init__(self, embeddings: Any, labels: Any, backend: str, progress: bool) -> None:
-        embeddings, labels = (_as_tensor(t) for t in (embeddings, labels))
+        embeddings, labels = _as_tensor("embeddings", embeddings), _as_tensor("labels", labels)
         _check_choice("backend", backend, ("auto", *ops.BACKENDS))
         _check_set("embeddings", embeddings, "labels", labels)
         self._operator = ops.choose_counter(backend, embeddings.device.type)
@@ -151,7 +151,7 @@ class Pairs:
         t = torch.from_numpy(thresholds).to(self.x)
         classes = len(self.class_ids)
         counts, class_counts, best = self._run(self.x, self.y, classes, t, BITS)
-        hit = (best[0] > best[1])[(self.y >= 0) & (self.y < classes)]
+        hit = (best[0] > best[1] + 8 * torch.finfo(best.dtype).eps)[(self.y >= 0) & (self.y < classes)]
         return Counts(_rates(counts), class_counts.cumsum_(dim=2), hit.double().mean().item())
 
     def _run(self, *arguments: Any) -> Any:
@@ -191,9 +191,21 @@ def _rates(counts: Tensor) -> Rates:
     return Rates(accepted[0], accepted[1], int(accepted[0, 0]), int(accepted[1, 0]))
 
 
-def _as_tensor(value: Any) -> Any:
+def _as_tensor(name: str, value: Any) -> Tensor:
     """A tensor of an array: in memory that may be written to and in C order, as PyTorch wants it."""
-    return torch.from_numpy(np.require(value, requirements=("C", "W"))) if isinstance(value, np.ndarray) else value
+    if isinstance(value, Tensor):
+        return value
+    if not isinstance(value, np.ndarray):
+        raise TypeError(f"{name} must be a torch.Tensor or a NumPy array, got {type(value).__name__}")
+    return torch.from_numpy(np.require(value, requirements=("C", "W")))
+
+
+def lowest(values: Array, k: int) -> Array:
+    """Indices of the k lowest values, the lowest first."""
+    if k < 0:
+        raise ValueError(f"k must be at least 0, got {k}")
+    order: Array = np.argsort(values, kind="stable")[:k]
+    return order
 
 
 def as_distance(similarity: Array) -> Array:

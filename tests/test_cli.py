@@ -1,7 +1,11 @@
 """`python -m tcm_fused opis | calibrate | margins | compare`: files in, figures, JSON and pictures out; bad input."""
 
+import dataclasses
 import json
+import os
 import pickle
+import signal
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -78,6 +82,43 @@ def test_every_form_reads_the_same(files: Path, data: tuple[Any, Any], x: str, y
         assert loaded.names[3].startswith("bird 3")
 
 
+def test_byte_order_mark(data: tuple[Any, Any], tmp_path: Path) -> None:
+    """Spreadsheets write one; it makes no header of the first row."""
+    x, y = data
+    np.savetxt(tmp_path / "x.csv", x, delimiter=",", fmt="%.17g", encoding="utf-8-sig")
+    np.savetxt(tmp_path / "y.csv", y, fmt="%d", encoding="utf-8-sig")
+    assert (tmp_path / "x.csv").read_bytes().startswith(b"\xef\xbb\xbf")
+    loaded = load(tmp_path / "x.csv", tmp_path / "y.csv")
+    assert np.array_equal(loaded.embeddings, x)
+    assert np.array_equal(loaded.labels, y)
+
+
+def test_long_integer_labels(files: Path, data: tuple[Any, Any], tmp_path: Path) -> None:
+    """Identifiers beyond 2^53 stay apart; floats are labels where each is an integer of its own."""
+    ids = 12345678901234560 + data[1]
+    for header in ("", "id\n"):
+        (tmp_path / "y.csv").write_text(header + "".join(f"{i}\n" for i in ids))
+        assert np.array_equal(load(files / "x.npy", tmp_path / "y.csv").labels, ids)
+    np.savetxt(tmp_path / "y.csv", data[1])
+    assert np.array_equal(load(files / "x.npy", tmp_path / "y.csv").labels, data[1])
+    for bad in (np.float64(2.0**53), np.inf, np.nan, np.float32(2.0**24), np.float16(0.5)):
+        np.save(tmp_path / "y.npy", np.full(N, bad))
+        with pytest.raises(ValueError, match=r"must hold integer or text labels.*whole, finite"):
+            load(files / "x.npy", tmp_path / "y.npy")
+
+
+def test_index_of_pandas_is_no_embedding(data: tuple[Any, Any], tmp_path: Path) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    x = data[0]
+    table = pyarrow.table({**{f"c{k}": x[:, k] for k in range(D)}, "__index_level_0__": np.arange(N)})
+    about = {"index_columns": ["__index_level_0__"], "columns": [], "column_indexes": []}
+    parquet.write_table(table.replace_schema_metadata({"pandas": json.dumps(about)}), tmp_path / "x.parquet")
+    np.save(tmp_path / "y.npy", data[1])
+    assert np.array_equal(load(tmp_path / "x.parquet", tmp_path / "y.npy").embeddings, x)
+
+
 def test_one_file_of_both(files: Path, data: tuple[Any, Any]) -> None:
     loaded = load(files / "both.npz", None)
     assert np.array_equal(loaded.embeddings, data[0])
@@ -136,6 +177,37 @@ def test_opis(files: Path, data: tuple[Any, Any], tmp_path: Path, capsys: pytest
     assert sorted(tmp_path.iterdir()) == [out, picture]
 
 
+def test_suffixes_in_capitals(
+    files: Path, data: tuple[Any, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("x.npy", "y.CSV", "both.npz"):
+        (tmp_path / name.upper()).write_bytes((files / name.lower()).read_bytes())
+    assert np.array_equal(load(tmp_path / "X.NPY", tmp_path / "Y.CSV").labels, data[1])
+    run(capsys, "opis", tmp_path / "BOTH.NPZ", "--plot", tmp_path / "OUT.PNG")
+    assert (tmp_path / "OUT.PNG").read_bytes().startswith(PNG)
+
+
+def test_a_reader_that_leaves() -> None:
+    """`| head -0`: neither a traceback nor a message."""
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, "-m", "tcm_fused", "info"], stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert done.stderr == ""
+    assert done.returncode == 128 + signal.SIGPIPE
+
+
+@pytest.mark.parametrize("error", [MemoryError(), FloatingPointError("overflow")])
+def test_errors_of_work_have_no_traceback(
+    files: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail(*arguments: Any, **options: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("tcm_fused.__main__.opis", fail)
+    assert (str(error) or "MemoryError") in refuse(capsys, "opis", files / "both.npz")
+
+
 def test_opis_by_other_ranges(
     files: Path, data: tuple[Any, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -177,7 +249,7 @@ def test_margins(files: Path, data: tuple[Any, Any], tmp_path: Path, capsys: pyt
     )
     expected = suggest_margins(*data, far=0.05, frr=0.3)
     assert json.loads(out.read_text()) == expected.to_dict()
-    assert f"TCMLoss(margin_plus={expected.margin_plus:.4f}, margin_minus={expected.margin_minus:.4f})" in printed
+    assert f"TCMLoss(margin_plus={expected.margin_plus:.8f}, margin_minus={expected.margin_minus:.8f})" in printed
     assert f"{expected.count_plus:,} positive pairs" in printed
     assert picture.read_bytes().startswith(PNG)
 
@@ -214,6 +286,23 @@ def bad_file(folder: Path, name: str) -> Path:
     elif name == "cut.npy":
         np.save(path, np.ones((400, 20)))
         path.write_bytes(path.read_bytes()[:1000])
+    elif name == "flipped.npz":
+        np.savez_compressed(path, embeddings=np.arange(4000.0).reshape(400, 10), labels=np.arange(400))
+        content = bytearray(path.read_bytes())
+        content[100:140] = bytes(255 - b for b in content[100:140])
+        path.write_bytes(content)
+    elif name == "huge.npy":
+        with path.open("wb") as file:
+            header = {"descr": "<f4", "fortran_order": False, "shape": (10**9, 10**5)}
+            np.lib.format.write_array_header_1_0(file, header)
+    elif name == "header.npy":
+        np.save(path, np.ones((4, 2)))
+        path.write_bytes(path.read_bytes().replace(b"(4, 2)", b"(4, -2"))
+    elif name == "empty.parquet":
+        import pyarrow
+        from pyarrow import parquet
+
+        parquet.write_table(pyarrow.table({"e": pyarrow.array([], pyarrow.list_(pyarrow.float32()))}), path)
     elif name == "words.csv":
         path.write_text("a,b\n1,2\nthree,4\n")
     elif name == "ragged.csv":
@@ -240,6 +329,10 @@ def bad_file(folder: Path, name: str) -> Path:
         ("archive.npy", "it is not a single array"),
         ("wrong.npz", "it has no array 'embeddings', only x"),
         ("broken.npz", "damaged or pickled"),
+        ("flipped.npz", "cannot read embeddings"),
+        ("huge.npy", "cannot read embeddings"),
+        ("header.npy", "cannot read embeddings"),
+        ("empty.parquet", "it is empty"),
         ("broken.parquet", "cannot read embeddings"),
         ("broken.csv", "it is empty"),
         ("words.csv", "cannot read embeddings"),
@@ -281,6 +374,11 @@ def test_parquet_without_pyarrow(
         (("opis", "both.npz", "--far", "1e-9", "2e-9"), "the calibration range is empty"),
         (("opis", "both.npz", "--epsilon", "2"), "epsilon must lie between 0 and 1"),
         (("opis", "both.npz", "--thresholds", "0.5", "3"), "thresholds must lie from 0 to 2"),
+        (("opis", "both.npz", "--beta", "1e200"), "beta must be above 0 and at most 1e100"),
+        (("opis", "both.npz", "--worst", "-1"), "must be a whole number, 0 or above, got -1"),
+        (("opis", "x.npy", "y.npy", "--json", "y.npy"), "it is an input or the other output"),
+        (("compare", "both.npz", "other.npz", "--json", "other.npz"), "it is an input or the other output"),
+        (("opis", "both.npz", "--json", "OUT/a.png", "--plot", "OUT/./a.png"), "the other output"),
         (("opis", "both.npz", "--far", "a", "b"), "invalid float value"),
         (("opis", "both.npz", "--plot", "OUT/picture.gif"), "its name must end in one of .png, .pdf, .svg"),
         (("opis", "both.npz", "--plot", "OUT/none/picture.png"), "there is no folder"),
@@ -384,6 +482,19 @@ def test_pictures(data: tuple[Any, Any], tmp_path: Path) -> None:
         figure.savefig(tmp_path / f"{k}.png")
         assert (tmp_path / f"{k}.png").read_bytes().startswith(PNG)
     assert plot_utility(opis(*data, thresholds=[0.5, 1.0], distance="cosine"), axes[0]) is axes[0]
+
+
+@pytest.mark.parametrize("gap", [-0.3, -0.01, 0.0, 0.01, 0.3])
+@pytest.mark.parametrize("at", [-0.4, 0.3, 0.95])
+def test_names_of_the_margins_do_not_overlap(data: tuple[Any, Any], at: float, gap: float) -> None:
+    found = suggest_margins(*data, far=0.1, frr=0.1)
+    drawn = dataclasses.replace(found, margin_plus=at, margin_minus=at + gap).plot()
+    figure: Any = drawn.figure
+    figure.canvas.draw()
+    first, second = (text.get_window_extent() for text in drawn.texts)
+    assert not first.overlaps(second)
+    for box in (first, second):
+        assert drawn.bbox.y0 < box.y0 and box.y1 < drawn.bbox.y1
 
 
 def test_utility_picture_shows_the_curves(data: tuple[Any, Any]) -> None:

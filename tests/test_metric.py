@@ -3,6 +3,7 @@
 import pickle
 import sys
 from pathlib import Path
+from typing import Any
 
 import batches
 import pytest
@@ -15,7 +16,7 @@ import tcm_fused
 from tcm_fused import OPIS, opis
 
 N, D, CLASSES = 300, 8, 12
-OPTIONS = {"far_range": (0.02, 0.2), "num_thresholds": 21, "epsilon": 0.3}
+OPTIONS: dict[str, Any] = {"far_range": (0.02, 0.2), "num_thresholds": 21, "epsilon": 0.3}
 
 
 def data() -> tuple[Tensor, Tensor]:
@@ -58,6 +59,61 @@ def test_pickle_and_gradient() -> None:
     metric = pickle.loads(pickle.dumps(metric))
     metric.update(x[100:], y[100:])
     check(metric)
+
+
+@pytest.mark.parametrize("on_step", [False, True])
+def test_forward_scores_the_batch_and_adds_it(on_step: bool) -> None:
+    """A batch without scores of its own is refused, and what came before goes on."""
+    x, y = data()
+    metric = OPIS(**OPTIONS, dist_sync_on_step=on_step)
+    metric.update(x[:100], y[:100])
+    for bad in ((x[:1], y[:1]), (x[:9], torch.arange(9)), (x[:9, :3], y[:9]), (x[:9], y[:8])):
+        with pytest.raises(ValueError, match=r"labels must|no class has two|embeddings must have 8 columns|positive"):
+            metric(*bad)
+    assert metric._update_count == 1
+    scores = metric(x[100:], y[100:])
+    assert scores["opis"].item() == opis(x[100:], y[100:], **OPTIONS).opis
+    check(metric)
+
+
+def test_batches_are_copied() -> None:
+    x, y = data()
+    metric = OPIS(**OPTIONS)
+    batch, labels = torch.empty(100, D), torch.empty(100, dtype=torch.int64)
+    for start in range(0, N, 100):
+        batch.copy_(x[start : start + 100])
+        labels.copy_(y[start : start + 100])
+        metric.update(batch, labels)
+    check(metric)
+
+
+def test_errors_come_at_once() -> None:
+    x, y = data()
+    metric = OPIS(**OPTIONS)
+    metric.update(x[:100], y[:100])
+    bad: list[tuple[Any, Any, str]] = [
+        (x, y[:3], r"labels must have shape \[300\]"),
+        (x[:, :3], y, "embeddings must have 8 columns as before, got 3"),
+        (x[0], y[:1], r"embeddings must have shape \[N, D\]"),
+        (x.numpy(), y, "embeddings must be a torch.Tensor"),
+        (x, y.float(), "labels must have an integer dtype"),
+    ]
+    for embeddings, labels, message in bad:
+        with pytest.raises((TypeError, ValueError), match=message):
+            metric.update(embeddings, labels)
+    metric.update(x[100:], y[100:])
+    check(metric)
+    options: list[tuple[dict[str, Any], str]] = [
+        ({"beta": -1}, "beta must be"),
+        ({"far_range": (0.1, 0.01)}, "the range is empty"),
+        ({"thresholds": [0.5]}, "thresholds must be"),
+        ({"num_thresholds": 1}, "num_thresholds must be at least 2"),
+        ({"backend": "gpu"}, "backend='gpu' is not known"),
+        ({"num_threshold": 3}, "num_threshold"),
+    ]
+    for chosen, message in options:
+        with pytest.raises(ValueError, match=message):
+            OPIS(**chosen)
 
 
 def _worker(rank: int, folder: str) -> None:

@@ -336,6 +336,63 @@ def test_a_wrong_guess_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 0.01 <= result.far.min() <= result.far.max() <= 0.1
 
 
+def distances(x: Array, y: Array) -> tuple[Array, Array]:
+    """Of all positive and of all negative pairs, ascending."""
+    unit = x / np.linalg.norm(x, axis=1, keepdims=True)
+    i, j = np.triu_indices(len(y), 1)
+    d = as_distance(np.minimum((unit @ unit.T)[i, j], 1))
+    return np.sort(d[y[i] == y[j]]), np.sort(d[y[i] != y[j]])
+
+
+@pytest.mark.parametrize("low", [0.01, 0.3])
+def test_range_that_reaches_distance_0(low: float) -> None:
+    """Some classes have collapsed: the range is as even and as long there as anywhere, and so is the score."""
+    rng = np.random.default_rng(0)
+    y = np.arange(3000) % 30
+    centres = rng.standard_normal((30, 64))
+    spread = 10 ** np.linspace(-2.5, -0.2, 30) / 8
+    x = (centres / np.linalg.norm(centres, axis=1, keepdims=True))[y] + spread[y, None] * rng.standard_normal(
+        (3000, 64)
+    )
+    result = opis(x, y, frr_range=(low, 0.9))
+    ends = np.quantile(distances(x, y)[0], [0.1, 1 - low])
+    assert np.abs(result.distance[[0, -1]] - ends).max() < (ends[1] - ends[0]) / 200
+    expected = opis(x, y, thresholds=np.linspace(ends[0], ends[1], 1001))
+    assert result.opis == pytest.approx(expected.opis, rel=5e-3)
+    assert result.eps_opis == pytest.approx(expected.eps_opis, rel=5e-3)
+
+
+@pytest.mark.parametrize("axis", ["euclidean", "cosine"])
+@pytest.mark.parametrize("number", [2, 5])
+def test_few_thresholds_span_the_range(number: int, axis: str) -> None:
+    x, y = (t.numpy() for t in clustered(n=3000))
+    found = opis(x, y, num_thresholds=number, distance=axis).distance
+    ends = np.quantile(distances(x.astype(np.float64), y)[1], [0.01, 0.1])
+    assert len(found) == number
+    assert np.abs(np.sort(found)[[0, -1]] - ends).max() < (ends[1] - ends[0]) / 200
+
+
+def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the sample has too few pairs to tell, the range is found first; the classes' counts keep to the bound."""
+    x, y = clustered(n=3000, classes=900)
+    most, passes, count = 700_000, [], Pairs.count
+
+    def counted(self: Any, thresholds: Array) -> Any:
+        passes.append(len(thresholds))
+        assert len(thresholds) * len(self.class_ids) <= most
+        return count(self, thresholds)
+
+    monkeypatch.setattr(importlib.import_module("tcm_fused.opis"), "_MOST_CELLS", most)
+    monkeypatch.setattr(Pairs, "count", counted)
+    cases: list[dict[str, Any]] = [{"far_range": (1e-5, 1e-4)}, {"frr_range": (1e-3, 2e-3)}, {}]
+    for options in cases:
+        passes.clear()
+        result = opis(x, y, num_thresholds=11, **options)
+        assert len(result.thresholds) == 11
+        assert (passes[0] == 0) == bool(options)
+        assert len(passes) == 1 + bool(options)
+
+
 def test_backends_agree() -> None:
     x, y = clustered()
     ours, theirs = (opis(x.double(), y, backend=backend) for backend in ("cpu", "torch"))
@@ -382,6 +439,21 @@ def test_perfect_and_collapsed(backend: str) -> None:
     assert (result.utility == 0).all()
 
 
+def test_number_of_any_integer_type_and_exact_rates() -> None:
+    """And a rate is the quotient of its counts, not what is left of another."""
+    x, y = clustered(n=300)
+    nine: Any = np.int64(9)
+    result = opis(x, y, num_thresholds=nine, frr_range=(0.1, 0.3))
+    assert result.to_dict() == opis(x, y, num_thresholds=9, frr_range=(0.1, 0.3)).to_dict()
+    positives = int((np.bincount(y) * (np.bincount(y) - 1)).sum()) // 2
+    assert np.array_equal(result.frr, np.rint(result.frr * positives) / positives)
+    found = calibrate(x, y, far=0.05)
+    pairs = found.class_sizes * (found.class_sizes - 1) // 2, found.class_sizes * (300 - found.class_sizes)
+    for rate, total in zip((found.class_frr, found.class_far), pairs, strict=True):
+        assert np.array_equal(rate, np.rint(rate * total) / total)
+    assert all(at.tar == np.rint(at.tar * positives) / positives for at in found.tar_at_far)
+
+
 def test_one_counted_class() -> None:
     """No class is left for the rest: epsilon-OPIS is 0."""
     result = opis(torch.eye(3), torch.tensor([0, 0, 1]), thresholds=[0.5, 1.0])
@@ -396,6 +468,10 @@ def test_result_travels() -> None:
     assert sum(loaded["histogram"]["positives"]) + sum(loaded["histogram"]["negatives"]) == 200 * 199 // 2
     worst = result.worst(3)
     assert [w.value for w in worst] == sorted(result.class_utility)[:3]
+    for found in (result, calibrate(*clustered(n=200), far=0.1)):
+        assert found.worst(0) == []
+        with pytest.raises(ValueError, match="k must be at least 0, got -1"):
+            found.worst(-1)
 
 
 # Calibration and margins.
@@ -445,6 +521,36 @@ def test_calibrate_with_equal_rows_of_two_classes() -> None:
     assert found.to_dict()["tar_at_far"][0]["tar"] is None
 
 
+def test_similarity_1_is_left_to_rounding_nowhere(backend: str) -> None:
+    """Equal rows of two classes in float32: whether their product reaches 1 decides no bound and no tie."""
+    for d in range(2, 9):
+        x, y = torch.ones(6, d), torch.tensor([0, 0, 0, 1, 1, 1])
+        with pytest.raises(ValueError, match=r"no threshold meets far=0\.1"):
+            calibrate(x, y, far=0.1, backend=backend)
+        with pytest.raises(ValueError, match=r"no margin_minus meets far=0\.1"):
+            suggest_margins(x, y, far=0.1, frr=0.5, backend=backend)
+        assert calibrate(x, y, frr=0.1, backend=backend).threshold.frr == 0
+    rng = np.random.default_rng(0)
+    rows = np.repeat(rng.standard_normal((257, 33)).astype(np.float32), 4, axis=0)[:1027]
+    order = rng.permutation(1027)
+    result = opis(rows[order], np.tile([0, 0, 1, 1], 257)[order], thresholds=[0.5, 1.0], backend=backend)
+    assert result.recall_at_1 == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_margins_with_ties(backend: str, dtype: torch.dtype) -> None:
+    """Many pairs lie exactly at the margins: the loss mines the pairs that were counted."""
+    rng = np.random.default_rng(1)
+    x, y = torch.from_numpy(batches.dyadic(300, 12, rng)).to(dtype), torch.from_numpy(rng.integers(4, size=300))
+    found = suggest_margins(x, y, far=0.2, frr=0.3, backend=backend)
+    s = x.double() @ x.double().T
+    assert bool((s == float(np.nextafter(np.float32(found.margin_plus), np.float32(1)))).any())
+    margins: Any = {"margin_plus": found.margin_plus, "margin_minus": found.margin_minus}
+    _, stats = tcm_loss(x, y, **margins, return_stats=True)
+    assert (found.count_plus, found.count_minus) == (int(stats.count_plus), int(stats.count_minus))
+    assert found.share_plus <= 0.3
+
+
 def test_suggest_margins_mines_what_it_says(backend: str) -> None:
     x, y = clustered(n=700)
     found = suggest_margins(x.double(), y, far=0.03, frr=0.2, backend=backend)
@@ -487,7 +593,7 @@ def test_bad_sets(call: str, x: Tensor, y: Tensor, message: str) -> None:
 
 @pytest.mark.parametrize("call", CALLS)
 def test_bad_types(call: str) -> None:
-    with pytest.raises(TypeError, match=r"embeddings must be a torch.Tensor"):
+    with pytest.raises(TypeError, match=r"embeddings must be a torch.Tensor or a NumPy array, got list"):
         CALLS[call]([[1.0]], GOOD[1])
     with pytest.raises(TypeError, match="labels must have an integer dtype"):
         CALLS[call](GOOD[0], GOOD[1].float())
@@ -517,6 +623,7 @@ def test_bad_types(call: str) -> None:
         ({"distance": "manhattan"}, "distance='manhattan' is not known"),
         ({"beta": 0}, "beta must be above 0"),
         ({"beta": -1}, "beta must be finite and at least 0"),
+        ({"beta": 1e200}, "beta must be above 0 and at most 1e100"),
         ({"beta": math.inf}, "beta must be finite"),
         ({"epsilon": 0}, "epsilon must lie between 0 and 1"),
         ({"epsilon": 1.0}, "epsilon must lie between 0 and 1"),
