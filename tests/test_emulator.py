@@ -400,8 +400,8 @@ BUGS = {
 def buggy(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A program for each bug, two compilations at a time."""
 
-    def compiled(name: str) -> Path:
-        bug, root = BUGS[name], tmp_path_factory.mktemp("bug")
+    def compiled(name: str, root: Path) -> Path:
+        bug = BUGS[name]
         for part in PARTS:
             shutil.copytree(ROOT / part, root / part)
         path = root / "csrc/cuda" / bug.file
@@ -410,8 +410,9 @@ def buggy(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         path.write_text(source.replace(bug.line, bug.replacement))
         return build("main.cpp", FINDERS[bug.found_by], root=root)
 
+    roots = [tmp_path_factory.mktemp("bug") for _ in BUGS]  # here: two threads would make pytest's folder twice
     with ThreadPoolExecutor(2) as pool:
-        return dict(zip(BUGS, pool.map(compiled, BUGS), strict=True))
+        return dict(zip(BUGS, pool.map(compiled, BUGS, roots), strict=True))
 
 
 @pytest.mark.parametrize("name", BUGS)
