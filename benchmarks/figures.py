@@ -58,6 +58,7 @@ def draw_growth(infos: Infos, hardware: str, target: Path) -> None:
         left.set(title="Time of loss and gradient, D = 128", ylabel="seconds")
         right.set(title="Peak memory beyond the start, D = 128", ylabel="MiB")
         for axes in (left, right):
+            axes.set_ylim(top=12 * axes.get_ylim()[1])  # room for the legend
             axes.legend(loc="upper left", fontsize=9)
         _save(figure, hardware, target)
 
