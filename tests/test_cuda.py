@@ -436,3 +436,18 @@ def test_path_for_older_gpus() -> None:
         check=False,
     )
     assert done.returncode == 0, done.stdout[-4000:]
+
+
+@pytest.mark.skipif("TCM_FUSED_SM" in os.environ, reason="the path for older GPUs was asked for")
+def test_hopper_runs_its_own_kernels() -> None:
+    """Nothing else would tell: where the copy engine cannot be set up, the kernels for older GPUs run without a word."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("this GPU is no Hopper")
+    x, y = batch(600, 128, 5)
+    x = x.to(DEVICE).requires_grad_()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        torch.autograd.backward(tcm_loss(x, y.to(DEVICE), margin_minus=0.0, backend=BACKEND))
+        torch.cuda.synchronize()
+    names = " ".join(event.key for event in profile.key_averages())
+    assert "similarity_sm90" in names
+    assert "masked_sum_sm90" in names
