@@ -440,7 +440,7 @@ def test_path_for_older_gpus() -> None:
 
 @pytest.mark.skipif("TCM_FUSED_SM" in os.environ, reason="the path for older GPUs was asked for")
 def test_hopper_runs_its_own_kernels() -> None:
-    """Nothing else would tell: where the copy engine cannot be set up, the kernels for older GPUs run without a word."""
+    """Nothing else tells: where the copy engine cannot be set up, the kernels for older GPUs run without a word."""
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("this GPU is no Hopper")
     x, y = batch(600, 128, 5)
