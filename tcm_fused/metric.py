@@ -76,7 +76,7 @@ class OPIS(Metric):
         before |= {name: list(getattr(self, name)) for name in self._defaults}
         try:
             return super().forward(embeddings, labels)
-        except Exception:
+        except Exception:  # whatever it was: torchmetrics has emptied the state by then
             for name, value in before.items():
                 setattr(self, name, value)
             raise

@@ -498,12 +498,15 @@ def test_names_of_the_margins_do_not_overlap(data: tuple[Any, Any], at: float, g
 
 
 def test_utility_picture_shows_the_curves(data: tuple[Any, Any]) -> None:
-    """The mean line is the mean of the classes' curves, and within the range it is that of the result."""
+    """The mean line is the mean of the classes' curves, and within the range it is that of the result.
+
+    But for the picture's thresholds being others than the result's: between two of those the curves bend by 2e-4.
+    """
     result = opis(*data)
     lines = {line.get_label(): np.asarray(line.get_xydata()) for line in result.plot().lines}
     mean = lines["mean of all classes"]
     inside = (mean[:, 0] >= result.distance[0]) & (mean[:, 0] <= result.distance[-1])
-    assert np.allclose(np.interp(mean[inside, 0], result.distance, result.mean_utility), mean[inside, 1], atol=1e-2)
+    assert np.allclose(np.interp(mean[inside, 0], result.distance, result.mean_utility), mean[inside, 1], atol=1e-3)
     worst = lines["mean of the worst 10 %"]
     inside = (worst[:, 0] >= result.distance[0]) & (worst[:, 0] <= result.distance[-1])
-    assert np.allclose(np.interp(worst[inside, 0], result.distance, result.worst_utility), worst[inside, 1], atol=2e-2)
+    assert np.allclose(np.interp(worst[inside, 0], result.distance, result.worst_utility), worst[inside, 1], atol=1e-3)

@@ -200,7 +200,8 @@ def test_kernel_and_blocked_form_agree(dtype: torch.dtype) -> None:
         moved = (ours.cumsum(-1) - theirs.cumsum(-1)).abs().max()
         assert moved <= (2100**2 * 1e-6 if dtype == torch.float32 else 0)
     assert torch.equal(kernel[0].sum(1), blocked[0].sum(1))
-    assert torch.allclose(kernel[2], blocked[2], rtol=0, atol=16 * torch.finfo(dtype).eps)
+    # Sums of 24 products in another order: 2 eps apart with one BLAS, not always the same with another.
+    assert torch.allclose(kernel[2], blocked[2], rtol=0, atol=8 * torch.finfo(dtype).eps)
 
 
 @pytest.mark.parametrize("classes", [3, 900, 4000])
