@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from tcm_fused import ops
+from tcm_fused.pair_sums import PairSums, Rows, pair_sums
+from tcm_fused.reference import loss_dtype
 
 _PRECISIONS = ("auto", "fp32", "fp16")
 _AUTOCAST_DEVICES = tuple(filter(torch.amp.is_autocast_available, ("cpu", "cuda", "mps", "xpu")))
@@ -23,8 +25,8 @@ class TCMStats(NamedTuple):
 
     count_plus: Tensor  # int64, hard positive pairs n+; of no meaning where an embedding is not finite
     count_minus: Tensor  # int64, hard negative pairs n-; likewise
-    violation_plus: Tensor  # mean of m+ - s over them, 0 if there are none, NaN where an embedding is not finite
-    violation_minus: Tensor  # mean of s - m- over them; likewise
+    violation_plus: Tensor  # mean penalty of them, m+ - s or its square; 0 if there are none, NaN as the loss
+    violation_minus: Tensor  # mean penalty of them, s - m- or its square; likewise
 
 
 @overload
@@ -39,6 +41,11 @@ def tcm_loss(
     lambda_plus: float = ...,
     lambda_minus: float = ...,
     row_offset: int | None = ...,
+    penalty: str = ...,
+    reduction: str = ...,
+    groups: Tensor | None = ...,
+    ref_groups: Tensor | None = ...,
+    group_pairs: str = ...,
     precision: str = ...,
     backend: str = ...,
     return_stats: Literal[False] = ...,
@@ -57,6 +64,11 @@ def tcm_loss(
     lambda_plus: float = ...,
     lambda_minus: float = ...,
     row_offset: int | None = ...,
+    penalty: str = ...,
+    reduction: str = ...,
+    groups: Tensor | None = ...,
+    ref_groups: Tensor | None = ...,
+    group_pairs: str = ...,
     precision: str = ...,
     backend: str = ...,
     return_stats: Literal[True],
@@ -74,6 +86,11 @@ def tcm_loss(
     lambda_plus: float = 1.0,
     lambda_minus: float = 1.0,
     row_offset: int | None = None,
+    penalty: str = "hinge",
+    reduction: str = "violating",
+    groups: Tensor | None = None,
+    ref_groups: Tensor | None = None,
+    group_pairs: str = "within",
     precision: str = "auto",
     backend: str = "auto",
     return_stats: bool = False,
@@ -104,6 +121,14 @@ def tcm_loss(
         lambda_minus: weight of the negatives' term, at least 0.
         row_offset: the column of `ref_emb` that is row 0 itself: pairs (i, row_offset + i) are left out. None:
             no row is among the columns.
+        penalty: "hinge", as above, or "squared": each violation in the sums is squared.
+        reduction: what the sums are divided by: "violating", the hard pairs of the side as above, or "all", all pairs
+            of the side, so that a side's share falls with the number of its hard pairs.
+        groups: [N], any integer dtype, for example the sensor or the source of each row: only pairs within a group, or
+            only those across groups, take part (`group_pairs`). The work is done group by group: that reads the
+            groups, so it waits for the device, and is for tens of groups rather than thousands.
+        ref_groups: [M], groups of `ref_emb`.
+        group_pairs: "within" or "across".
         precision: the least precision of the products: "fp32", "fp16", or "auto": "fp16" for 16-bit input, under
             autocast, and where `torch.set_float32_matmul_precision` allows less than the highest; else "fp32".
             On a CPU and with backend="torch" 16-bit input is always worked in float32, and float64 in float64.
@@ -128,58 +153,156 @@ def tcm_loss(
         >>> round(loss.item(), 4), stats.count_plus.item(), stats.count_minus.item()
         (0.68, 2, 4)
     """
-    _check_choice("precision", precision, _PRECISIONS)
-    _check_choice("backend", backend, ("auto", *ops.BACKENDS))
-    for name, value in (("margin_plus", margin_plus), ("margin_minus", margin_minus)):
-        _check_number(name, value)
-    for name, value in (("lambda_plus", lambda_plus), ("lambda_minus", lambda_minus)):
-        _check_number(name, value, least=0.0)
+    options = Options(
+        margin_plus,
+        margin_minus,
+        lambda_plus,
+        lambda_minus,
+        penalty=penalty,
+        reduction=reduction,
+        group_pairs=group_pairs,
+        precision=precision,
+        backend=backend,
+    )
+    loss, sums, count = _tcm(embeddings, labels, ref_emb, ref_labels, row_offset, groups, ref_groups, options)
+    return (loss, _stats(sums, count, loss.dtype)) if return_stats else loss
+
+
+class Options(NamedTuple):
+    """What of a call is not data."""
+
+    margin_plus: float
+    margin_minus: float
+    lambda_plus: float
+    lambda_minus: float
+    penalty: str
+    reduction: str
+    group_pairs: str
+    precision: str
+    backend: str
+
+    def check(self) -> None:
+        """Raises TypeError or ValueError."""
+        _check_choice("penalty", self.penalty, ("hinge", "squared"))
+        _check_choice("reduction", self.reduction, ("violating", "all"))
+        _check_choice("group_pairs", self.group_pairs, ("within", "across"))
+        _check_choice("precision", self.precision, _PRECISIONS)
+        _check_choice("backend", self.backend, ("auto", *ops.BACKENDS))
+        for name in ("margin_plus", "margin_minus"):
+            _check_number(name, getattr(self, name))
+        for name in ("lambda_plus", "lambda_minus"):
+            _check_number(name, getattr(self, name), least=0.0)
+
+
+def _stats(penalty: Tensor, count: Tensor, dtype: torch.dtype) -> TCMStats:
+    violation = (penalty / count.clamp_min(1)).to(dtype)
+    return TCMStats(count[0], count[1], violation[0], violation[1])
+
+
+def _tcm(
+    embeddings: Tensor,
+    labels: Tensor,
+    ref_emb: Tensor | None,
+    ref_labels: Tensor | None,
+    row_offset: int | None,
+    groups: Tensor | None,
+    ref_groups: Tensor | None,
+    options: Options,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss [], and without gradient the sums [2] of penalties and counts [2] of hard pairs."""
+    options.check()
+    rows, columns = check_sets(embeddings, labels, ref_emb, ref_labels, row_offset, groups, ref_groups)
+    if groups is None and options.reduction == "violating":
+        ref_x, ref_y, _ = columns or (None, None, None)
+        return _run(options, rows.x, rows.y, ref_x, ref_y, row_offset, per_side=False)
+    sums = sums_of(rows, columns, row_offset, options)
+    loss = sums.loss(options.lambda_plus, options.lambda_minus).to(loss_dtype(rows.x))
+    return loss, sums.penalty.detach(), sums.hard
+
+
+def check_sets(
+    embeddings: Tensor,
+    labels: Tensor,
+    ref_emb: Tensor | None,
+    ref_labels: Tensor | None,
+    row_offset: int | None,
+    groups: Tensor | None,
+    ref_groups: Tensor | None,
+) -> tuple[Rows, Rows | None]:
+    """Rows and columns (None: the rows) as the operators take them; raises TypeError, ValueError or RuntimeError."""
     _check_set("embeddings", embeddings, "labels", labels)
-    device = embeddings.device
     if row_offset is not None and (not isinstance(row_offset, numbers.Integral) or isinstance(row_offset, bool)):
         raise TypeError(f"row_offset must be an int or None, got {type(row_offset).__name__}")
-    if ref_emb is None and ref_labels is None:
-        if row_offset not in (None, 0):
-            raise ValueError(f"row_offset={row_offset} needs ref_emb; without it the rows are the columns, from 0 on")
-    elif ref_emb is None or ref_labels is None:
+    if (ref_emb is None) != (ref_labels is None):
         given, missing = ("ref_labels", "ref_emb") if ref_emb is None else ("ref_emb", "ref_labels")
         raise ValueError(f"{given} came without {missing}; give both or neither")
-    else:
+    if ref_emb is not None:
         _check_set("ref_emb", ref_emb, "ref_labels", ref_labels)
         _check_reference(embeddings, ref_emb, row_offset)
-        ref_labels = _int64(ref_labels, "ref_labels")
-
+    elif row_offset not in (None, 0):
+        raise ValueError(f"row_offset={row_offset} needs ref_emb; without it the rows are the columns, from 0 on")
+    _check_groups(embeddings, ref_emb, row_offset, groups, ref_groups)
     if not torch.compiler.is_compiling():
         _check_differentiation(embeddings, ref_emb)
-    operator = ops.OPERATORS[ops.choose(backend, device.type, embeddings.dtype)]
-    if ref_emb is not None and ref_emb.dtype != embeddings.dtype:  # under autocast
+    if ref_emb is None or ref_labels is None:
+        return Rows(embeddings, _int64(labels, "labels"), groups), None
+    if ref_emb.dtype != embeddings.dtype:  # under autocast
         wide = torch.float64 if embeddings.dtype == torch.float64 else torch.float32
         embeddings, ref_emb = embeddings.to(wide), ref_emb.to(wide)
+    columns = Rows(ref_emb, _int64(ref_labels, "ref_labels"), ref_groups)
+    return Rows(embeddings, _int64(labels, "labels"), groups), columns
+
+
+def sums_of(rows: Rows, columns: Rows | None, row_offset: int | None, options: Options) -> PairSums:
+    """The sums that the loss of `rows` and `columns` is made of; of checked arguments."""
+
+    def penalties(
+        x: Tensor, y: Tensor, ref_x: Tensor | None, ref_y: Tensor | None, row_offset: int | None
+    ) -> tuple[Tensor, Tensor]:
+        _, penalty, count = _run(options, x, y, ref_x, ref_y, row_offset, per_side=True)
+        return penalty, count
+
+    return pair_sums(penalties, rows, columns, row_offset, options.reduction, options.group_pairs)
+
+
+def _run(
+    options: Options,
+    x: Tensor,
+    y: Tensor,
+    ref_x: Tensor | None,
+    ref_y: Tensor | None,
+    row_offset: int | None,
+    *,
+    per_side: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, penalty and count of the chosen operator; with `per_side` the penalty is what has a gradient."""
+    squared = options.penalty == "squared"
+    operator = ops.OPERATORS[ops.choose(options.backend, x.device.type, x.dtype, squared)]
     grad = torch.is_grad_enabled()
     loss, _, _, penalty, count = operator(
-        embeddings,
-        _int64(labels, "labels"),
-        ref_emb,
-        ref_labels,
+        x,
+        y,
+        ref_x,
+        ref_y,
         None if row_offset is None else int(row_offset),
-        float(margin_plus),
-        float(margin_minus),
-        float(lambda_plus),
-        float(lambda_minus),
-        _one_fp16_product(embeddings, precision),
-        grad and embeddings.requires_grad,
-        grad and ref_emb is not None and ref_emb.requires_grad,
+        float(options.margin_plus),
+        float(options.margin_minus),
+        float(options.lambda_plus),
+        float(options.lambda_minus),
+        squared,
+        _one_fp16_product(x, options.precision),
+        per_side,
+        grad and x.requires_grad,
+        grad and ref_x is not None and ref_x.requires_grad,
     )
-    if not return_stats:
-        return loss
-    violation = (penalty / count.clamp_min(1)).to(loss.dtype)
-    return loss, TCMStats(count[0], count[1], violation[0], violation[1])
+    return loss, penalty, count
 
 
 class TCMLoss(nn.Module):
     """`tcm_loss` as a module, called like pytorch-metric-learning's `ThresholdConsistentMarginLoss`.
 
-    Arguments: those of `tcm_loss`; they are checked at the first call.
+    Arguments: those of `tcm_loss`; they are checked at the first call. `stats` tells what the last call saw, as a
+    `TCMStats` (None before the first).
 
     Example:
         >>> criterion = TCMLoss(margin_plus=0.9, margin_minus=0.5)
@@ -195,6 +318,10 @@ class TCMLoss(nn.Module):
         lambda_minus: float = 1.0,
         precision: str = "auto",
         backend: str = "auto",
+        *,
+        penalty: str = "hinge",
+        reduction: str = "violating",
+        group_pairs: str = "within",
     ) -> None:
         super().__init__()
         self.margin_plus = margin_plus
@@ -203,6 +330,20 @@ class TCMLoss(nn.Module):
         self.lambda_minus = lambda_minus
         self.precision = precision
         self.backend = backend
+        self.penalty = penalty
+        self.reduction = reduction
+        self.group_pairs = group_pairs
+        self._seen: tuple[Tensor, Tensor] | None = None  # of the last call: penalty sums [2], counts [2]
+
+    @property
+    def stats(self) -> TCMStats | None:
+        """What the last call saw, or None before the first."""
+        return None if self._seen is None else _stats(*self._seen, dtype=torch.float32)
+
+    @property
+    def options(self) -> Options:
+        """Those of `tcm_loss` that the module holds."""
+        return Options(**{name: getattr(self, name) for name in Options._fields})
 
     def forward(
         self,
@@ -211,6 +352,8 @@ class TCMLoss(nn.Module):
         indices_tuple: None = None,
         ref_emb: Tensor | None = None,
         ref_labels: Tensor | None = None,
+        groups: Tensor | None = None,
+        ref_groups: Tensor | None = None,
     ) -> Tensor:
         """The loss of `embeddings` [N, D] and `labels` [N], against `ref_emb` [M, D] and `ref_labels` [M] if given.
 
@@ -218,24 +361,12 @@ class TCMLoss(nn.Module):
         """
         if indices_tuple is not None:
             raise ValueError("indices_tuple must be None: TCM finds its hard pairs itself; leave the miner out")
-        return tcm_loss(
-            embeddings,
-            labels,
-            ref_emb,
-            ref_labels,
-            margin_plus=self.margin_plus,
-            margin_minus=self.margin_minus,
-            lambda_plus=self.lambda_plus,
-            lambda_minus=self.lambda_minus,
-            precision=self.precision,
-            backend=self.backend,
-        )
+        loss, *seen = _tcm(embeddings, labels, ref_emb, ref_labels, None, groups, ref_groups, self.options)
+        self._seen = (seen[0], seen[1])
+        return loss
 
     def extra_repr(self) -> str:
-        return (
-            f"margin_plus={self.margin_plus}, margin_minus={self.margin_minus}, lambda_plus={self.lambda_plus}, "
-            f"lambda_minus={self.lambda_minus}, precision={self.precision!r}, backend={self.backend!r}"
-        )
+        return ", ".join(f"{name}={value!r}" for name, value in self.options._asdict().items())
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
@@ -333,6 +464,32 @@ def _check_reference(embeddings: Tensor, ref_emb: Tensor, row_offset: Any) -> No
             else f"row_offset={row_offset} needs every row among the columns, but ref_emb has {ref_emb.shape[0]} rows "
             f"and embeddings have {embeddings.shape[0]}; use row_offset=None"
         )
+
+
+def _check_groups(embeddings: Tensor, ref_emb: Any, row_offset: Any, groups: Any, ref_groups: Any) -> None:
+    if (ref_groups is None) != (groups is None or ref_emb is None):
+        raise ValueError(
+            "ref_groups came without groups and ref_emb; give all three, or leave it out"
+            if ref_groups is not None
+            else "groups and ref_emb came without ref_groups; give the group of each row of ref_emb as well"
+        )
+    for name, value, x in (("groups", groups, embeddings), ("ref_groups", ref_groups, ref_emb)):
+        if value is None:
+            continue
+        if not isinstance(value, Tensor) or value.is_floating_point() or value.is_complex():
+            got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+            raise TypeError(f"{name} must be a torch.Tensor of an integer dtype, got {got}")
+        if value.shape != x.shape[:1]:
+            raise ValueError(f"{name} must have shape [{x.shape[0]}], one group for each row, got {list(value.shape)}")
+        if value.device != x.device:
+            raise ValueError(f"{name} are on {value.device}, embeddings on {x.device}; move them to one device")
+    if ref_groups is not None and row_offset is not None:
+        own = ref_groups[row_offset : row_offset + len(groups)]
+        if not torch.equal(own.long(), groups.long()):
+            raise ValueError(
+                f"row_offset={row_offset} says which columns are the rows themselves, but their ref_groups differ from "
+                "groups; a row and its own column are of one group"
+            )
 
 
 def _int64(labels: Tensor, name: str) -> Tensor:

@@ -6,6 +6,7 @@ return the gradient with the loss (one pass over the pairs), so that backward is
 `tcm_fused::pair_counts` and `tcm_fused::pair_counts_blocked` count the pairs for OPIS.
 """
 
+import sys
 import warnings
 from collections.abc import Callable
 from functools import cache
@@ -30,11 +31,13 @@ BACKENDS = ("cpu", "cuda", "triton", "torch")
 _LIBRARY = torch.library.Library("tcm_fused", "FRAGMENT")
 # x [N, D] and ref_x [M, D] of one floating dtype, y [N] and ref_y [M] int64; without a reference set the rows are the
 # columns. fp16: similarities may come from one product in fp16; a kernel that has nothing less than fp32 ignores it.
-# loss [] and gradients are float64 for float64 embeddings and float32 otherwise; a gradient not asked for is empty.
-# penalty [2] and count [2]: hard positives, hard negatives.
+# squared: penalties are the squares of the violations. penalty [2], sums in float64, and count [2]: hard positives, hard
+# negatives. loss [] and gradients are float64 for float64 embeddings and float32 otherwise; a gradient not asked for is
+# empty. It is that of the loss, [N, D] and [M, D], and the loss is what can be differentiated; with per_side it is that
+# of either penalty, [2, N, D] and [2, M, D], and penalty is what can be differentiated (the loss then means nothing).
 _SCHEMA = (
     "(Tensor x, Tensor y, Tensor? ref_x, Tensor? ref_y, int? row_offset, float margin_plus, float margin_minus, "
-    "float lambda_plus, float lambda_minus, bool fp16, bool grad_x, bool grad_ref) "
+    "float lambda_plus, float lambda_minus, bool squared, bool fp16, bool per_side, bool grad_x, bool grad_ref) "
     "-> (Tensor loss, Tensor grad_x, Tensor grad_ref, Tensor penalty, Tensor count)"
 )
 
@@ -42,39 +45,46 @@ _SCHEMA = (
 def _fake(
     x: Tensor, y: Tensor, ref_x: Tensor | None, ref_y: Tensor | None, *options: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    *_, grad_x, grad_ref = options
+    *_, per_side, grad_x, grad_ref = options
     dtype = loss_dtype(x)
+    sides = (2,) if per_side else ()
     return (
         x.new_empty((), dtype=dtype),
-        x.new_empty(x.shape if grad_x else 0, dtype=dtype),
-        x.new_empty(ref_x.shape if grad_ref and ref_x is not None else 0, dtype=dtype),
+        x.new_empty((*sides, *x.shape) if grad_x else 0, dtype=dtype),
+        x.new_empty((*sides, *ref_x.shape) if grad_ref and ref_x is not None else 0, dtype=dtype),
         x.new_empty(2, dtype=wide_dtype(x)),
         x.new_empty(2, dtype=torch.int64),
     )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, grad_x, grad_ref, penalty, count = output
+    loss, grad_x, grad_ref, penalty, count = output
     ctx.save_for_backward(grad_x, grad_ref)
     # Not saved with the others: backward does not read their values, which may change after forward.
     ctx.embeddings = inputs[0], inputs[2]
-    ctx.mark_non_differentiable(grad_x, grad_ref, penalty, count)
+    ctx.per_side = inputs[-3]
+    ctx.mark_non_differentiable(grad_x, grad_ref, loss if ctx.per_side else penalty, count)
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    grads: list[Tensor | None] = [None] * 12
-    if grad_loss is not None:
+def _backward(
+    ctx: Any, grad_loss: Tensor | None, grad_x: None, grad_ref: None, grad_penalty: Tensor | None, grad_count: None
+) -> tuple[Any, ...]:
+    grads: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
+    upstream = grad_penalty if ctx.per_side else grad_loss
+    if upstream is not None:
         scale = _OnceDifferentiable.apply if torch.is_grad_enabled() else _scale
         for argument, saved, x in zip((0, 2), ctx.saved_tensors, ctx.embeddings, strict=True):
             if ctx.needs_input_grad[argument]:
                 # Cast last: a gradient too small for float16 is multiplied by the loss scale before it is rounded.
-                grads[argument] = scale(saved, grad_loss, *ctx.embeddings).to(x.dtype)
+                grads[argument] = scale(saved, upstream, *ctx.embeddings).to(x.dtype)
     return tuple(grads)
 
 
-def _scale(saved: Tensor, grad_loss: Tensor, *_: Any) -> Tensor:
-    return saved * grad_loss
+def _scale(saved: Tensor, upstream: Tensor, *_: Any) -> Tensor:
+    """saved [N, D] times upstream [], or saved [2, N, D] by upstream [2]."""
+    upstream = upstream.to(saved.dtype)
+    return upstream * saved if upstream.ndim == 0 else torch.addcmul(upstream[0] * saved[0], upstream[1], saved[1])
 
 
 class _OnceDifferentiable(torch.autograd.Function):
@@ -84,8 +94,8 @@ class _OnceDifferentiable(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, saved: Tensor, grad_loss: Tensor, *embeddings: Tensor | None) -> Tensor:
-        return saved * grad_loss
+    def forward(ctx: Any, saved: Tensor, upstream: Tensor, *embeddings: Tensor | None) -> Tensor:
+        return _scale(saved, upstream)
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:
@@ -225,10 +235,10 @@ def _runs_on(architecture: str, gpu: tuple[int, int]) -> bool:
 
 
 @constant_when_compiled
-def choose(backend: str, device_type: str, dtype: torch.dtype) -> str:
+def choose(backend: str, device_type: str, dtype: torch.dtype, squared: bool = False) -> str:
     """Which of OPERATORS runs `backend` on embeddings of `dtype` on `device_type`; RuntimeError if none does."""
     if backend == "auto":
-        return _choose_best(device_type, dtype)
+        return _choose_best(device_type, dtype, squared)
     reason = why_unavailable(backend)
     if reason is not None:
         raise RuntimeError(f"backend={backend!r} is not available: {reason}")
@@ -244,15 +254,18 @@ def choose(backend: str, device_type: str, dtype: torch.dtype) -> str:
             f"backend={backend!r} has no float64 kernels; use backend='torch' for float64 embeddings, or "
             "embeddings.float()"
         )
+    if squared and backend in ("cuda", "triton"):
+        raise RuntimeError(f"backend={backend!r} has no squared penalty; use backend='torch' or penalty='hinge'")
     return "triton" if backend == "triton" else "fused"
 
 
-def _choose_best(device_type: str, dtype: torch.dtype) -> str:
+def _choose_best(device_type: str, dtype: torch.dtype, squared: bool) -> str:
     """The extension's kernel, else on a GPU Triton's, else the blocked form, with a warning that says what is missing.
 
-    Embeddings in float64 on a GPU take the blocked form without one: GPU kernels live off 16-bit products.
+    Embeddings in float64 on a GPU take the blocked form without one: GPU kernels live off 16-bit products. So do squared
+    penalties, whose gradient weighs pairs with more than the 0 and 1 that those kernels are made for.
     """
-    if device_type == "cuda" and dtype == torch.float64:
+    if device_type == "cuda" and (dtype == torch.float64 or squared):
         return "blocked"
     reason = why_unavailable(device_type) if device_type in BACKENDS else f"no kernel for device '{device_type}'"
     if reason is None:
@@ -285,4 +298,7 @@ def choose_counter(backend: str, device_type: str) -> Any:
 
 @cache
 def _warn_once(message: str) -> None:
-    warnings.warn(message, stacklevel=5)  # at the caller of `tcm_loss`
+    level = 1
+    while sys._getframe(level).f_globals.get("__name__", "").startswith("tcm_fused."):
+        level += 1
+    warnings.warn(message, stacklevel=level + 1)  # at the caller of `tcm_loss`

@@ -2,7 +2,7 @@
 form of it in O(N D) memory, which runs on any device."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -22,10 +22,12 @@ def tcm_reference(
     lambda_plus: float = 1.0,
     lambda_minus: float = 1.0,
     row_offset: int | None = None,
+    penalty: str = "hinge",
+    reduction: str = "violating",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The definition of the TCM loss, with every pair written out: O(N M) memory, differentiable by autograd.
 
-    Arguments, shapes and meaning as in `tcm_fused.tcm_loss`; nothing is validated.
+    Arguments, shapes and meaning as in `tcm_fused.tcm_loss`, which has `groups` besides; nothing is validated.
 
     Returns:
         loss [], penalty [2] (sums over hard positives, hard negatives) and count [2] int64 (n+, n-).
@@ -41,14 +43,17 @@ def tcm_reference(
         index = torch.arange(max(s.shape), device=s.device)
         pair &= index[: s.shape[0], None] + row_offset != index[: s.shape[1]]
     same = labels[:, None] == ref_labels
-    hard = torch.stack([pair & same & (s <= margin_plus), pair & ~same & (s >= margin_minus)])
+    pairs = torch.stack([pair & same, pair & ~same])
     violation = torch.stack([margin_plus - s, s - margin_minus])
-    penalty = torch.where(hard, violation, 0).sum((1, 2))
+    hard = pairs & torch.stack([s <= margin_plus, s >= margin_minus])
+    violation = torch.where(hard, violation, 0)
+    total = (violation**2 if penalty == "squared" else violation).sum((1, 2))
     count = hard.sum((1, 2))
+    divisor = count if reduction == "violating" else pairs.sum((1, 2))
     weight = torch.tensor([lambda_plus, lambda_minus], dtype=s.dtype, device=s.device)
-    loss = (weight * penalty / count.clamp_min(1)).sum()
+    loss = (weight * total / divisor.clamp_min(1)).sum()
     non_finite = (x_hat.sum() + ref_hat.sum()) * 0  # 0, or NaN if any embedding that takes part is not finite
-    return loss * (1 + non_finite), penalty.detach(), count
+    return loss * (1 + non_finite), total.detach(), count
 
 
 def _unit(x: Tensor) -> Tensor:
@@ -67,18 +72,21 @@ def tcm_blocked(
     margin_minus: float,
     lambda_plus: float,
     lambda_minus: float,
+    squared: bool,
     fp16: bool,
+    per_side: bool,
     grad_x: bool,
     grad_ref: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The same loss tile by tile, with its gradient: O(N D + M D) memory, no wait for the device.
 
     The loss is piecewise linear in s, so the sums of the gradient, G+ = M+ X^ and G- = M- X^, need
-    no counts: they are taken while the penalties are, and scaled at the end.
+    no counts: they are taken while the penalties are, and scaled at the end. With squared penalties the
+    masks M are replaced by twice the violations of the hard pairs; the rest is the same.
 
     Arguments and results: the operator of `tcm_fused.ops`; with `fp16` products may be TF32 where the user allows it.
     """
-    options = (margin_plus, margin_minus, lambda_plus, lambda_minus)
+    options = (margin_plus, margin_minus, lambda_plus, lambda_minus, squared, per_side)
     with _as_precise_as_asked(x.device.type, fp16):
         x = x.to(loss_dtype(x)).contiguous()
         if ref_x is None or ref_y is None:  # rows are columns: each row's sum also stands for its column's
@@ -110,6 +118,8 @@ def _blocked(
     margin_minus: float,
     lambda_plus: float,
     lambda_minus: float,
+    squared: bool,
+    per_side: bool,
     grad_x: bool,
     grad_ref: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -135,22 +145,30 @@ def _blocked(
             hard_plus = pair & same & (s <= margin_plus)
             hard_minus = pair & ~same & (s >= margin_minus)
             for side, (hard, violation) in enumerate([(hard_plus, margin_plus - s), (hard_minus, s - margin_minus)]):
-                penalty[side] += torch.where(hard, violation, 0).sum(dtype=wide)
+                excess = torch.where(hard, violation, 0)
+                penalty[side] += (excess**2 if squared else excess).sum(dtype=wide)
                 count[side] += hard.sum()
-                mask = hard.to(s.dtype)
+                slope = 2 * excess if squared else hard.to(s.dtype)
                 if grad_x:
-                    g_rows[side][block_rows] += mask @ ref_hat[block_columns]
+                    g_rows[side][block_rows] += slope @ ref_hat[block_columns]
                 if grad_ref:
-                    g_columns[side][block_columns] += mask.T @ x_hat[block_rows]
+                    g_columns[side][block_columns] += slope.T @ x_hat[block_rows]
     finite = torch.isfinite(x_hat).all() & torch.isfinite(ref_hat).all()
     # From Python numbers, not a tensor of them: that would be copied to the device, and wait for it.
     n_plus, n_minus = count.clamp_min(1).to(wide)
     weight = torch.stack([lambda_plus / n_plus, lambda_minus / n_minus])
     weight, penalty = (torch.where(finite, t, torch.nan) for t in (weight, penalty))
+    one, none = torch.where(finite, 1.0, torch.nan).to(wide), torch.zeros((), dtype=wide, device=x.device)
+    weights = ((one, none), (none, one)) if per_side else (weight.unbind(),)
+
+    def gradient(g: list[Tensor], x_hat: Tensor, norm: Tensor) -> Tensor:
+        grads = [_project(w, g, x_hat, norm) for w in weights]
+        return torch.stack(grads) if per_side else grads[0]
+
     return (
         (weight * penalty).sum().to(x.dtype),
-        _project(weight, g_rows, x_hat, x_norm) if grad_x else x.new_empty(0),
-        _project(weight, g_columns, ref_hat, ref_norm) if grad_ref else x.new_empty(0),
+        gradient(g_rows, x_hat, x_norm) if grad_x else x.new_empty(0),
+        gradient(g_columns, ref_hat, ref_norm) if grad_ref else x.new_empty(0),
         penalty,
         count,
     )
@@ -175,7 +193,7 @@ def _unit_and_norm(x: Tensor, takes_part: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(peak * norm < EPS, x / EPS, x / peak / norm), peak * norm
 
 
-def _project(weight: Tensor, g: list[Tensor], x_hat: Tensor, norm: Tensor) -> Tensor:
+def _project(weight: Sequence[Tensor], g: list[Tensor], x_hat: Tensor, norm: Tensor) -> Tensor:
     """dL/dx = (g - (g . x^) x^) / max(|x|, EPS) with g = w- G- - w+ G+; 0 for a zero row.
 
     Below EPS the divisor is a constant, so nothing is projected away.

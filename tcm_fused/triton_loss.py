@@ -119,11 +119,17 @@ def tcm_triton(
     margin_minus: float,
     lambda_plus: float,
     lambda_minus: float,
+    squared: bool,
     fp16: bool,
+    per_side: bool,
     grad_x: bool,
     grad_ref: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The operator of `tcm_fused.ops`, for embeddings of 16 or 32 bits."""
+    if squared:
+        raise RuntimeError("tcm_fused::triton: there is no squared penalty")
+    if per_side:
+        raise RuntimeError("tcm_fused::triton: not there yet")
     _check(x, y, x)
     if ref_x is not None and ref_y is not None:
         _check(ref_x, ref_y, x)

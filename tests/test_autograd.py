@@ -290,6 +290,8 @@ def operator_arguments(call: dict[str, Any], grad_x: bool, grad_ref: bool) -> tu
         call["lambda_plus"],
         call["lambda_minus"],
         False,
+        False,
+        False,
         grad_x,
         grad_ref,
     )

@@ -370,7 +370,8 @@ def test_opcheck(rectangular: bool, dtype: torch.dtype) -> None:
         (x.requires_grad_(), y, ref_x.requires_grad_(), ref_y) if rectangular else (x.requires_grad_(), y, None, None)
     )
     torch.library.opcheck(
-        ops.OPERATORS["fused"], (*sets, None, 0.9, 0.1, 1.0, 2.0, dtype != torch.float32, True, rectangular)
+        ops.OPERATORS["fused"],
+        (*sets, None, 0.9, 0.1, 1.0, 2.0, False, dtype != torch.float32, False, True, rectangular),
     )
 
 
@@ -404,7 +405,7 @@ def test_autocast_of_a_model(rng: np.random.Generator) -> None:
 def test_operator_refuses_what_the_kernels_trust() -> None:
     """Called directly: an error, not memory that is read where there is none."""
     x, y = on_gpu(70, 5)
-    rest: Any = (None, 0.9, 0.1, 1.0, 2.0, False, True, True)
+    rest: Any = (None, 0.9, 0.1, 1.0, 2.0, False, False, False, True, True)
     for sets, message in (
         ((x, y.cpu(), None, None), "one CUDA device"),
         ((x, y[1:], None, None), "labels"),

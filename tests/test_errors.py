@@ -372,7 +372,7 @@ def test_blocked_form_on_a_gpu_has_no_tf32_unless_asked(allowed: str) -> None:
 )
 def test_operator_refuses_what_it_cannot_read(changed: dict[int, Any], word: str) -> None:
     call = [torch.ones(N, D), torch.arange(N), torch.ones(M, D), torch.arange(M), 0, 0.9, 0.5, 1.0, 1.0]
-    call += [False, True, True]
+    call += [False, False, False, True, True]
     for index, value in changed.items():
         call[index] = value
     with pytest.raises(RuntimeError, match=word):

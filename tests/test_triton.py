@@ -532,8 +532,8 @@ def test_the_host_does_not_wait() -> None:
         for name in ("normalise", "tile_sums", "similarity", "lists", "masked_sum", "collect", "totals", "project"):
             patch.setattr(triton_kernels, name, _Nothing())
         with _NoWait():
-            triton_loss.tcm_triton(*sets, 0.9, 0.5, 1.0, 1.0, False, True, True)
-            triton_loss.tcm_triton(x, y, None, None, None, 0.9, 0.5, 1.0, 1.0, True, True, False)
+            triton_loss.tcm_triton(*sets, 0.9, 0.5, 1.0, 1.0, False, False, False, True, True)
+            triton_loss.tcm_triton(x, y, None, None, None, 0.9, 0.5, 1.0, 1.0, False, True, False, True, False)
 
 
 class _Nothing:
@@ -583,7 +583,7 @@ def test_opcheck(dtype: torch.dtype, form: str) -> None:
     x, y = batch(40, 5, 5, dtype)
     ref_x, ref_y = batch(50, 5, 5, dtype, seed=1) if form == "reference set" else (None, None)
     x.requires_grad_()
-    arguments = (x, y, ref_x, ref_y, None, 0.9, 0.1, 1.0, 1.0, dtype != torch.float32, True, False)
+    arguments = (x, y, ref_x, ref_y, None, 0.9, 0.1, 1.0, 1.0, False, dtype != torch.float32, False, True, False)
     torch.library.opcheck(ops.OPERATORS[ops.choose("triton", "cpu", dtype)], arguments)
 
 
@@ -625,7 +625,7 @@ def test_float64_is_refused_by_name() -> None:
 def test_operator_refuses_what_it_cannot_read(changed: dict[int, Any], word: str) -> None:
     """Called without `tcm_loss` it trusts nobody: what is wrong would be read out of bounds."""
     call: list[Any] = [torch.ones(6, 3), torch.arange(6), torch.ones(8, 3), torch.arange(8), 0, 0.9, 0.5, 1.0, 1.0]
-    call += [False, True, True]
+    call += [False, False, False, True, True]
     for index, value in changed.items():
         call[index] = value
     with pytest.raises(RuntimeError, match=word):

@@ -126,7 +126,9 @@ void check_set(const Tensor& x, const Tensor& y, const Tensor& like) {
 
 Results fused(const Tensor& x, const Tensor& y, std::optional<Tensor> ref_x, std::optional<Tensor> ref_y,
               std::optional<int64_t> row_offset, double margin_plus, double margin_minus, double lambda_plus,
-              double lambda_minus, bool /* fp16: there is nothing less than fp32 here */, bool grad_x, bool grad_ref) {
+              double lambda_minus, bool squared, bool /* fp16: there is nothing less than fp32 here */, bool per_side, bool grad_x,
+              bool grad_ref) {
+  STD_TORCH_CHECK(!squared && !per_side, "tcm_fused::fused: not there yet on the CPU");
   STD_TORCH_CHECK(ref_x.has_value() == ref_y.has_value(), "tcm_fused::fused: give both ref_x and ref_y, or neither");
   check_set(x, y, x);
   if (ref_x) check_set(*ref_x, *ref_y, x);

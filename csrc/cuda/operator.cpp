@@ -113,7 +113,9 @@ using Results = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 Results fused(const Tensor& x_any, const Tensor& y_any, std::optional<Tensor> ref_x, std::optional<Tensor> ref_y,
               std::optional<int64_t> row_offset, double margin_plus, double margin_minus, double lambda_plus,
-              double lambda_minus, bool fp16, bool grad_x, bool grad_ref) {
+              double lambda_minus, bool squared, bool fp16, bool per_side, bool grad_x, bool grad_ref) {
+  STD_TORCH_CHECK(!squared, "tcm_fused::fused: there is no squared penalty on cuda");
+  STD_TORCH_CHECK(!per_side, "tcm_fused::fused: not there yet on cuda");
   STD_TORCH_CHECK(ref_x.has_value() == ref_y.has_value(), "tcm_fused::fused: give both ref_x and ref_y, or neither");
   check_set(x_any, y_any, x_any);
   if (ref_x) check_set(*ref_x, *ref_y, x_any);
