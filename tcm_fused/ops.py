@@ -31,10 +31,11 @@ BACKENDS = ("cpu", "cuda", "triton", "torch")
 _LIBRARY = torch.library.Library("tcm_fused", "FRAGMENT")
 # x [N, D] and ref_x [M, D] of one floating dtype, y [N] and ref_y [M] int64; without a reference set the rows are the
 # columns. fp16: similarities may come from one product in fp16; a kernel that has nothing less than fp32 ignores it.
-# squared: penalties are the squares of the violations. penalty [2], sums in float64, and count [2]: hard positives, hard
-# negatives. loss [] and gradients are float64 for float64 embeddings and float32 otherwise; a gradient not asked for is
-# empty. It is that of the loss, [N, D] and [M, D], and the loss is what can be differentiated; with per_side it is that
-# of either penalty, [2, N, D] and [2, M, D], and penalty is what can be differentiated (the loss then means nothing).
+# squared: penalties are the squares of the violations. penalty [2], sums in float64, and count [2]: hard positives and
+# hard negatives. loss [] and gradients are float64 for float64 embeddings and float32 otherwise; a gradient not asked
+# for is empty. It is that of the loss, [N, D] and [M, D], and the loss is what can be differentiated; with per_side it
+# is that of either penalty, [2, N, D] and [2, M, D], and penalty is what can be differentiated (the loss is then of no
+# meaning).
 _SCHEMA = (
     "(Tensor x, Tensor y, Tensor? ref_x, Tensor? ref_y, int? row_offset, float margin_plus, float margin_minus, "
     "float lambda_plus, float lambda_minus, bool squared, bool fp16, bool per_side, bool grad_x, bool grad_ref) "
@@ -262,8 +263,8 @@ def choose(backend: str, device_type: str, dtype: torch.dtype, squared: bool = F
 def _choose_best(device_type: str, dtype: torch.dtype, squared: bool) -> str:
     """The extension's kernel, else on a GPU Triton's, else the blocked form, with a warning that says what is missing.
 
-    Embeddings in float64 on a GPU take the blocked form without one: GPU kernels live off 16-bit products. So do squared
-    penalties, whose gradient weighs pairs with more than the 0 and 1 that those kernels are made for.
+    Embeddings in float64 on a GPU take the blocked form without one: GPU kernels live off 16-bit products. So do
+    squared penalties, whose gradient weighs pairs with more than the 0 and 1 that those kernels are made for.
     """
     if device_type == "cuda" and (dtype == torch.float64 or squared):
         return "blocked"
