@@ -2,7 +2,7 @@
 form of it in O(N D) memory, which runs on any device."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -158,12 +158,12 @@ def _blocked(
     n_plus, n_minus = count.clamp_min(1).to(wide)
     weight = torch.stack([lambda_plus / n_plus, lambda_minus / n_minus])
     weight, penalty = (torch.where(finite, t, torch.nan) for t in (weight, penalty))
-    one, none = torch.where(finite, 1.0, torch.nan).to(wide), torch.zeros((), dtype=wide, device=x.device)
-    weights = ((one, none), (none, one)) if per_side else (weight.unbind(),)
 
     def gradient(g: list[Tensor], x_hat: Tensor, norm: Tensor) -> Tensor:
-        grads = [_project(w, g, x_hat, norm) for w in weights]
-        return torch.stack(grads) if per_side else grads[0]
+        if not per_side:
+            return _project(weight, g, x_hat, norm)
+        one = torch.where(finite, torch.ones_like(weight), torch.nan).diag()  # [side, weight]
+        return torch.stack([_project(one[side], g, x_hat, norm) for side in (0, 1)])
 
     return (
         (weight * penalty).sum().to(x.dtype),
@@ -193,7 +193,7 @@ def _unit_and_norm(x: Tensor, takes_part: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(peak * norm < EPS, x / EPS, x / peak / norm), peak * norm
 
 
-def _project(weight: Sequence[Tensor], g: list[Tensor], x_hat: Tensor, norm: Tensor) -> Tensor:
+def _project(weight: Tensor, g: list[Tensor], x_hat: Tensor, norm: Tensor) -> Tensor:
     """dL/dx = (g - (g . x^) x^) / max(|x|, EPS) with g = w- G- - w+ G+; 0 for a zero row.
 
     Below EPS the divisor is a constant, so nothing is projected away.
