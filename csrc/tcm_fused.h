@@ -26,6 +26,7 @@ struct Problem {
 
 template <class real>
 struct Result {
+  bool per_side;     // gradients are those of penalty[kPlus] and of penalty[kMinus], [2, n, d] and [2, m, d]
   real* loss;        // []
   real* grad_x;      // [n, d] dL/dx, or null: not wanted
   real* grad_ref;    // [m, d] dL/dref_x, or null: not wanted

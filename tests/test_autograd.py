@@ -276,7 +276,44 @@ def test_opcheck_of_layouts(backend: str, layout: str, form: str) -> None:
     )
 
 
-def operator_arguments(call: dict[str, Any], grad_x: bool, grad_ref: bool) -> tuple[Any, ...]:
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("grad_x", "grad_ref"), [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_opcheck_of_per_side(backend: str, dtype: torch.dtype, grad_x: bool, grad_ref: bool, form: str) -> None:
+    """The same where the penalties are what has a gradient."""
+    call = make(form, 70, 90, 5, dtype)
+    arguments = operator_arguments(call, grad_x, grad_ref, per_side=True)
+    torch.library.opcheck(ops.OPERATORS[ops.choose(backend, "cpu", dtype)], arguments)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("side", [0, 1])
+def test_penalties_have_gradients_of_their_own(backend: str, side: int, form: str) -> None:
+    """With `per_side`: against finite differences in fp64. An upstream of 0, lambda and the other side play no part."""
+    call = far_from_the_margins(form, 9, 11, 5)
+    operator = ops.OPERATORS[ops.choose(backend, "cpu", torch.float64)]
+
+    def penalty(x: Tensor, ref_x: Tensor | None = None) -> Tensor:
+        changed = {"embeddings": x} if ref_x is None else {"embeddings": x, "ref_emb": ref_x}
+        arguments = operator_arguments({**call, **changed}, True, True, per_side=True)
+        value: Tensor = operator(x, arguments[1], ref_x, *arguments[3:])[3]
+        return value
+
+    inputs = tuple(leaves(call))
+    assert torch.autograd.gradcheck(lambda *x: penalty(*x)[side], inputs, eps=1e-6, atol=1e-8, rtol=1e-6)
+    grads = torch.autograd.grad(penalty(*inputs), inputs, torch.eye(2, dtype=torch.float64)[side])
+    call.update(lambda_plus=0.0, lambda_minus=5.0)
+    for grad, expected in zip(torch.autograd.grad(penalty(*inputs)[side], inputs), grads, strict=True):
+        assert torch.equal(grad, expected)
+        assert grad.abs().sum() > 0
+    for grad in torch.autograd.grad(penalty(*inputs), inputs, torch.zeros(2, dtype=torch.float64)):
+        assert not grad.any()
+    graph = torch.autograd.grad(penalty(*inputs).square().sum(), inputs, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"tcm_loss has no second derivative"):
+        torch.stack([grad.square().sum() for grad in graph]).sum().backward()
+
+
+def operator_arguments(call: dict[str, Any], grad_x: bool, grad_ref: bool, per_side: bool = False) -> tuple[Any, ...]:
     ref_x = call.get("ref_emb")
     grad_ref = grad_ref and ref_x is not None
     return (
@@ -291,7 +328,7 @@ def operator_arguments(call: dict[str, Any], grad_x: bool, grad_ref: bool) -> tu
         call["lambda_minus"],
         False,
         False,
-        False,
+        per_side,
         grad_x,
         grad_ref,
     )

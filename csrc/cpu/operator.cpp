@@ -84,11 +84,14 @@ using Results = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 template <class real>
 Results run(const Tensor& x, const Tensor& y, const std::optional<Tensor>& ref_x, const std::optional<Tensor>& ref_y,
-            int64_t row_offset, const double (&margin)[2], const double (&lambda)[2], bool grad_x, bool grad_ref) {
+            int64_t row_offset, const double (&margin)[2], const double (&lambda)[2], bool per_side, bool grad_x,
+            bool grad_ref) {
   int64_t n = x.size(0), d = x.size(1), m = ref_x ? ref_x->size(0) : n;
-  Tensor loss = torch::stable::new_empty(x, {});
-  Tensor dx = grad_x ? torch::stable::new_empty(x, {n, d}) : torch::stable::new_empty(x, {0});
-  Tensor dref = grad_ref ? torch::stable::new_empty(x, {m, d}) : torch::stable::new_empty(x, {0});
+  auto gradient = [&](bool wanted, int64_t rows) {
+    if (!wanted) return torch::stable::new_empty(x, {0});
+    return per_side ? torch::stable::new_empty(x, {2, rows, d}) : torch::stable::new_empty(x, {rows, d});
+  };
+  Tensor loss = torch::stable::new_empty(x, {}), dx = gradient(grad_x, n), dref = gradient(grad_ref, m);
   Tensor penalty = torch::stable::new_empty(x, {2}, ScalarType::Double);
   Tensor count = torch::stable::new_empty(x, {2}, ScalarType::Long);
   Problem<real> problem{
@@ -101,6 +104,7 @@ Results run(const Tensor& x, const Tensor& y, const std::optional<Tensor>& ref_x
       .lambda = {lambda[kPlus], lambda[kMinus]},
   };
   Result<real> result{
+      .per_side = per_side,
       .loss = loss.mutable_data_ptr<real>(),
       .grad_x = grad_x ? dx.mutable_data_ptr<real>() : nullptr,
       .grad_ref = grad_ref ? dref.mutable_data_ptr<real>() : nullptr,
@@ -128,7 +132,7 @@ Results fused(const Tensor& x, const Tensor& y, std::optional<Tensor> ref_x, std
               std::optional<int64_t> row_offset, double margin_plus, double margin_minus, double lambda_plus,
               double lambda_minus, bool squared, bool /* fp16: there is nothing less than fp32 here */, bool per_side, bool grad_x,
               bool grad_ref) {
-  STD_TORCH_CHECK(!squared && !per_side, "tcm_fused::fused: not there yet on the CPU");
+  STD_TORCH_CHECK(!squared, "tcm_fused::fused: not there yet on the CPU");
   STD_TORCH_CHECK(ref_x.has_value() == ref_y.has_value(), "tcm_fused::fused: give both ref_x and ref_y, or neither");
   check_set(x, y, x);
   if (ref_x) check_set(*ref_x, *ref_y, x);
@@ -140,7 +144,7 @@ Results fused(const Tensor& x, const Tensor& y, std::optional<Tensor> ref_x, std
   if (ref_x) ref_x = embeddings(*ref_x), ref_y = torch::stable::contiguous(*ref_y);
   auto f = dtype == ScalarType::Float ? run<float> : run<double>;
   return f(embeddings(x), torch::stable::contiguous(y), ref_x, ref_y, row_offset.value_or(-1),
-           {margin_plus, margin_minus}, {lambda_plus, lambda_minus}, grad_x, grad_ref && ref_x);
+           {margin_plus, margin_minus}, {lambda_plus, lambda_minus}, per_side, grad_x, grad_ref && ref_x);
 }
 
 template <class real>

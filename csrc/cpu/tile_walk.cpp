@@ -355,34 +355,42 @@ class Walk {
       result_.count[side] = total.count, result_.penalty[side] = finite ? total.sum : kNan;
     }
     *result_.loss = static_cast<real>(loss);
-    if (symmetric_) weight[kPlus] *= 2, weight[kMinus] *= 2;
-    if (result_.grad_x) write_gradient(rows_, p_.y, p_.n, weight, result_.grad_x);
-    if (result_.grad_ref) write_gradient(columns(), p_.ref_y, p_.m, weight, result_.grad_ref);
+    double both_orders = symmetric_ ? 2 : 1, one = finite ? both_orders : kNan;
+    std::vector<std::array<double, 2>> weights{{both_orders * weight[kPlus], both_orders * weight[kMinus]}};
+    if (result_.per_side) weights = {{one, 0}, {0, one}};
+    for (size_t k = 0; k < weights.size(); ++k) {
+      if (result_.grad_x) write_gradient(rows_, p_.y, p_.n, weights[k], result_.grad_x + k * p_.n * p_.d);
+      if (result_.grad_ref) write_gradient(columns(), p_.ref_y, p_.m, weights[k], result_.grad_ref + k * p_.m * p_.d);
+    }
   }
 
   // grad [n, d]: (g - (g . x^) x^) / max(|x|, kEps) with g = w- G- - w+ G+, in the order of the input.
-  void write_gradient(EmbeddingSums<real>& e, const int64_t* y, int64_t n, const double* weight, real* grad) {
+  void write_gradient(EmbeddingSums<real>& e, const int64_t* y, int64_t n, std::array<double, 2> weight, real* grad) {
     use_huge_pages(grad, n * e.d * sizeof(real));
     for (int64_t i = 0; i < n; ++i)
       if (y[i] < 0) std::fill_n(grad + i * e.d, e.d, real{0});
-    bool finite = !std::isnan(weight[kMinus]);
+    bool finite = !std::isnan(weight[kPlus] + weight[kMinus]);
     real w_plus = static_cast<real>(weight[kPlus]), w_minus = static_cast<real>(weight[kMinus]);
     std::vector<real> zeros(e.d);
     parallel(e.panels, [&](int64_t from, int64_t to) {
-      for (int64_t panel = from; panel < to; ++panel)
+      for (int64_t panel = from; panel < to; ++panel) {
+        // A side that was not touched is not read: its memory does not exist yet.
+        auto reads = [&](int side) { return weight[side] != 0 && e.touched[side][panel]; };
         for (int64_t k = e.begin(panel); k < e.begin(panel) + e.rows(panel); ++k) {
           real* out = grad + e.order[k] * e.d;
-          if (!finite || !(e.touched[kPlus][panel] || e.touched[kMinus][panel])) {
+          if (!finite || !(reads(kPlus) || reads(kMinus))) {
             std::fill_n(out, e.d, finite ? real{0} : std::numeric_limits<real>::quiet_NaN());
             continue;
           }
-          // A side that was not touched is not read: its memory does not exist yet.
-          auto own = [&](int side) { return e.touched[side][panel] ? e.sum[side].get() + k * e.d : zeros.data(); };
-          auto shared = [&](int side) { return e.apart[side][k] ? zeros.data() : e.shared[side].get() + panel * e.d; };
+          auto own = [&](int side) { return reads(side) ? e.sum[side].get() + k * e.d : zeros.data(); };
+          auto shared = [&](int side) {
+            return reads(side) && !e.apart[side][k] ? e.shared[side].get() + panel * e.d : zeros.data();
+          };
           RowSums<real> sums{own(kPlus), shared(kPlus), own(kMinus), shared(kMinus)};
           bool constant_norm = e.inverse[k] >= 1 / kEps;  // below kEps the divisor does not depend on x
           loops_.gradient_row(sums, constant_norm ? nullptr : e.unit.get() + k * e.d, e.d, w_plus, w_minus, e.inverse[k], out);
         }
+      }
     });
   }
 

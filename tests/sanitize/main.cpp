@@ -1,6 +1,7 @@
 // Runs the CPU kernel without torch, for the sanitizers: threads of its own, a plain matrix product, random
 // problems of every form and size against a double loop over the pairs. Exit 0: all agree.
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cmath>
 #include <cstdio>
@@ -19,7 +20,7 @@ using tcm::kPlus;
 
 struct Case {
   int64_t n, m, d, classes, row_offset;
-  bool symmetric, grad_x, grad_ref, transposed;
+  bool symmetric, grad_x, grad_ref, per_side, transposed;
   double margin[2], cone;
   int threads;
 };
@@ -70,9 +71,9 @@ tcm::cpu::Host<real> host(int threads, bool transposed) {
           transposed ? transposed_product<real> : product<real>, transposed};
 }
 
-// The definition, pair by pair, in double. False if a pair is as near to a margin as rounding reaches.
+// The definition, pair by pair, in double; the gradients one after the other with `per_side`. False if a pair is as near to a margin as rounding reaches.
 template <class real>
-bool oracle(const tcm::Problem<real>& p, Answer* out) {
+bool oracle(const tcm::Problem<real>& p, bool per_side, Answer* out) {
   auto unit = [&](const real* x, int64_t n) {
     std::vector<double> u(x, x + n * p.d);
     for (int64_t i = 0; i < n; ++i) {
@@ -105,17 +106,18 @@ bool oracle(const tcm::Problem<real>& p, Answer* out) {
       row_pairs[side][i] += 1, column_pairs[side][j] += 1;
       for (int64_t k = 0; k < p.d; ++k) gu[side][i * p.d + k] += v[j * p.d + k], gv[side][j * p.d + k] += u[i * p.d + k];
     }
-  double weight[2];
+  std::array<double, 2> weights;
   out->loss = 0;
   for (int side : {kPlus, kMinus}) {
-    weight[side] = p.lambda[side] / std::max<int64_t>(out->count[side], 1);
-    out->loss += weight[side] * out->penalty[side];
+    weights[side] = p.lambda[side] / std::max<int64_t>(out->count[side], 1);
+    out->loss += weights[side] * out->penalty[side];
   }
   auto gradient = [&](const real* x, const std::vector<double>& unit, std::vector<double>* g, std::vector<int64_t>* pairs,
-                      int64_t n) {
-    Gradient out{std::vector<double>(n * p.d), std::vector<double>(n * p.d)};
+                      int64_t n, std::array<double, 2> weight, Gradient* out) {
+    size_t begin = out->value.size();
+    out->value.resize(begin + n * p.d), out->reach.resize(begin + n * p.d);
     for (int64_t i = 0; i < n; ++i) {
-      double norm = 0, along = 0, *grad = &out.value[i * p.d];
+      double norm = 0, along = 0, *grad = &out->value[begin + i * p.d], *reach = &out->reach[begin + i * p.d];
       for (int64_t k = 0; k < p.d; ++k) {
         norm = std::hypot(norm, x[i * p.d + k]);
         grad[k] = weight[kMinus] * g[kMinus][i * p.d + k] - weight[kPlus] * g[kPlus][i * p.d + k];
@@ -123,19 +125,20 @@ bool oracle(const tcm::Problem<real>& p, Answer* out) {
       }
       for (int64_t k = 0; k < p.d; ++k) {
         grad[k] = norm == 0 ? 0 : (grad[k] - along * unit[i * p.d + k]) / std::max(norm, tcm::kEps);
-        out.reach[i * p.d + k] =
-            (weight[kMinus] * pairs[kMinus][i] + weight[kPlus] * pairs[kPlus][i]) / std::max(norm, tcm::kEps);
+        reach[k] = (weight[kMinus] * pairs[kMinus][i] + weight[kPlus] * pairs[kPlus][i]) / std::max(norm, tcm::kEps);
       }
     }
-    return out;
   };
   if (p.symmetric)
     for (int side : {kPlus, kMinus}) {
       for (size_t k = 0; k < gu[side].size(); ++k) gu[side][k] += gv[side][k];
       for (int64_t i = 0; i < p.n; ++i) row_pairs[side][i] *= 2;
     }
-  out->grad_x = gradient(p.x, u, gu, row_pairs, p.n);
-  if (!p.symmetric) out->grad_ref = gradient(p.ref_x, v, gv, column_pairs, p.m);
+  using Weights = std::vector<std::array<double, 2>>;
+  for (auto& weight : per_side ? Weights{{1, 0}, {0, 1}} : Weights{weights}) {
+    gradient(p.x, u, gu, row_pairs, p.n, weight, &out->grad_x);
+    if (!p.symmetric) gradient(p.ref_x, v, gv, column_pairs, p.m, weight, &out->grad_ref);
+  }
   return true;
 }
 
@@ -175,7 +178,7 @@ bool check(const Case& c, std::mt19937_64& random) {
   draw(c.n, &x, &y), draw(c.m, &ref_x, &ref_y);
   tcm::Problem<real> problem{c.symmetric, c.n, c.symmetric ? c.n : c.m, c.d, x.data(), y.data(), ref_x.data(), ref_y.data(), c.row_offset, {c.margin[0], c.margin[1]}, {1.5, 0.5}};
   Answer wanted;
-  if (!oracle(problem, &wanted)) return false;
+  if (!oracle(problem, c.per_side, &wanted)) return false;
   std::vector<real> first;
   for (int isa = 0; isa <= static_cast<int>(tcm::cpu::best_isa()); ++isa)
     for (int repeat = 0; repeat < 2; ++repeat) {
@@ -183,8 +186,9 @@ bool check(const Case& c, std::mt19937_64& random) {
       real loss = kPoison;
       double penalty[2] = {kPoison, kPoison};
       int64_t count[2] = {-1, -1};
-      std::vector<real> grad_x(c.grad_x ? c.n * c.d : 0, kPoison), grad_ref(c.grad_ref ? c.m * c.d : 0, kPoison);
-      tcm::Result<real> result{&loss, c.grad_x ? grad_x.data() : nullptr, c.grad_ref ? grad_ref.data() : nullptr, penalty, count};
+      int64_t sides = c.per_side ? 2 : 1;
+      std::vector<real> grad_x(c.grad_x ? sides * c.n * c.d : 0, kPoison), grad_ref(c.grad_ref ? sides * c.m * c.d : 0, kPoison);
+      tcm::Result<real> result{c.per_side, &loss, c.grad_x ? grad_x.data() : nullptr, c.grad_ref ? grad_ref.data() : nullptr, penalty, count};
       tcm::cpu::tcm_loss(problem, result, host<real>(c.threads, c.transposed), static_cast<tcm::cpu::Isa>(isa));
       for (int side : {kPlus, kMinus}) {
         if (count[side] != wanted.count[side]) fail(c, "count", count[side], wanted.count[side]);
@@ -285,7 +289,7 @@ void failing_product() {
     bool thrown = false;
     try {
       tcm::cpu::tcm_loss<float>({true, 600, 600, 4, x.data(), y.data(), nullptr, nullptr, -1, {0.9, 0.5}, {1, 1}},
-                                {&loss, grad.data(), nullptr, penalty, count.data()}, broken, tcm::cpu::best_isa());
+                                {false, &loss, grad.data(), nullptr, penalty, count.data()}, broken, tcm::cpu::best_isa());
     } catch (const std::runtime_error&) {
       thrown = true;
     }
@@ -321,7 +325,7 @@ int main(int argc, char** argv) {
     c.row_offset = !c.symmetric && c.m >= c.n && random() % 2 ? static_cast<int64_t>(random() % (c.m - c.n + 1)) : -1;
     c.margin[kPlus] = pick(margins), c.margin[kMinus] = pick(margins);
     c.cone = pick((const double[]){0, 0, 0.3, 1, 4});
-    c.transposed = random() % 2;
+    c.per_side = random() % 2, c.transposed = random() % 2;
     c.threads = pick((const int[]){1, 2, 3, 5});
     done += random() % 2 ? check<float>(c, random) : check<double>(c, random);
     if (random() % 4 == 0) random() % 2 ? check_counts<float>(random) : check_counts<double>(random);
