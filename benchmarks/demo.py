@@ -15,26 +15,34 @@ then margins and weight by OPIS with it. The test images only measure.
 import argparse
 import math
 import os
-import statistics
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle
-from pytorch_metric_learning.losses import ArcFaceLoss
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.gate import check_fused
 from benchmarks.peers import PEERS, forward_backward, make_batch, time_alternating
+from benchmarks.training import (
+    ArcFace,
+    Split,
+    Trained,
+    check_paired,
+    load,
+    make_mlp,
+    one_thread,
+    open_world,
+    positive,
+    spread,
+    train,
+)
 from tcm_fused import Calibration, OPISResult, TCMLoss, calibrate, opis, ops, tcm_loss
 from tcm_fused.plots import plot_pareto
 
@@ -51,7 +59,6 @@ OPEN_EPOCHS = 15  # more steps fit the digits seen and lose those unseen
 OPEN_SEEDS = 3  # times as many as with all digits: a training takes half a second
 ARC_MARGIN = 6.0  # degrees
 ARC_SCALE = 16.0
-LEARNING_RATE = 1e-2
 FALSE_ACCEPT_RATE = 0.01
 
 SIZES = (64, 128, 256, 512, 1024, 2048, 4096)  # batch sizes of the timing
@@ -66,12 +73,9 @@ ARROW = {"arrowstyle": "-|>", "linewidth": 1.6, "mutation_scale": 20, "shrinkA":
 
 
 class Task(NamedTuple):
-    """Images [N, 1, 8, 8] float32 in [0, 1] and labels [N] int64 from 0 on, and how to train on them."""
+    """The images, and how to train on them."""
 
-    train_x: Tensor
-    train_y: Tensor
-    test_x: Tensor
-    test_y: Tensor
+    split: Split
     width: int  # of the embeddings
     margin_plus: float
     margin_minus: float
@@ -99,8 +103,6 @@ class Run(NamedTuple):
 
     seed: int
     with_tcm: bool
-    start: Tensor  # every weight before the first step, [P]
-    draws: Tensor  # state of the random generator after the last step: equal states, equal batches
     embeddings: Tensor  # of the test images, [N, width]
     arcface: float  # NaN in the open world
     score: Score
@@ -117,92 +119,29 @@ CONSISTENCY: tuple[Row, ...] = (
 )
 
 
-class ArcFace(ArcFaceLoss):  # type: ignore[misc]
-    """pytorch-metric-learning's ArcFace, kept off cosines of exactly 1, where the gradient of its arccos is infinite.
-
-    In two dimensions float32 rounds the cosine to 1 for every embedding within 0.02 degrees of its class's weight.
-    """
-
-    def get_angles(self, cosine: Tensor) -> Tensor:
-        """Angles in radians of cosines [N]; those within 0.08 degrees of 0 or 180 get no gradient."""
-        return super().get_angles(cosine.clamp(-1 + 1e-6, 1 - 1e-6))
-
-
-def load() -> Task:
-    """The 1797 digits in two dimensions, 70 % to train on, 30 % to test; the split is the same for every seed."""
-    digits = load_digits()
-    train, test = train_test_split(np.arange(len(digits.target)), test_size=0.3, stratify=digits.target, random_state=0)
-    x = torch.tensor(digits.images / 16, dtype=torch.float32)[:, None]
-    y = torch.tensor(digits.target, dtype=torch.int64)
-    return Task(x[train], y[train], x[test], y[test], 2, MARGIN_PLUS, MARGIN_MINUS, WEIGHT)
-
-
-def open_world(digits: Task) -> Task:
-    """Train on the digits 0 to 4, test on 5 to 9; upright and turned by 90 degrees they are 10 classes each.
-
-    Test images are from the test split, so that an image is in one of the two tasks' test sets if in either.
-    """
-    halves: list[Tensor] = []
-    for x, y, unseen in ((digits.train_x, digits.train_y, False), (digits.test_x, digits.test_y, True)):
-        mine = (y >= 5) == unseen
-        label = y[mine] - 5 * unseen
-        halves += [torch.cat([x[mine], x[mine].rot90(1, (2, 3))]), torch.cat([label, label + 5])]
-    train_x, train_y, test_x, test_y = halves
-    return Task(train_x, train_y, test_x, test_y, OPEN_WIDTH, OPEN_MARGIN_PLUS, OPEN_MARGIN_MINUS, OPEN_WEIGHT)
-
-
-def make_network(width: int) -> nn.Sequential:
-    """Images [N, 1, 8, 8] to embeddings [N, width]. Without batch normalisation classes get stuck on one spot."""
-    layers: list[nn.Module] = [nn.Flatten()]
-    for before, after in ((64, 256), (256, 128)):
-        layers += [nn.Linear(before, after), nn.BatchNorm1d(after), nn.ReLU()]
-    return nn.Sequential(*layers, nn.Linear(128, width))
-
-
-def distort(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Turn each image by up to 5 degrees and shift it by up to half a pixel, so that none is learnt by heart."""
-    n = len(images)
-    angle = (2 * torch.rand(n, generator=generator) - 1) * math.radians(5)
-    shift = (2 * torch.rand(n, 2, 1, generator=generator) - 1) / 8  # an image is 2 units wide
-    turn = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], dim=1).view(n, 2, 2)
-    grid = F.affine_grid(torch.cat([turn, shift], dim=2), list(images.shape), align_corners=False)
-    return F.grid_sample(images, grid, align_corners=False)
-
-
-def train(task: Task, with_tcm: bool, seed: int, epochs: int, tick: Callable[[], object]) -> Run:
-    """Train on all training images as one batch, `epochs` times, and measure. `tick` is called after each epoch.
-
-    Everything random comes from `seed`: the weights first, then the distortion of each epoch's images.
-    """
-    torch.manual_seed(seed)
-    classes = int(task.train_y.max()) + 1
-    network, arcface = make_network(task.width), ArcFace(classes, task.width, margin=ARC_MARGIN, scale=ARC_SCALE)
-    tcm = TCMLoss(task.margin_plus, task.margin_minus, task.weight, task.weight)
-    weights = [*network.parameters(), *arcface.parameters()]
-    start = nn.utils.parameters_to_vector(weights).detach().clone()
-    optimizer = torch.optim.AdamW(weights, lr=LEARNING_RATE, weight_decay=1e-4)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=epochs)
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(epochs):
-        embeddings = network(distort(task.train_x, generator))
-        loss = arcface(embeddings, task.train_y)
-        if with_tcm:
-            loss = loss + tcm(embeddings, task.train_y)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        tick()
-    network.eval()
+def train_and_measure(
+    task: Task, with_tcm: bool, seed: int, epochs: int, tick: Callable[[], object]
+) -> tuple[Run, Trained]:
+    """Train on all training images as one batch, `epochs` times, and measure; see `benchmarks.training.train`."""
+    tcm = TCMLoss(task.margin_plus, task.margin_minus, task.weight, task.weight) if with_tcm else None
+    trained = train(
+        task.split,
+        partial(make_mlp, task.width),
+        lambda classes: ArcFace(classes, task.width, margin=ARC_MARGIN, scale=ARC_SCALE),
+        tcm,
+        seed=seed,
+        epochs=epochs,
+        tick=tick,
+    )
     with torch.no_grad():
-        embeddings = network(task.test_x)
-        base = arcface(embeddings, task.test_y).item() if task.width == 2 else math.nan
-    return Run(seed, with_tcm, start, generator.get_state(), embeddings, base, measure(task, embeddings))
+        seen = task.width == 2
+        base = trained.base_loss(trained.embeddings, task.split.test_y).item() if seen else math.nan
+    return Run(seed, with_tcm, trained.embeddings, base, measure(task, trained.embeddings)), trained
 
 
 def measure(task: Task, embeddings: Tensor) -> Score:
     """What embeddings [N, width] of the test images are worth; both runs are measured with the same margins."""
-    labels = task.test_y
+    labels = task.split.test_y
     plus, minus = task.margin_plus, task.margin_minus
     _, stats = tcm_loss(embeddings, labels, margin_plus=plus, margin_minus=minus, return_stats=True)
     return Score(
@@ -216,24 +155,16 @@ def measure(task: Task, embeddings: Tensor) -> Score:
 
 
 def train_all(task: Task, name: str, seeds: int, epochs: int) -> list[tuple[Run, Run]]:
-    """For each seed the run without TCM and the run with it, from the same start through the same batches (checked).
-
-    One thread: the network is too small for more, and one is not held up where other work shares the machine.
-    """
+    """For each seed the run without TCM and the run with it, from the same start through the same batches (checked)."""
     pairs = []
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with tqdm(total=2 * seeds * epochs, unit="epoch", mininterval=0.5) as bar:
+    with one_thread(), tqdm(total=2 * seeds * epochs, unit="epoch", mininterval=0.5) as bar:
         for seed in range(seeds):
-            runs = []
-            for with_tcm in (False, True):
-                bar.set_description(f"{name}, seed {seed}, {'with TCM' if with_tcm else 'without TCM'}")
-                runs.append(train(task, with_tcm, seed, epochs, bar.update))
-            without, with_ = runs
-            if not (torch.equal(without.start, with_.start) and torch.equal(without.draws, with_.draws)):
-                raise RuntimeError(f"the two runs of seed {seed} did not start alike or did not see the same batches")
+            bar.set_description(f"{name}, seed {seed}, without TCM")
+            without, base_training = train_and_measure(task, False, seed, epochs, bar.update)
+            bar.set_description(f"{name}, seed {seed}, with TCM")
+            with_, training = train_and_measure(task, True, seed, epochs, bar.update)
+            check_paired(base_training, training, seed)
             pairs.append((without, with_))
-    torch.set_num_threads(threads)
     return pairs
 
 
@@ -284,12 +215,6 @@ def print_rows(rows: Sequence[Row], pairs: Sequence[tuple[Run, Run]]) -> None:
     for name, form, value in rows:
         cells = [spread([value(pair[i]) for pair in pairs], form) for i in (0, 1)]
         print(f"{name:40}{cells[0]:>20}{cells[1]:>20}")
-
-
-def spread(values: Sequence[float], form: str) -> str:
-    """'mean +- standard deviation' in the format `form`; of one value just that."""
-    mean = format(statistics.mean(values), form)
-    return f"{mean} +- {format(statistics.stdev(values), form)}" if len(values) > 1 else mean
 
 
 def time_losses() -> dict[int, dict[str, float]]:
@@ -462,13 +387,6 @@ def draw_times(fastest: dict[int, dict[str, float]], path: Path) -> None:
     figure.savefig(path, dpi=160)
 
 
-def positive(text: str) -> int:
-    """An integer of at least 1 from the command line."""
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not at least 1")
-    return number
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train, print, draw, time."""
     parser = argparse.ArgumentParser(
@@ -488,19 +406,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     load_before = os.getloadavg()[0]
     options.out.mkdir(parents=True, exist_ok=True)
 
-    digits = load()
+    split = load()
+    digits = Task(split, 2, MARGIN_PLUS, MARGIN_MINUS, WEIGHT)
+    unseen_digits = Task(open_world(split), OPEN_WIDTH, OPEN_MARGIN_PLUS, OPEN_MARGIN_MINUS, OPEN_WEIGHT)
     print(
-        f"{len(digits.train_x)} digits to train on, {len(digits.test_x)} to test; 2-D embeddings.\n"
+        f"{len(split.train_x)} digits to train on, {len(split.test_x)} to test; 2-D embeddings.\n"
         f"ArcFace: margin {ARC_MARGIN:g} degrees, scale {ARC_SCALE:g}. "
         f"TCM: m+ = {MARGIN_PLUS}, m- = {MARGIN_MINUS}, lambda+ = lambda- = {WEIGHT:g}."
     )
     pairs = train_all(digits, "10 digits", options.seeds, options.epochs)
     print_training(pairs)
-    draw_embeddings(*pairs[0], digits.test_y, options.out / "demo_embeddings.png")
+    draw_embeddings(*pairs[0], split.test_y, options.out / "demo_embeddings.png")
 
-    unseen = train_all(
-        open_world(digits), "unseen digits", OPEN_SEEDS * options.seeds, min(options.epochs, OPEN_EPOCHS)
-    )
+    unseen = train_all(unseen_digits, "unseen digits", OPEN_SEEDS * options.seeds, min(options.epochs, OPEN_EPOCHS))
     print_open_world(unseen)
     draw_opis({"Digits seen": pairs[0], "Digits unseen": unseen[0]}, options.out / "demo_opis.png")
     draw_similarities(unseen[0], options.out / "demo_similarities.png")
