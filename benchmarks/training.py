@@ -91,9 +91,8 @@ def make_mlp(width: int) -> nn.Sequential:
 def make_cnn(width: int) -> nn.Sequential:
     """Images [N, 1, 8, 8] to embeddings [N, width] through three convolutions, 2 x 2 pixels left at the end."""
     layers: list[nn.Module] = []
-    for before, after, pool in ((1, 16, 1), (16, 32, 2), (32, 64, 2)):
-        layers += [nn.Conv2d(before, after, 3, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU()]
-        layers += [nn.MaxPool2d(pool)] if pool > 1 else []
+    for before, after, stride in ((1, 16, 1), (16, 32, 2), (32, 64, 2)):
+        layers += [nn.Conv2d(before, after, 3, stride, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU()]
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(64 * 2 * 2, width))
 
 

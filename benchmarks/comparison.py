@@ -1,0 +1,163 @@
+"""Scores without and with TCM side by side, over seeds, in the form of the paper's tables: Markdown and a picture."""
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from benchmarks.figures import GREY, LOOK
+from benchmarks.training import spread
+
+BETTER, WORSE, UNCLEAR = "#0072B2", "#D55E00", "#888888"  # Okabe and Ito's; the shapes differ as well
+
+CLEAR_FROM = 10  # seeds; of fewer, a standard error says little
+
+
+class Scores(NamedTuple):
+    """What one training reached on the classes it never saw."""
+
+    opis: float
+    eps_opis: float
+    recall_at_1: float
+
+
+class Experiment(NamedTuple):
+    """One base loss on one network: scores by seed. Only seeds that both sides have are compared."""
+
+    name: str
+    without: Mapping[int, Scores]
+    with_tcm: Mapping[int, Scores]
+
+
+class Measure(NamedTuple):
+    """A score and how it is shown."""
+
+    field: str
+    title: str
+    factor: float
+    form: str
+    higher_is_better: bool
+
+
+MEASURES = (
+    Measure("opis", "OPIS x 1000", 1000, ".1f", False),
+    Measure("eps_opis", "10%-OPIS x 1000", 1000, ".1f", False),
+    Measure("recall_at_1", "recall@1, %", 100, ".1f", True),
+)
+
+
+class Change(NamedTuple):
+    """A measure of one experiment, both sides and their difference, seed by seed."""
+
+    without: list[float]
+    with_tcm: list[float]
+    change: list[float]  # with TCM less without
+    better: int  # seeds in which TCM did better
+    clear: bool | None  # True: for the better, False: for the worse, None: not told apart from no change
+
+    @property
+    def mean(self) -> float:
+        return statistics.mean(self.change)
+
+    @property
+    def error(self) -> float:
+        """Standard error of the mean change; NaN of one seed."""
+        n = len(self.change)
+        return statistics.stdev(self.change) / math.sqrt(n) if n > 1 else math.nan
+
+
+def compare(experiment: Experiment, measure: Measure) -> Change:
+    """A change is clear if its mean is more than twice its standard error, over at least `CLEAR_FROM` seeds.
+
+    Raises:
+        ValueError: no seed has been run both without TCM and with.
+    """
+    seeds = sorted(experiment.without.keys() & experiment.with_tcm.keys())
+    if not seeds:
+        raise ValueError(f"{experiment.name}: no seed was run both without TCM and with; run both")
+    sides = [
+        [measure.factor * getattr(side[seed], measure.field) for seed in seeds]
+        for side in (experiment.without, experiment.with_tcm)
+    ]
+    change = [after - before for before, after in zip(*sides, strict=True)]
+    better = sum((value > 0) == measure.higher_is_better and value != 0 for value in change)
+    found = Change(sides[0], sides[1], change, better, None)
+    if len(seeds) < CLEAR_FROM or not abs(found.mean) > 2 * found.error:
+        return found
+    return found._replace(clear=(found.mean > 0) == measure.higher_is_better)
+
+
+def markdown(experiments: Sequence[Experiment]) -> str:
+    """The table, and below it how to read it."""
+    head = "| experiment | seeds |" + "".join(f" {m.title}: without | with TCM | change |" for m in MEASURES)
+    lines = [head, "|---|--:|" + "--:|--:|--:|" * len(MEASURES)]
+    for experiment in experiments:
+        cells: list[str] = []
+        for measure in MEASURES:
+            found = compare(experiment, measure)
+            change = spread(found.change, "+" + measure.form)
+            cells += [spread(found.without, measure.form), spread(found.with_tcm, measure.form)]
+            cells.append(f"{change if found.clear is None else f'**{change}**'}, better in {found.better}")
+        lines.append(f"| {experiment.name} | {len(found.change)} | {' | '.join(cells)} |")
+    notes = (
+        "Mean and standard deviation over seeds. Change: with TCM less without, seed by seed, and the number of seeds "
+        f"in which TCM did better. Bold: the mean change is more than twice its standard error ({CLEAR_FROM} seeds or "
+        "more); of twenty such cells one would be bold by chance."
+    )
+    return "\n".join([*lines, "", notes]) + "\n"
+
+
+def draw(experiments: Sequence[Experiment], title: str, note: str) -> Figure:
+    """A panel for each measure, a line for each experiment: the change of every seed, its mean and twice its error."""
+    with rc_context(LOOK):
+        figure = Figure(figsize=(12, 2.0 + 0.55 * len(experiments)), layout="constrained")
+        panels = figure.subplots(1, len(MEASURES), sharey=True)
+        for axes, measure in zip(panels, MEASURES, strict=True):
+            for y, experiment in enumerate(experiments):
+                _draw_change(axes, y, compare(experiment, measure))
+            axes.axvline(0, color="black", linewidth=1, zorder=1)
+            side = "right" if measure.higher_is_better else "left"
+            unit = "points" if measure.factor == 100 else "x 1000"
+            axes.set(title=measure.title.split(",")[0].removesuffix(" x 1000"))
+            axes.set_xlabel(f"change with TCM, {unit} ({side} is better)")
+            axes.set_yticks(range(len(experiments)), [experiment.name for experiment in experiments])
+            axes.set_ylim(len(experiments) - 0.5, -0.5)
+            axes.tick_params(axis="y", length=0)
+            axes.grid(axis="x", alpha=0.3)
+            axes.spines["left"].set_visible(False)
+        figure.suptitle(title, x=0.01, ha="left", fontsize=13)
+        marks = [
+            Line2D([], [], color=BETTER, marker="o", label="clearly better"),
+            Line2D([], [], color=WORSE, marker="X", label="clearly worse"),
+            Line2D([], [], color=UNCLEAR, marker="D", markerfacecolor="white", label="not told apart from no change"),
+            Line2D([], [], color=GREY, marker="|", linestyle="", label="each seed"),
+        ]
+        figure.legend(handles=marks, loc="outside lower center", ncols=4)
+        figure.supxlabel(note, fontsize=9, color=GREY)
+    return figure
+
+
+def _draw_change(axes: Axes, y: int, found: Change) -> None:
+    colour, marker, face = {
+        True: (BETTER, "o", BETTER),
+        False: (WORSE, "X", WORSE),
+        None: (UNCLEAR, "D", "white"),
+    }[found.clear]
+    axes.plot(found.change, [y] * len(found.change), "|", color=colour, alpha=0.45, markersize=13, zorder=2)
+    error = 2 * found.error if len(found.change) > 1 else 0
+    axes.errorbar(
+        found.mean,
+        y,
+        xerr=error,
+        color=colour,
+        marker=marker,
+        markerfacecolor=face,
+        markersize=8,
+        linewidth=2.4,
+        zorder=3,
+    )
