@@ -16,6 +16,9 @@ STYLE: dict[str, dict[str, Any]] = {
     "eager": {"color": "#E69F00", "marker": "s"},
     "torch.compile": {"color": "#009E73", "marker": "^"},
 }
+COST_STYLE = {name: STYLE[name] for name in ("tcm_fused", "eager")} | {
+    "pytorch-metric-learning": {"color": "#CC79A7", "marker": "D"}
+}
 GREY = "#666666"
 LOOK: Any = {
     "font.size": 11,
@@ -61,6 +64,33 @@ def draw_growth(infos: Infos, hardware: str, target: Path) -> None:
             axes.set_ylim(top=12 * axes.get_ylim()[1])  # room for the legend
             axes.legend(loc="upper left", fontsize=9)
         _save(figure, hardware, target)
+
+
+def draw_cost(infos: Infos, hardware: str, target: Path) -> None:
+    """Left: the share of a training step that TCM takes. Right: the time of the parts of the step. Log axes."""
+    with rc_context(LOOK):
+        figure = Figure(figsize=(10, 4.6), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        family = _family(infos, "test_cost")
+        for name, style in COST_STYLE.items():
+            there = [info for info in family if name in info["share"]]
+            left.plot([i["n"] for i in there], [100 * i["share"][name] for i in there], **style, label=name)
+            right.plot(*_medians(there, name), **style, label=f"TCM: {name}")
+        for name, line in (("network", "-"), ("base loss", "--")):
+            right.plot(*_medians(family, name), color="black", linestyle=line, linewidth=1.2, label=name)
+        left.set(title="TCM's share of a training step", ylabel="% of the step")
+        right.set(title="The parts of a step", ylabel="seconds")
+        for axes in (left, right):
+            _log_axes(axes, [info["n"] for info in family])
+            axes.set_ylim(top=30 * axes.get_ylim()[1])  # room for the legend
+            axes.legend(loc="upper left", fontsize=9)
+        left.set_yticks([0.1, 1, 10, 100], ["0.1", "1", "10", "100"])
+        _save(figure, f"residual MLP, ArcFace, D = 512; half of the negatives hard; {hardware}", target)
+
+
+def _medians(family: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
+    """Batch sizes and median seconds of one part of the step."""
+    return [info["n"] for info in family], [info["seconds"][name]["median"] for info in family]
 
 
 def _draw_densities(axes: Axes, family: list[dict[str, Any]]) -> None:

@@ -167,6 +167,24 @@ def opis_table(infos: Infos) -> str:
     return "\n".join(lines)
 
 
+def cost_table(infos: Infos) -> str:
+    """What TCM takes of a training step, by each way to compute it, as a Markdown table."""
+    ways = ("tcm_fused", "eager", "pytorch-metric-learning")
+    lines = ["| N | network | base loss | " + " | ".join(f"TCM: {way}" for way in ways) + " |", "|--:" * 6 + "|"]
+    for info in _cost_infos(infos):
+        seconds = info["seconds"]
+        cells = [f"{info['n']}", _time(seconds["network"]), _time(seconds["base loss"])]
+        for way in ways:
+            share = f"{_time(seconds[way])}: {100 * info['share'][way]:.2g} %" if way in seconds else ""
+            cells.append(share or info["left_out"][way])
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _cost_infos(infos: Infos) -> list[dict[str, Any]]:
+    return [info for name, info in infos.items() if name.startswith("test_cost[") and "seconds" in info]
+
+
 def _opis_infos(infos: Infos) -> list[dict[str, Any]]:
     return [info for name, info in infos.items() if name.startswith("test_opis[")]
 
@@ -190,7 +208,7 @@ def hardware(machine: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    from benchmarks.figures import draw_growth, draw_speed  # the table alone needs no matplotlib
+    from benchmarks.figures import draw_cost, draw_growth, draw_speed  # the table alone needs no matplotlib
 
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__.splitlines()[0])
     parser.add_argument("result", type=Path, help="what pytest-benchmark wrote")
@@ -204,7 +222,11 @@ def main() -> None:
     print(goal_table(goals(infos)), time_table(infos), sep="\n\n")
     if _opis_infos(infos):
         print("\nOPIS: the whole result, beside the symmetric similarity product alone.\n", opis_table(infos), sep="\n")
-    for name, draw in (("speed", draw_speed), ("growth", draw_growth)):
+    pictures = {"speed": draw_speed, "growth": draw_growth}
+    if _cost_infos(infos):
+        print("\nA training step: time of its parts, and the share of TCM.\n", cost_table(infos), sep="\n")
+        pictures["cost"] = draw_cost
+    for name, draw in pictures.items():
         target = path.with_name(f"{path.stem}_{name}.png")
         draw(infos, hardware(machine), target)
         print(f"\ndrew {target}")
