@@ -112,7 +112,7 @@ def markdown(experiments: Sequence[Experiment]) -> str:
     return "\n".join([*lines, "", notes]) + "\n"
 
 
-def draw(experiments: Sequence[Experiment], title: str, note: str) -> Figure:
+def draw(experiments: Sequence[Experiment], title: str) -> Figure:
     """A panel for each measure, a line for each experiment: the change of every seed, its mean and twice its error."""
     with rc_context(LOOK):
         figure = Figure(figsize=(12, 2.0 + 0.55 * len(experiments)), layout="constrained")
@@ -130,15 +130,14 @@ def draw(experiments: Sequence[Experiment], title: str, note: str) -> Figure:
             axes.tick_params(axis="y", length=0)
             axes.grid(axis="x", alpha=0.3)
             axes.spines["left"].set_visible(False)
-        figure.suptitle(title, x=0.01, ha="left", fontsize=13)
+        figure.suptitle(title, x=0.008, ha="left", fontsize=13)
         marks = [
-            Line2D([], [], color=BETTER, marker="o", label="clearly better"),
+            Line2D([], [], color=BETTER, marker="o", label="clearly better (mean, twice its standard error)"),
             Line2D([], [], color=WORSE, marker="X", label="clearly worse"),
             Line2D([], [], color=UNCLEAR, marker="D", markerfacecolor="white", label="not told apart from no change"),
             Line2D([], [], color=GREY, marker="|", linestyle="", label="each seed"),
         ]
         figure.legend(handles=marks, loc="outside lower center", ncols=4)
-        figure.supxlabel(note, fontsize=9, color=GREY)
     return figure
 
 

@@ -72,11 +72,8 @@ class TCM(NamedTuple):
     weight: float
 
 
-class Grid(NamedTuple):
-    """What is chosen from."""
-
-    steps: tuple[int, ...] = (10, 20, 40)
-    tcm: tuple[TCM, ...] = tuple(itertools.starmap(TCM, itertools.product((0.9, 0.7), (0.5, 0.3), (0.3, 1.0, 3.0))))
+STEPS = (10, 20, 40)
+TCM_GRID = tuple(itertools.starmap(TCM, itertools.product((0.9, 0.7), (0.5, 0.3), (0.3, 1.0, 3.0))))
 
 
 class Job(NamedTuple):
@@ -155,13 +152,13 @@ def score_folds(jobs: Sequence[Job], processes: int, about: str) -> dict[Job, Sc
     return {job: mean_scores(itertools.islice(scores, len(folds))) for job in jobs}
 
 
-def choose(grid: Grid, processes: int) -> dict[tuple[str, str], Choice]:
+def choose(steps: Sequence[int], tcm: Sequence[TCM], processes: int) -> dict[tuple[str, str], Choice]:
     """Steps, then margins and weight, for each network and base loss, by the digits held out."""
     both = list(itertools.product(NETWORKS, BASE_LOSSES))
-    plain = {pair: [Job(*pair, None, 0, steps, None) for steps in grid.steps] for pair in both}
+    plain = {pair: [Job(*pair, None, 0, number, None) for number in steps] for pair in both}
     found = score_folds(list(itertools.chain(*plain.values())), processes, "choosing the number of steps")
     best = {pair: max(jobs, key=lambda job: found[job].recall_at_1) for pair, jobs in plain.items()}
-    tries = {pair: [job._replace(tcm=tcm) for tcm in grid.tcm] for pair, job in best.items()}
+    tries = {pair: [job._replace(tcm=one) for one in tcm] for pair, job in best.items()}
     tried = score_folds(list(itertools.chain(*tries.values())), processes, "choosing margins and weight")
     chosen = {}
     for pair, jobs in tries.items():
@@ -210,8 +207,10 @@ def choice_table(chosen: dict[tuple[str, str], Choice]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def as_json(chosen: dict[tuple[str, str], Choice], experiments: Sequence[Experiment], grid: Grid) -> dict[str, Any]:
-    """Everything that was chosen and measured."""
+def as_json(
+    chosen: dict[tuple[str, str], Choice], experiments: Sequence[Experiment], steps: Sequence[int], tcm: Sequence[TCM]
+) -> dict[str, Any]:
+    """Everything that was chosen, from what, and measured."""
     return {
         "machine": {
             "cpu_instruction_set": torch.backends.cpu.get_cpu_capability(),
@@ -220,7 +219,7 @@ def as_json(chosen: dict[tuple[str, str], Choice], experiments: Sequence[Experim
             "pytorch_metric_learning": pytorch_metric_learning.__version__,
             "tcm_fused": __version__,
         },
-        "chosen_from": {"steps": grid.steps, "tcm": [tcm._asdict() for tcm in grid.tcm]},
+        "chosen_from": {"steps": steps, "tcm": [one._asdict() for one in tcm]},
         "experiments": [
             {
                 "name": experiment.name,
@@ -238,7 +237,7 @@ def as_json(chosen: dict[tuple[str, str], Choice], experiments: Sequence[Experim
     }
 
 
-def main(arguments: Sequence[str] | None = None, grid: Grid | None = None) -> None:
+def main(arguments: Sequence[str] | None = None, tcm: Sequence[TCM] = TCM_GRID) -> None:
     """Choose, measure, print, write."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.digits",
@@ -252,10 +251,10 @@ def main(arguments: Sequence[str] | None = None, grid: Grid | None = None) -> No
         "--processes", type=positive, default=len(os.sched_getaffinity(0)), help="trainings that run at a time"
     )
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder, made if missing")
+    parser.add_argument("--steps", type=positive, nargs="+", default=STEPS, help="numbers of steps to choose from")
     options = parser.parse_args(arguments)
-    grid = grid or Grid()
     options.out.mkdir(parents=True, exist_ok=True)
-    chosen = choose(grid, options.processes)
+    chosen = choose(options.steps, tcm, options.processes)
     experiments = measure(chosen, options.seeds, options.processes)
     text = "\n".join(
         [
@@ -266,8 +265,8 @@ def main(arguments: Sequence[str] | None = None, grid: Grid | None = None) -> No
         ]
     )
     print(text)
-    content = json.dumps(as_json(chosen, experiments, grid), indent=1)
-    picture = comparison.draw(experiments, "Digits unseen in training", f"{WIDTH} dimensions, {options.seeds} seeds")
+    content = json.dumps(as_json(chosen, experiments, options.steps, tcm), indent=1)
+    picture = comparison.draw(experiments, f"Digits unseen in training, {options.seeds} seed(s), {WIDTH} dimensions")
     write_whole(options.out / "digits.md", lambda path: path.write_text(text))
     write_whole(options.out / "digits.json", lambda path: path.write_text(content + "\n"))
     write_whole(options.out / "digits.png", lambda path: picture.savefig(path, dpi=150, format="png"))

@@ -6,7 +6,7 @@ from typing import Any
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+from matplotlib.ticker import LogLocator, NullFormatter
 
 Infos = dict[str, dict[str, Any]]
 
@@ -75,17 +75,18 @@ def draw_cost(infos: Infos, hardware: str, target: Path) -> None:
         for name, style in COST_STYLE.items():
             there = [info for info in family if name in info["share"]]
             left.plot([i["n"] for i in there], [100 * i["share"][name] for i in there], **style, label=name)
-            right.plot(*_medians(there, name), **style, label=f"TCM: {name}")
+            right.plot(*_medians(there, name), **style)
         for name, line in (("network", "-"), ("base loss", "--")):
             right.plot(*_medians(family, name), color="black", linestyle=line, linewidth=1.2, label=name)
         left.set(title="TCM's share of a training step", ylabel="% of the step")
-        right.set(title="The parts of a step", ylabel="seconds")
+        right.set(title="Time of the parts, TCM in the same colours", ylabel="seconds")
         for axes in (left, right):
             _log_axes(axes, [info["n"] for info in family])
-            axes.set_ylim(top=30 * axes.get_ylim()[1])  # room for the legend
-            axes.legend(loc="upper left", fontsize=9)
-        left.set_yticks([0.1, 1, 10, 100], ["0.1", "1", "10", "100"])
-        _save(figure, f"residual MLP, ArcFace, D = 512; half of the negatives hard; {hardware}", target)
+        left.set_ylim(top=130)
+        left.legend(loc="center left", bbox_to_anchor=(0.02, 0.72), fontsize=10)
+        right.legend(loc="lower right", fontsize=10)
+        what = f"residual MLP, ArcFace of {family[0]['classes']:,} classes, D = 512, half of the negatives hard"
+        _save(figure, f"{what}\n{hardware}", target)
 
 
 def _medians(family: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
@@ -142,9 +143,7 @@ def _log_axes(axes: Axes, sizes: list[int]) -> None:
     axes.set_yscale("log")
     axes.set_xticks(sizes, [f"{n:,}" for n in sizes])
     axes.yaxis.set_major_locator(LogLocator(10, numticks=12))
-    plain = ScalarFormatter()
-    plain.set_scientific(False)
-    axes.yaxis.set_major_formatter(plain)
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.grid(alpha=0.3)
     axes.set_xlabel("batch size N")

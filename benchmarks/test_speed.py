@@ -119,8 +119,17 @@ def _product(x: Tensor, ref_x: Tensor | None = None) -> Callable[[], object]:
     return partial(torch.mm, x_hat, ref_hat.T, out=torch.empty(len(x_hat), len(ref_hat)))
 
 
-def _measure(benchmark: Any, steps: Steps, runs: int = 5, peers_every: int = 1) -> None:
+def _measure(
+    benchmark: Any,
+    steps: Steps,
+    runs: int = 5,
+    peers_every: int = 1,
+    once: tuple[str, ...] = (),
+    warm_up: Steps | None = None,
+) -> None:
     """Time "tcm_fused" in `runs` rounds, each (or each `peers_every`-th) begun by a run of all the other steps.
+
+    Steps named in `once` run in the first round only. `warm_up` runs before, if not the steps themselves.
 
     pytest-benchmark runs a set-up before each round and leaves it out of the time: the peers run there. Recorded are
     median, fastest and slowest run in seconds, and the ratio of the medians.
@@ -133,13 +142,15 @@ def _measure(benchmark: Any, steps: Steps, runs: int = 5, peers_every: int = 1) 
         nonlocal rounds_left
         if (runs - rounds_left) % peers_every == 0:
             for name, step in peers.items():
+                if seconds[name] and name in once:
+                    continue
                 start = time.perf_counter()
                 step()
                 seconds[name].append(time.perf_counter() - start)
         rounds_left -= 1
 
-    for warm_up in steps.values():
-        warm_up()
+    for step in (warm_up or steps).values():
+        step()
     benchmark.pedantic(steps["tcm_fused"], setup=time_peers, rounds=runs)
     if benchmark.disabled:
         return

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from benchmarks import comparison, digits
 from benchmarks.comparison import MEASURES, Experiment, Scores, compare
-from benchmarks.digits import HELD_OUT, TCM, Grid, Job, choose_tcm, score_pair, split_of
+from benchmarks.digits import HELD_OUT, TCM, Job, choose_tcm, score_pair, split_of
 from benchmarks.training import SEEN, UNSEEN, Trained, check_paired, load, make_mlp, spread, train
 
 OPIS, RECALL = MEASURES[0], MEASURES[2]
@@ -149,10 +149,10 @@ def test_command_end_to_end(
     monkeypatch.setattr(digits, "NETWORKS", {"MLP": digits.NETWORKS["MLP"]})
     monkeypatch.setattr(digits, "BASE_LOSSES", {k: digits.BASE_LOSSES[k] for k in ("ArcFace", "MultiSimilarity")})
     monkeypatch.setattr(digits, "HELD_OUT", HELD_OUT[:2])
-    grid = Grid((1, 2), (TCM(0.9, 0.5, 1.0), TCM(0.7, 0.3, 3.0)))
+    grid = (TCM(0.9, 0.5, 1.0), TCM(0.7, 0.3, 3.0))
     texts = []
     for folder in (tmp_path / "a", tmp_path / "b"):
-        digits.main(["--seeds", "2", "--processes", "1", "--out", str(folder)], grid)
+        digits.main(["--seeds", "2", "--processes", "1", "--steps", "1", "2", "--out", str(folder)], grid)
         text = (folder / "digits.md").read_text()
         assert capsys.readouterr().out.startswith(text)
         texts.append(text + (folder / "digits.json").read_text())
@@ -162,7 +162,9 @@ def test_command_end_to_end(
     content = json.loads((tmp_path / "a" / "digits.json").read_text())
     assert [e["name"] for e in content["experiments"]] == ["MLP, ArcFace", "MLP, MultiSimilarity"]
     for experiment in content["experiments"]:
-        assert experiment["chosen"]["steps"] in grid.steps
+        chosen = experiment["chosen"]
+        assert chosen["steps"] in (1, 2)
+        assert TCM(chosen["margin_plus"], chosen["margin_minus"], chosen["weight"]) in grid
         assert experiment["without"].keys() == experiment["with_tcm"].keys() == {"0", "1"}
         before = [1000 * scores["opis"] for scores in experiment["without"].values()]
         assert spread(before, ".1f") in texts[0].split(experiment["name"])[1]
