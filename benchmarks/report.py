@@ -190,9 +190,10 @@ def _opis_infos(infos: Infos) -> list[dict[str, Any]]:
 
 
 def _time(reading: dict[str, float]) -> str:
-    """Milliseconds, and the number of runs where it is less than five."""
-    runs = "" if reading["runs"] >= 5 else f" ({reading['runs']:g} runs)"
-    return f"{1e3 * reading['median']:,.4g} ms{runs}"
+    """Milliseconds, or seconds from ten on, and the number of runs where it is less than five."""
+    count, time = reading["runs"], reading["median"]
+    runs = "" if count >= 5 else f" ({count:g} run{'s' if count > 1 else ''})"
+    return (f"{1e3 * time:,.4g} ms" if time < 10 else f"{time:,.4g} s") + runs
 
 
 def _memory(size: float) -> str:
