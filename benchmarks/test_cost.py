@@ -1,13 +1,13 @@
 """The share of a training step that TCM takes, beside network and base loss, fp32.
 
 A step is cut where the embeddings are: the network forward and backward with the optimizer's step, the base loss with
-its gradients, and TCM with its gradient. Each part is timed in alternation with the others, in one process;
-`benchmarks.report` adds the medians. Nothing is extrapolated.
+its gradients, and TCM with its gradient. Each part is timed in alternation with the others, in one process; the share
+is the median of TCM in the sum of the three medians. Nothing is extrapolated.
 
 The network is small on purpose, the hard case for a share: a residual MLP, 18 MFLOP a sample forward, where a ResNet-50
 has 8200. The base loss is pytorch-metric-learning's ArcFace over as many classes as Stanford Online Products trains on,
-35 MFLOP a sample with its gradients.
-TCM gets embeddings with half of the negatives hard: of all densities the most work for tcm_fused.
+35 MFLOP a sample with its gradients. TCM gets embeddings with half of the negatives hard: of all densities the most
+work for tcm_fused.
 """
 
 from functools import partial

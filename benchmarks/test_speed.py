@@ -46,10 +46,13 @@ def test_small(benchmark: Any, n: int) -> None:
 @pytest.mark.benchmark(group="library")
 @pytest.mark.parametrize("n", (256, 1024))
 def test_library(benchmark: Any, n: int) -> None:
-    """The peers that users come from. At N = 1024 pytorch-metric-learning takes 10 GB: two runs to ten of ours."""
+    """The peers that users come from. At N = 1024 pytorch-metric-learning takes 17 GB: two runs to ten of ours."""
     x, labels = _batch(benchmark, n, 512, "few")
     few = n == 1024
-    _measure(benchmark, _steps(x, labels, *PEERS), runs=10 if few else 5, peers_every=5 if few else 1)
+    steps = _steps(x, labels, *PEERS)
+    # 20 s a run, and the smaller batch has warmed it up
+    warm_up = {name: step for name, step in steps.items() if name != "pytorch-metric-learning"} if few else steps
+    _measure(benchmark, steps, runs=10 if few else 5, peers_every=5 if few else 1, warm_up=warm_up)
     _measure_memory(benchmark, x, labels, *PEERS)
 
 
