@@ -1,0 +1,118 @@
+"""The loss of pairs that are given one by one, as a miner gives them."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tcm_fused.loss import Options, TCMStats, _stats
+from tcm_fused.ops import _OnceDifferentiable, _scale
+from tcm_fused.reference import _project, _unit_and_norm, loss_dtype, wide_dtype
+
+CHUNK = 4096  # pairs worked at once, in two blocks of [CHUNK, D]; on a CPU 1024 to 16,384 take the same time
+
+
+def pair_loss(
+    x: Tensor,
+    ref_x: Tensor,
+    pairs: tuple[Tensor, ...],
+    options: Options,
+) -> tuple[Tensor, TCMStats]:
+    """The TCM loss of the given pairs in place of all: hard are the positives up to `margin_plus` and the negatives
+    from `margin_minus` on among them.
+
+    One pass gives loss and gradient. Memory is O(CHUNK D + N D) beyond the pairs; on a GPU nothing waits for the host.
+    A pair that comes k times counts k times. A row that is in no pair is not looked at.
+
+    Args:
+        x: [N, D], the rows.
+        ref_x: [M, D], the columns; may be x itself.
+        pairs: row and column of the positives, row and column of the negatives, int64 [P], [P], [Q], [Q].
+        options: margins, weights, penalty and reduction; the rest does not matter here.
+
+    Returns:
+        The loss, in float64 for float64 embeddings and float32 otherwise, and its stats.
+
+    Raises:
+        ValueError: on a CPU, an index is out of range. (On a GPU that is an error of the device.)
+    """
+    options.check()
+    names = ("anchors of positives", "positives", "anchors of negatives", "negatives")
+    for name, index, rows in zip(names, pairs, (x.shape[0], ref_x.shape[0]) * 2, strict=True):
+        if index.device.type == "cpu" and len(index) and not 0 <= index.min() <= index.max() < rows:
+            raise ValueError(
+                f"indices_tuple: {name} must be from 0 to {rows - 1}, got {index.min()} to {index.max()}; is it from "
+                "another batch?"
+            )
+    loss, penalty, count = _PairLoss.apply(x, ref_x, *pairs, options)
+    return loss, _stats(penalty, count, loss.dtype)
+
+
+class _PairLoss(torch.autograd.Function):
+    """Loss [], penalty [2] and count [2] with the gradient, which backward only scales."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        ref_x: Tensor,
+        a1: Tensor,
+        p: Tensor,
+        a2: Tensor,
+        n: Tensor,
+        options: Options,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        dtype, wide = torch.promote_types(loss_dtype(x), loss_dtype(ref_x)), wide_dtype(x)
+        x_hat, norm = _unit_and_norm(x.to(dtype), _in_pairs(x, a1, a2))
+        ref_hat, ref_norm = _unit_and_norm(ref_x.to(dtype), _in_pairs(ref_x, p, n))
+        squared = options.penalty == "squared"
+        penalty = torch.zeros(2, dtype=wide, device=x.device)
+        count = torch.zeros(2, dtype=torch.int64, device=x.device)
+        g_rows = [torch.zeros_like(x_hat) for _ in range(2 if ctx.needs_input_grad[0] else 0)]  # G+, G-
+        g_columns = [torch.zeros_like(ref_hat) for _ in range(2 if ctx.needs_input_grad[1] else 0)]
+        for side, (rows, columns) in enumerate([(a1, p), (a2, n)]):
+            for i, j in zip(rows.split(CHUNK), columns.split(CHUNK), strict=True):
+                u, v = x_hat[i], ref_hat[j]  # [CHUNK, D]
+                s = (u * v).sum(1)
+                violation = s - options.margin_minus if side else options.margin_plus - s
+                hard = violation >= 0
+                excess = torch.where(hard, violation, 0)
+                penalty[side] += (excess**2 if squared else excess).sum(dtype=wide)
+                count[side] += hard.sum()
+                slope = (2 * excess if squared else hard.to(dtype))[:, None]
+                if g_rows:
+                    g_rows[side].index_add_(0, i, slope * v)
+                if g_columns:
+                    g_columns[side].index_add_(0, j, slope * u)
+        finite = torch.isfinite(x_hat).all() & torch.isfinite(ref_hat).all()
+        # Filled, not copied from the host, which would wait for the device.
+        given = torch.stack([count.new_full((), len(p)), count.new_full((), len(n))])
+        divisor = count if options.reduction == "violating" else given
+        n_plus, n_minus = divisor.clamp_min(1).to(wide)
+        weight = torch.stack([options.lambda_plus / n_plus, options.lambda_minus / n_minus])
+        weight, penalty = (torch.where(finite, t, torch.nan) for t in (weight, penalty))
+        ctx.save_for_backward(
+            _project(weight, g_rows, x_hat, norm) if g_rows else None,
+            _project(weight, g_columns, ref_hat, ref_norm) if g_columns else None,
+        )
+        ctx.embeddings = x, ref_x
+        ctx.mark_non_differentiable(penalty, count)
+        return (weight * penalty).sum().to(dtype), penalty, count
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        grads: list[Tensor | None] = [None] * 7
+        scale = _OnceDifferentiable.apply if torch.is_grad_enabled() else _scale
+        for argument, (saved, x) in enumerate(zip(ctx.saved_tensors, ctx.embeddings, strict=True)):
+            if saved is not None:
+                # Cast last: a gradient too small for float16 is multiplied by the loss scale before it is rounded.
+                grads[argument] = scale(saved, grad_loss, *ctx.embeddings).to(x.dtype)
+        return tuple(grads)
+
+
+def _in_pairs(x: Tensor, *indices: Tensor) -> Tensor:
+    """[N] bool: the rows of x that are in a pair."""
+    taken = torch.zeros(x.shape[0], dtype=torch.bool, device=x.device)
+    for index in indices:
+        taken.index_fill_(0, index, True)
+    return taken
