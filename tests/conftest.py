@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator
 
 os.environ.setdefault("TRITON_INTERPRET", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is downloaded, nor looked up
 
 import pytest
 import torch
