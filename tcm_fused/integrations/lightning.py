@@ -1,0 +1,91 @@
+"""Lightning: a callback that logs hard pairs while training, and OPIS at validation.
+
+from tcm_fused.integrations.lightning import TCMCallback
+
+trainer = Trainer(callbacks=[TCMCallback(embeddings=lambda outputs, batch: (outputs["embeddings"], batch[1]))])
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from tcm_fused.integrations.hard_pairs import criteria, hard_pairs
+
+try:
+    from lightning.pytorch import Callback, LightningModule, Trainer
+
+    from tcm_fused.metric import OPIS
+except ImportError as error:
+    raise ImportError(
+        "tcm_fused.integrations.lightning needs Lightning and torchmetrics: pip install lightning torchmetrics, or "
+        "'tcm_fused[lightning]'"
+    ) from error
+
+
+class TCMCallback(Callback):
+    """Logs what the TCM losses of a `LightningModule` see, and the OPIS of its validation embeddings.
+
+    For each training batch, and as means of the epoch: "tcm/hard_positives", "tcm/hard_negatives",
+    "tcm/violation_positives" and "tcm/violation_negatives" (mean violations), of this process's batches. They stay on
+    the device until Lightning's `log_every_n_steps` asks for them.
+
+    For each validation, of all its embeddings together and from all processes: "tcm/opis", "tcm/eps_opis" and
+    "tcm/recall_at_1", which `ModelCheckpoint(monitor="tcm/opis")` can watch. With several validation loaders the names
+    end in "/dataloader_0", "/dataloader_1", ...
+
+    Args:
+        criterion: a module that has the TCM losses in it, if they are not in the `LightningModule`.
+        embeddings: takes what `validation_step` returned and the batch, and returns embeddings [N, D] and labels [N].
+            None: no OPIS.
+        options: those of `tcm_fused.OPIS`.
+    """
+
+    def __init__(
+        self,
+        criterion: nn.Module | None = None,
+        embeddings: Callable[[Any, Any], tuple[Tensor, Tensor]] | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        if options and embeddings is None:
+            raise TypeError(f"{', '.join(options)}: options of OPIS, which needs embeddings=")
+        OPIS(**options)  # so that a wrong option is an error here
+        self.criterion = criterion
+        self.embeddings = embeddings
+        self.options = options
+        self._losses: dict[str, nn.Module] = {}
+        self._opis: dict[int, OPIS] = {}  # of each validation loader
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._losses = criteria(self.criterion, pl_module)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        pl_module.log_dict(hard_pairs(self._losses), on_step=True, on_epoch=True)
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._opis = {}
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if self.embeddings is None or trainer.sanity_checking:
+            return
+        if dataloader_idx not in self._opis:
+            self._opis[dataloader_idx] = OPIS(**self.options).to(pl_module.device)
+        self._opis[dataloader_idx].update(*self.embeddings(outputs, batch))
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for index, metric in self._opis.items():
+            suffix = f"/dataloader_{index}" if len(self._opis) > 1 else ""
+            scores = {f"tcm/{name}{suffix}": value.float() for name, value in metric.compute().items()}
+            pl_module.log_dict(scores)
+        self._opis = {}

@@ -1,0 +1,114 @@
+"""Transformers: a callback that logs hard pairs while training, and OPIS at evaluation. `SentenceTransformerTrainer` is
+a Transformers trainer too.
+
+    from tcm_fused.integrations.transformers import TCMCallback
+
+    trainer.add_callback(TCMCallback(trainer, lambda model, batch: (model(**batch)["embeddings"], batch["labels"])))
+"""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tcm_fused.integrations.hard_pairs import criteria, hard_pairs
+from tcm_fused.opis import check_options, opis
+
+try:
+    from transformers import Trainer, TrainerCallback
+except ImportError as error:
+    raise ImportError(
+        "tcm_fused.integrations.transformers needs that library: pip install 'transformers[torch]', or "
+        "'tcm_fused[transformers]'"
+    ) from error
+
+
+class TCMCallback(TrainerCallback):
+    """Logs what the TCM losses of a `Trainer` see, and the OPIS of its evaluation embeddings.
+
+    Whenever the trainer logs its loss, as means over the batches and processes since the last time:
+    "tcm/hard_positives", "tcm/hard_negatives", "tcm/violation_positives" and "tcm/violation_negatives" (mean
+    violations). Until then they stay on the device.
+
+    After each evaluation, of all its embeddings together and from all processes: "eval_opis", "eval_eps_opis" and
+    "eval_recall_at_1", logged and added to the metrics, so that `metric_for_best_model="eval_opis"` with
+    `greater_is_better=False` works. The evaluation set is embedded once more for it.
+
+    Args:
+        trainer: the trainer, whose `log` is called; the TCM losses are those in its model, in its `loss`
+            (sentence-transformers) and in its `compute_loss_func`.
+        embed: takes the model and an evaluation batch, and returns embeddings [N, D] and labels [N]; it is called
+            without gradients, with the model in evaluation mode. None: no OPIS. For `SentenceTransformerTrainer`:
+            `lambda model, batch: (model(trainer.collect_features(batch)[0][0])["sentence_embedding"], batch["label"])`.
+        options: those of `tcm_fused.opis`.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        embed: Callable[[nn.Module, Any], tuple[Tensor, Tensor]] | None = None,
+        **options: Any,
+    ) -> None:
+        if options and embed is None:
+            raise TypeError(f"{', '.join(options)}: options of OPIS, which needs embed=")
+        known = inspect.signature(opis).bind(None, None, **options)  # so that a wrong option is an error here
+        known.apply_defaults()
+        check_options(*(known.arguments[name] for name in inspect.signature(check_options).parameters))
+        self.trainer = trainer
+        self.embed = embed
+        self.options = options
+        self._losses: dict[str, nn.Module] = {}
+        self._sums: dict[str, Tensor] = {}  # since the last time, on the device
+        self._batches = 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        loss = getattr(self.trainer, "loss", None)
+        of_datasets = list(loss.values()) if isinstance(loss, dict) else [loss]
+        self._losses = criteria(*of_datasets, getattr(self.trainer, "compute_loss_func", None), self.trainer.model)
+        self._sums, self._batches = {}, 0
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """After each batch but the last of an optimizer step, where gradients are accumulated."""
+        for key, value in hard_pairs(self._losses).items():
+            self._sums[key] = self._sums[key] + value if key in self._sums else value
+        self._batches += 1
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.on_substep_end(args, state, control)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
+        if "loss" not in logs or not self._sums:
+            return
+        keys, sums, batches = list(self._sums), torch.stack(list(self._sums.values())), self._batches
+        self._sums, self._batches = {}, 0
+        means = self.trainer.accelerator.reduce(sums / batches, reduction="mean")
+        self.trainer.log(dict(zip(keys, means.tolist(), strict=True)))
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, Any], **kwargs: Any) -> None:
+        if self.embed is None:
+            return
+        embeddings, labels = self._embed(self.embed, kwargs["eval_dataloader"])
+        result = opis(embeddings, labels, **self.options)
+        # Each evaluation has its own prefix, "eval", or "eval_NAME" of several sets, which callbacks are not told.
+        prefix = next(key.removesuffix("_runtime") for key in metrics if key.endswith("_runtime"))
+        scores = {f"{prefix}_{name}": getattr(result, name) for name in ("opis", "eps_opis", "recall_at_1")}
+        metrics.update(scores)
+        self.trainer.log(dict(scores))
+
+    @torch.no_grad()
+    def _embed(self, embed: Callable[[nn.Module, Any], tuple[Tensor, Tensor]], batches: Any) -> tuple[Tensor, Tensor]:
+        """Embeddings and labels of all evaluation batches, from all processes."""
+        accelerator, model = self.trainer.accelerator, self.trainer.model
+        was_training = model.training
+        model.eval()
+        found = []
+        try:
+            for batch in batches:
+                with accelerator.autocast():
+                    x, y = embed(model, batch)
+                found.append(accelerator.gather_for_metrics((x.float().contiguous(), y.contiguous())))
+        finally:
+            model.train(was_training)
+        return torch.cat([x for x, _ in found]), torch.cat([y for _, y in found])

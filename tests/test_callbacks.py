@@ -1,0 +1,366 @@
+"""Callbacks of Lightning and Transformers: what they log is what the losses saw and what `opis` finds."""
+
+import csv
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import batches
+import lightning
+import pytest
+import tiny_bert
+import torch
+import transformers
+from datasets import Dataset
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from sentence_transformers.base.sampler import BatchSamplers
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import DataLoader, TensorDataset
+
+from tcm_fused import TCMLoss, opis, tcm_loss
+from tcm_fused.integrations import lightning as for_lightning
+from tcm_fused.integrations import transformers as for_transformers
+from tcm_fused.integrations.hard_pairs import KEYS, criteria, hard_pairs
+from tcm_fused.integrations.pytorch_metric_learning import CrossBatchMemory, ThresholdConsistentMarginLoss
+from tcm_fused.integrations.sentence_transformers import ThresholdConsistentMarginLoss as SentenceLoss
+
+N, D, CLASSES, BATCH = 48, 6, 4, 16
+MARGINS = {"margin_plus": 0.9, "margin_minus": 0.1}
+OPIS = {"far_range": (0.1, 0.5), "num_thresholds": 11}
+SCORES = ("opis", "eps_opis", "recall_at_1")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """Nothing here is large enough for two, and where others use the machine too they only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def data(seed: int = 0) -> tuple[Tensor, Tensor]:
+    return batches.batch(N, D, CLASSES, torch.float32, seed)
+
+
+def expected_pairs(x: Tensor, y: Tensor) -> list[float]:
+    _, stats = tcm_loss(x, y, return_stats=True, **MARGINS)
+    return [float(value) for value in stats]
+
+
+def expected_scores(x: Tensor, y: Tensor) -> dict[str, float]:
+    found = opis(x, y, **OPIS)
+    return {name: getattr(found, name) for name in SCORES}
+
+
+class Network(lightning.LightningModule):
+    """Embeddings are the input itself times a weight: cosine similarities, and with them all figures, stay the same."""
+
+    def __init__(self, in_module: bool = True) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+        criterion = TCMLoss(**MARGINS)
+        self.criterion = criterion if in_module else [criterion]  # a list, which Lightning does not look into
+
+    def embed(self, x: Tensor) -> Tensor:
+        return self.scale * x
+
+    def training_step(self, batch: Any, _: int) -> Tensor:
+        criterion = self.criterion if isinstance(self.criterion, TCMLoss) else self.criterion[0]
+        loss: Tensor = criterion(self.embed(batch[0]), batch[1]) + 0 * self.scale
+        return loss
+
+    def validation_step(self, batch: Any, _: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
+        return {"embeddings": self.embed(batch[0])}
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+
+def fit(folder: Path, module: Network, callback: Any, validation: list[tuple[Tensor, Tensor]], **options: Any) -> Any:
+    """Two epochs over `data()`, as Lightning's documentation trains."""
+    trainer = lightning.Trainer(
+        max_epochs=2,
+        accelerator="cpu",
+        callbacks=[callback, *options.pop("callbacks", [])],
+        logger=CSVLogger(folder),
+        default_root_dir=folder,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **options,
+    )
+    loaders = [DataLoader(TensorDataset(*sets), batch_size=20) for sets in validation]
+    trainer.fit(module, DataLoader(TensorDataset(*data()), batch_size=BATCH), loaders)
+    return trainer
+
+
+def rows(trainer: Any) -> list[dict[str, str]]:
+    """What the logger has written, without what is empty."""
+    trainer.logger.save()
+    with Path(trainer.logger.log_dir, "metrics.csv").open() as file:
+        return [{key: value for key, value in row.items() if value} for row in csv.DictReader(file)]
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+@pytest.mark.parametrize("in_module", [True, False])
+def test_lightning(tmp_path: Path, in_module: bool) -> None:
+    """Every batch's hard pairs, their mean over the epoch, and OPIS of all validation batches together."""
+    module = Network(in_module)
+    callback = for_lightning.TCMCallback(
+        criterion=None if in_module else module.criterion[0],
+        embeddings=lambda outputs, batch: (outputs["embeddings"], batch[1]),
+        **OPIS,
+    )
+    best = ModelCheckpoint(folder := tmp_path / "best", monitor="tcm/opis")
+    validation = data(seed=1)
+    trainer = fit(tmp_path, module, callback, [validation], log_every_n_steps=1, callbacks=[best])
+    written = rows(trainer)
+    x, y = data()
+    steps = [expected_pairs(x[i : i + BATCH], y[i : i + BATCH]) for i in range(0, N, BATCH)]
+    for place, key in enumerate(KEYS):
+        found = [float(row[f"tcm/{key}_step"]) for row in written if f"tcm/{key}_step" in row]
+        assert found == pytest.approx([step[place] for step in steps] * 2)
+        mean = [float(row[f"tcm/{key}_epoch"]) for row in written if f"tcm/{key}_epoch" in row]
+        assert mean == pytest.approx([sum(step[place] for step in steps) / len(steps)] * 2)
+    for name, value in expected_scores(*validation).items():
+        found = [float(row[f"tcm/{name}"]) for row in written if f"tcm/{name}" in row]
+        assert found == pytest.approx([value] * 2, rel=1e-6)  # not of the sanity check, which sees two batches
+    assert best.best_model_score is not None
+    assert list(folder.iterdir())
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+def test_lightning_with_two_validation_loaders(tmp_path: Path) -> None:
+    callback = for_lightning.TCMCallback(embeddings=lambda outputs, batch: (outputs["embeddings"], batch[1]), **OPIS)
+    sets = [data(seed=1), data(seed=2)]
+    trainer = fit(tmp_path, Network(), callback, sets, log_every_n_steps=100)
+    for index, validation in enumerate(sets):
+        for name, value in expected_scores(*validation).items():
+            assert trainer.callback_metrics[f"tcm/{name}/dataloader_{index}"].item() == pytest.approx(value, rel=1e-6)
+    assert not any("hard_positives_step" in row for row in rows(trainer))  # nothing was asked for
+
+
+class NoSync(TorchDispatchMode):
+    """An error where a value of a tensor is read: what waits for the device."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert function is not torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+def test_hard_pairs_are_found_and_not_waited_for() -> None:
+    """Of every loss that a module holds, once, and only of those that were called."""
+    x, y = data()
+    memory = CrossBatchMemory(ThresholdConsistentMarginLoss(**MARGINS), embedding_size=D)
+    plain = TCMLoss(**MARGINS)
+    model = nn.ModuleDict({"a": plain, "b": nn.Sequential(memory), "again": plain, "linear": nn.Linear(2, 2)})
+    losses = criteria(None, plain, model, "no module")
+    assert list(losses) == ["TCMLoss", "b.0.loss"]
+    assert hard_pairs(losses) == {}
+    plain(x, y)
+    with NoSync():
+        found = hard_pairs(losses)
+        for_transformers_callback = callback_of(model)
+        for_transformers_callback.on_train_begin(None, None, None)
+        for_transformers_callback.on_step_end(None, None, None)
+        for_transformers_callback.on_step_end(None, None, None)
+    assert {key: value.item() for key, value in found.items()} == pytest.approx(
+        {f"tcm/{key}": value for key, value in zip(KEYS, expected_pairs(x, y), strict=True)}
+    )
+    memory(x, y)
+    assert set(hard_pairs(losses)) == {f"tcm/{name}/{key}" for name in ("TCMLoss", "b.0.loss") for key in KEYS}
+    with pytest.raises(AssertionError), NoSync():
+        found["tcm/hard_positives"].item()
+
+
+class Stub:
+    """As much of a trainer as the callback asks for while training."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+
+def callback_of(model: nn.Module) -> for_transformers.TCMCallback:
+    return for_transformers.TCMCallback(Stub(model))
+
+
+class Embedder(nn.Module):
+    """A model as Transformers takes one: it computes its own loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+        self.criterion = TCMLoss(**MARGINS)
+
+    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        embeddings = self.scale * x
+        return {"loss": self.criterion(embeddings, labels) + 0 * self.scale, "embeddings": embeddings}
+
+
+def arguments(folder: Path, **options: Any) -> dict[str, Any]:
+    return {
+        "output_dir": str(folder),
+        "num_train_epochs": 2,
+        "per_device_eval_batch_size": 20,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "save_strategy": "no",
+        **options,
+    }
+
+
+def test_transformers(tmp_path: Path) -> None:
+    """Means over the batches between two logs, with gradients accumulated, and OPIS of two evaluation sets."""
+    sets = [[{"x": a, "labels": b} for a, b in zip(*data(seed), strict=True)] for seed in range(3)]
+    trainer = transformers.Trainer(
+        model=Embedder(),
+        args=transformers.TrainingArguments(
+            **arguments(
+                tmp_path,
+                per_device_train_batch_size=8,
+                gradient_accumulation_steps=3,
+                logging_steps=2,
+                eval_strategy="epoch",
+            )
+        ),
+        train_dataset=sets[0],
+        eval_dataset={"one": sets[1], "two": sets[2]},
+    )
+    trainer.add_callback(
+        for_transformers.TCMCallback(
+            trainer, lambda model, batch: (model(**batch)["embeddings"], batch["labels"]), **OPIS
+        )
+    )
+    seen: list[list[float]] = []
+    criterion = trainer.model.criterion
+    criterion.register_forward_hook(
+        lambda module, *_: seen.append([float(value) for value in module.stats]) if trainer.model.training else None
+    )
+    trainer.train()
+    assert len(seen) == 12
+    history = trainer.state.log_history
+    logged = [entry for entry in history if "tcm/hard_positives" in entry]
+    assert [entry["step"] for entry in logged] == [2, 4]
+    for entry, batches_of in zip(logged, (seen[:6], seen[6:]), strict=True):
+        for place, key in enumerate(KEYS):
+            assert entry[f"tcm/{key}"] == pytest.approx(sum(stats[place] for stats in batches_of) / 6, rel=1e-5)
+    for name, seed in (("one", 1), ("two", 2)):
+        expected = {f"eval_{name}_{score}": value for score, value in expected_scores(*data(seed)).items()}
+        found = [entry for entry in history if f"eval_{name}_opis" in entry]
+        assert len(found) == 2
+        for entry in found:
+            assert {key: entry[key] for key in expected} == pytest.approx(expected)
+    assert trainer.evaluate(sets[1])["eval_opis"] == pytest.approx(expected_scores(*data(1))["opis"])
+    assert trainer.evaluate(sets[1], metric_key_prefix="held_out")["held_out_opis"] >= 0
+
+
+def test_best_model_by_opis(tmp_path: Path) -> None:
+    """What the trainer is told of an evaluation has OPIS in it, and a loss given as function is found."""
+    examples = [{"x": a, "labels": b} for a, b in zip(*data(), strict=True)]
+    criterion = TCMLoss(**MARGINS)
+
+    class Loss(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tcm = criterion
+
+        def forward(self, outputs: Any, labels: Tensor, **_: Any) -> Tensor:
+            loss: Tensor = self.tcm(outputs["embeddings"], labels)
+            return loss
+
+    class Plain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(D, D)
+
+        def forward(self, x: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+            return {"embeddings": self.linear(x)}
+
+    trainer = transformers.Trainer(
+        model=Plain(),
+        args=transformers.TrainingArguments(
+            **arguments(
+                tmp_path,
+                per_device_train_batch_size=BATCH,
+                logging_steps=1,
+                eval_strategy="epoch",
+                save_strategy="epoch",
+                load_best_model_at_end=True,
+                metric_for_best_model="eval_opis",
+                greater_is_better=False,
+            )
+            | {"save_strategy": "epoch"}
+        ),
+        train_dataset=examples,
+        eval_dataset=examples,
+        compute_loss_func=Loss(),
+    )
+    trainer.add_callback(
+        for_transformers.TCMCallback(
+            trainer, lambda model, batch: (model(batch["x"])["embeddings"], batch["labels"]), **OPIS
+        )
+    )
+    trainer.train()
+    scores = [entry["eval_opis"] for entry in trainer.state.log_history if "eval_opis" in entry]
+    assert len(scores) == 2
+    assert trainer.state.best_metric == min(scores)
+    assert sum("tcm/hard_negatives" in entry for entry in trainer.state.log_history) == 6
+
+
+def test_sentence_transformers(tmp_path: Path) -> None:
+    """The loss is beside the model there, and batches hold columns."""
+    model = tiny_bert.encoder(tmp_path / "model")
+    texts, classes = tiny_bert.sentences(36, torch.Generator().manual_seed(1))
+    dataset = Dataset.from_dict({"sentence": texts, "label": classes})
+    options = arguments(tmp_path, per_device_train_batch_size=12, logging_steps=1, eval_strategy="epoch")
+    trainer = SentenceTransformerTrainer(
+        model=model,
+        args=SentenceTransformerTrainingArguments(**options, batch_sampler=BatchSamplers.GROUP_BY_LABEL),
+        train_dataset=dataset,
+        eval_dataset=dataset,
+        loss=SentenceLoss(model),
+    )
+    trainer.add_callback(
+        for_transformers.TCMCallback(
+            trainer,
+            lambda model, batch: (model(trainer.collect_features(batch)[0][0])["sentence_embedding"], batch["label"]),
+            **OPIS,
+        )
+    )
+    trainer.train()
+    history = trainer.state.log_history
+    assert sum("tcm/hard_positives" in entry for entry in history) == sum("loss" in entry for entry in history) > 0
+    last = [entry for entry in history if "eval_opis" in entry][-1]
+    expected = expected_scores(torch.from_numpy(model.encode(texts)), torch.tensor(classes))
+    assert {name: last[f"eval_{name}"] for name in SCORES} == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("library", ["lightning", "transformers"])
+def test_errors(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wrong option is refused when the callback is made; without its library the import says what to install."""
+
+    def make(**options: Any) -> Any:
+        if library == "lightning":
+            return for_lightning.TCMCallback(**options)
+        return for_transformers.TCMCallback(Stub(nn.Linear(1, 1)), **options)
+
+    embed: dict[str, Any] = {"embeddings" if library == "lightning" else "embed": lambda *_: None}
+    make()
+    make(**embed, **OPIS)
+    with pytest.raises(TypeError, match="far_range: options of OPIS, which needs embed"):
+        make(far_range=(0.1, 0.2))
+    for options in ({"far_range": (0.2, 0.1)}, {"num_thresholds": 1}, {"far_rnge": (0.1, 0.2)}):
+        with pytest.raises((TypeError, ValueError), match=next(iter(options))):
+            make(**embed, **options)
+
+    adapter = for_lightning if library == "lightning" else for_transformers
+    for name in [name for name in sys.modules if name.split(".")[0] == library]:
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.delitem(sys.modules, adapter.__name__)
+    with pytest.raises(ImportError, match="pip install"):
+        __import__(adapter.__name__)
