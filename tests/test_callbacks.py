@@ -29,8 +29,8 @@ from tcm_fused.integrations.pytorch_metric_learning import CrossBatchMemory, Thr
 from tcm_fused.integrations.sentence_transformers import ThresholdConsistentMarginLoss as SentenceLoss
 
 N, D, CLASSES, BATCH = 48, 6, 4, 16
-MARGINS = {"margin_plus": 0.9, "margin_minus": 0.1}
-OPIS = {"far_range": (0.1, 0.5), "num_thresholds": 11}
+MARGINS: dict[str, Any] = {"margin_plus": 0.9, "margin_minus": 0.1}
+OPIS: dict[str, Any] = {"far_range": (0.1, 0.5), "num_thresholds": 11}
 SCORES = ("opis", "eps_opis", "recall_at_1")
 
 
@@ -64,7 +64,7 @@ class Network(lightning.LightningModule):
         super().__init__()
         self.scale = nn.Parameter(torch.ones(()))
         criterion = TCMLoss(**MARGINS)
-        self.criterion = criterion if in_module else [criterion]  # a list, which Lightning does not look into
+        self.criterion: Any = criterion if in_module else [criterion]  # a list, which Lightning does not look into
 
     def embed(self, x: Tensor) -> Tensor:
         return self.scale * x

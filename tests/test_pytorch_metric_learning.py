@@ -96,9 +96,8 @@ def test_agrees_with_the_class_of_the_library(
     if mined != "none":
         indices = some_pairs(n, n, 3 * n, seed)[: 4 if mined == "pairs" else 3]
     m_plus, m_minus, *weights = margins
-    mine, peer = (
-        cls(*weights, m_plus, m_minus) for cls in (ThresholdConsistentMarginLoss, losses.ThresholdConsistentMarginLoss)
-    )
+    classes: list[Any] = [ThresholdConsistentMarginLoss, losses.ThresholdConsistentMarginLoss]
+    mine, peer = (cls(*weights, m_plus, m_minus) for cls in classes)
     agree(mine(x, y, indices), peer(x, y, indices), x)
 
 
@@ -111,7 +110,7 @@ def test_pairs_with_a_reference_set(triplets: bool, reduction: str, penalty: str
     pairs = some_pairs(30, 47, 2 * 4096 + 5, seed=3)
     expected_pairs = (pairs[0], pairs[1], pairs[0], pairs[2] % 47) if triplets else pairs
     indices = expected_pairs[:2] + expected_pairs[3:] if triplets else pairs
-    options = {"margin_plus": 0.3, "margin_minus": 0.1, "lambda_plus": 0.7}
+    options: dict[str, Any] = {"margin_plus": 0.3, "margin_minus": 0.1, "lambda_plus": 0.7}
     criterion = ThresholdConsistentMarginLoss(penalty=penalty, reduction=reduction, **options)
     expected = written_out(x, ref, expected_pairs, penalty, reduction, **options)
     agree(criterion(x, y, indices, ref, ref_y), expected, x, ref)
@@ -125,7 +124,7 @@ def test_all_pairs_with_a_reference_set() -> None:
     """A row is left out of its own comparisons where columns are the rows, and only there."""
     (x, y), (ref, ref_y) = batch(30, 6, 5, seed=4), batch(47, 6, 5, seed=5)
     criterion = ThresholdConsistentMarginLoss(margin_plus=1.5, margin_minus=-0.5)  # a pair of a row with itself is hard
-    every = {"margin_plus": 1.5, "margin_minus": -0.5}
+    every: dict[str, Any] = {"margin_plus": 1.5, "margin_minus": -0.5}
     other = x.detach().flip(0).requires_grad_()
     agree(criterion(x, y, None, ref, ref_y), tcm_loss(x, y, ref, ref_y, **every), x, ref)
     agree(criterion(x, y, None, x, y), tcm_loss(x, y, **every), x)
@@ -150,8 +149,8 @@ def all_of(y: Tensor, ref_y: Tensor, own: int | None) -> Pairs:
 def test_lists_of_all_pairs_are_recognised(own: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """They take the fused pass, with the same result; own = 11 of 14 columns goes round the end of a memory."""
     (x, y), (ref, ref_y) = batch(6, 4, 3, seed=6), batch(14, 4, 3, seed=7)
-    for i in range(6) if own is not None else ():
-        ref_y[(own + i) % 14] = y[i]
+    if own is not None:
+        ref_y[(own + torch.arange(6)) % 14] = y
     pairs = all_of(y, ref_y, own)
     assert recognise_all_pairs(pairs, y, ref_y) == AllPairs(own)
     criterion = ThresholdConsistentMarginLoss(margin_plus=1.5, margin_minus=-0.5)
@@ -338,9 +337,14 @@ def test_pair_loss_is_differentiated_once_and_keeps_little() -> None:
     n, d, count = 1000, 64, 1_000_000
     x = torch.randn(n, d, requires_grad=True)
     kept: list[Tensor] = []
+
+    def keep(t: Tensor) -> Tensor:
+        kept.append(t)
+        return t
+
     pairs = some_pairs(n, n, count // 2, seed=1)
     with (
-        torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t),
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t),
         torch.profiler.profile(profile_memory=True) as profile,
     ):
         value, _ = pair_loss(x, x, pairs, options)
@@ -387,7 +391,7 @@ def _worker(rank: int, folder: str) -> None:
     x = x.detach()
     own = slice(rank * N, rank * N + N)
     order = [*range(N * WORLD)[own], *(i for i in range(N * WORLD) if i not in range(N * WORLD)[own])]
-    margins = {"margin_plus": 1.5, "margin_minus": -0.2}
+    margins: dict[str, Any] = {"margin_plus": 1.5, "margin_minus": -0.2}
     criterion = ThresholdConsistentMarginLoss(**margins)
     mine = x[own].clone().requires_grad_()
     everyone = torch.cat([mine, x[order[N:]]])  # own rows first, as the library gathers them

@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,10 @@ from tcm_fused.integrations import sentence_transformers as adapter
 from tcm_fused.integrations.sentence_transformers import ThresholdConsistentMarginLoss, WithTCM
 
 ROWS = 12
-MARGINS = {"margin_plus": 0.97, "margin_minus": 0.8}  # an untrained encoder puts all sentences close together
+MARGINS: dict[str, Any] = {
+    "margin_plus": 0.97,
+    "margin_minus": 0.8,
+}  # an untrained encoder puts all sentences close together
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -100,7 +104,7 @@ def total(value: Any) -> Tensor:
 def gradients(model: nn.Module, value: Any) -> tuple[Tensor, list[Tensor]]:
     """The loss, and of each parameter of the encoder its gradient: cached losses make it in a hook."""
     model.zero_grad(set_to_none=False)
-    total(value).backward()  # type: ignore[no-untyped-call]
+    torch.autograd.backward(total(value))
     return total(value).detach(), [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
 
@@ -133,7 +137,7 @@ def test_any_loss_with_tcm(model: Any, guide: Any, case: Case, asked: bool) -> N
     runs, alone = calls_of(model, lambda: base(columns(model, count), labels))
     base_loss, base_gradient = gradients(model, alone)
 
-    both = WithTCM(base, (lambda given: classes if given is labels else None) if asked else None, **MARGINS)
+    both = WithTCM(base, (lambda given: classes if given is labels else []) if asked else None, **MARGINS)
     assert both.model is model
     runs_with_tcm, value = calls_of(model, lambda: both(iter(columns(model, count)), labels))
     found, gradient = gradients(model, value)
@@ -195,7 +199,7 @@ def test_inside_of_adaptive_layers(model: Any, name: str) -> None:
     runs = []
     for inner in (losses.TripletLoss(model), WithTCM(losses.TripletLoss(model), **MARGINS)):
         outer = getattr(losses, name)(model, inner, **options)
-        count, value = calls_of(model, lambda outer=outer: outer(columns(model, 3), None))
+        count, value = calls_of(model, partial(outer, columns(model, 3), None))
         runs.append((count, value.item()))
     assert runs[0][0] == runs[1][0]
     assert runs[0][1] < runs[1][1]

@@ -1,5 +1,7 @@
 """What callbacks log of the TCM losses in a model: how many pairs are hard, and by how much."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -23,7 +25,7 @@ def hard_pairs(losses: dict[str, nn.Module]) -> dict[str, Tensor]:
 
     Where several were called, with their names: "tcm/NAME/hard_positives". Nothing waits for the device.
     """
-    stats = {name: module.stats for name, module in losses.items()}
+    stats: dict[str, Any] = {name: module.stats for name, module in losses.items()}
     called = {name: value for name, value in stats.items() if isinstance(value, TCMStats)}
     return {
         f"tcm/{key}" if len(called) == 1 else f"tcm/{name}/{key}": value.detach().to(torch.float32)

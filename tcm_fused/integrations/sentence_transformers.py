@@ -147,7 +147,7 @@ class WithTCM(ThresholdConsistentMarginLoss):
                 "embeddings; train with ThresholdConsistentMarginLoss on a dataset of its own beside it"
             )
         super().__init__(_encoder(loss), class_labels, **options)
-        self.loss = loss
+        self.loss: Any = loss
         self._labels: Tensor | None = None  # of the batch that `forward` is at
 
     @property
@@ -175,7 +175,7 @@ class WithTCM(ThresholdConsistentMarginLoss):
         value: Tensor = type(self.loss).calculate_loss(self.loss, reps, *args, with_backward=with_backward)
         tcm = self.compute_loss_from_embeddings([torch.cat(column) for column in reps], self._labels)
         if with_backward:
-            tcm.backward()  # type: ignore[no-untyped-call]
+            torch.autograd.backward(tcm)
             tcm = tcm.detach()
         return value + tcm
 
