@@ -1,6 +1,7 @@
 """Callbacks of Lightning and Transformers: what they log is what the losses saw and what `opis` finds."""
 
 import csv
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +18,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.base.sampler import BatchSamplers
+from sentence_transformers.sentence_transformer import losses
 from torch import Tensor, nn
+from torch.multiprocessing.spawn import spawn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -27,6 +30,7 @@ from tcm_fused.integrations import transformers as for_transformers
 from tcm_fused.integrations.hard_pairs import KEYS, criteria, hard_pairs
 from tcm_fused.integrations.pytorch_metric_learning import CrossBatchMemory, ThresholdConsistentMarginLoss
 from tcm_fused.integrations.sentence_transformers import ThresholdConsistentMarginLoss as SentenceLoss
+from tcm_fused.integrations.sentence_transformers import WithTCM
 
 N, D, CLASSES, BATCH = 48, 6, 4, 16
 MARGINS: dict[str, Any] = {"margin_plus": 0.9, "margin_minus": 0.1}
@@ -122,7 +126,7 @@ def test_lightning(tmp_path: Path, in_module: bool) -> None:
     x, y = data()
     steps = [expected_pairs(x[i : i + BATCH], y[i : i + BATCH]) for i in range(0, N, BATCH)]
     for place, key in enumerate(KEYS):
-        found = [float(row[f"tcm/{key}_step"]) for row in written if f"tcm/{key}_step" in row]
+        found = [float(row[f"tcm/{key}"]) for row in written if f"tcm/{key}" in row]
         assert found == pytest.approx([step[place] for step in steps] * 2)
         mean = [float(row[f"tcm/{key}_epoch"]) for row in written if f"tcm/{key}_epoch" in row]
         assert mean == pytest.approx([sum(step[place] for step in steps) / len(steps)] * 2)
@@ -141,7 +145,7 @@ def test_lightning_with_two_validation_loaders(tmp_path: Path) -> None:
     for index, validation in enumerate(sets):
         for name, value in expected_scores(*validation).items():
             assert trainer.callback_metrics[f"tcm/{name}/dataloader_{index}"].item() == pytest.approx(value, rel=1e-6)
-    assert not any("hard_positives_step" in row for row in rows(trainer))  # nothing was asked for
+    assert not any("tcm/hard_positives" in row for row in rows(trainer))  # nothing was asked for
 
 
 class NoSync(TorchDispatchMode):
@@ -158,12 +162,12 @@ def test_hard_pairs_are_found_and_not_waited_for() -> None:
     memory = CrossBatchMemory(ThresholdConsistentMarginLoss(**MARGINS), embedding_size=D)
     plain = TCMLoss(**MARGINS)
     model = nn.ModuleDict({"a": plain, "b": nn.Sequential(memory), "again": plain, "linear": nn.Linear(2, 2)})
-    losses = criteria(None, plain, model, "no module")
-    assert list(losses) == ["TCMLoss", "b.0.loss"]
-    assert hard_pairs(losses) == {}
+    found_losses = criteria(None, plain, model, "no module")
+    assert list(found_losses) == ["TCMLoss", "b.0.loss"]
+    assert hard_pairs(found_losses) == {}
     plain(x, y)
     with NoSync():
-        found = hard_pairs(losses)
+        found = hard_pairs(found_losses)
         for_transformers_callback = callback_of(model)
         for_transformers_callback.on_train_begin(None, None, None)
         for_transformers_callback.on_step_end(None, None, None)
@@ -172,7 +176,7 @@ def test_hard_pairs_are_found_and_not_waited_for() -> None:
         {f"tcm/{key}": value for key, value in zip(KEYS, expected_pairs(x, y), strict=True)}
     )
     memory(x, y)
-    assert set(hard_pairs(losses)) == {f"tcm/{name}/{key}" for name in ("TCMLoss", "b.0.loss") for key in KEYS}
+    assert set(hard_pairs(found_losses)) == {f"tcm/{name}/{key}" for name in ("TCMLoss", "b.0.loss") for key in KEYS}
     with pytest.raises(AssertionError), NoSync():
         found["tcm/hard_positives"].item()
 
@@ -364,3 +368,66 @@ def test_errors(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, adapter.__name__)
     with pytest.raises(ImportError, match="pip install"):
         __import__(adapter.__name__)
+
+
+def _worker(rank: int, folder: str) -> None:
+    """One of two processes, as `torchrun` starts them; every figure is of both, and both have the same weights."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+
+    model = tiny_bert.load(Path(folder, "model"))
+    texts, classes = tiny_bert.sentences(36, torch.Generator().manual_seed(1))
+    pairs = Dataset.from_dict({"anchor": texts, "positive": texts[6:] + texts[:6]})
+    loss = WithTCM(losses.MultipleNegativesRankingLoss(model), **MARGINS)
+    trainer = SentenceTransformerTrainer(
+        model=model,
+        args=SentenceTransformerTrainingArguments(
+            **arguments(Path(folder), per_device_train_batch_size=6, per_device_eval_batch_size=6, logging_steps=2),
+            ddp_backend="gloo",
+        ),
+        train_dataset=pairs,
+        eval_dataset=Dataset.from_dict({"sentence": texts, "label": classes}),
+        loss=loss,
+    )
+    callback = for_transformers.TCMCallback(
+        trainer,
+        lambda model, batch: (model(trainer.collect_features(batch)[0][0])["sentence_embedding"], batch["label"]),
+        **OPIS,
+    )
+    trainer.add_callback(callback)
+    seen: list[float] = []
+    loss.tcm.register_forward_hook(lambda module, *_: seen.append(float(module.stats.count_minus)))
+    trainer.train()
+    assert type(loss.model).__name__ == "DistributedDataParallel"
+    assert loss.loss.model is loss.model
+    weights = torch.cat([p.detach().flatten() for p in model.parameters()])
+    together = [torch.empty_like(weights) for _ in range(2)]
+    torch.distributed.all_gather(together, weights)
+    assert torch.equal(*together)
+    logged = [entry["tcm/hard_negatives"] for entry in trainer.state.log_history if "tcm/hard_negatives" in entry]
+    means = torch.tensor([sum(seen[i : i + 2]) / 2 for i in range(0, len(seen), 2)])
+    torch.distributed.all_reduce(means)
+    assert logged == pytest.approx((means / 2).tolist())
+    metrics = {"eval_runtime": 1.0}
+    callback.on_evaluate(None, None, None, metrics, eval_dataloader=trainer.get_eval_dataloader())
+    expected = expected_scores(torch.from_numpy(model.encode(texts)), torch.tensor(classes))
+    assert {name: metrics[f"eval_{name}"] for name in SCORES} == pytest.approx(expected, abs=1e-4)
+
+    callback_of_lightning = for_lightning.TCMCallback(
+        embeddings=lambda outputs, batch: (outputs["embeddings"], batch[1]), **OPIS
+    )
+    validation = data(seed=1)
+    lightning_trainer = fit(
+        Path(folder), Network(), callback_of_lightning, [validation], strategy="ddp", devices=2, log_every_n_steps=1
+    )
+    assert lightning_trainer.world_size == 2
+    for name, value in expected_scores(*validation).items():
+        assert lightning_trainer.callback_metrics[f"tcm/{name}"].item() == pytest.approx(value, rel=1e-6)
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes(tmp_path: Path) -> None:
+    tiny_bert.encoder(tmp_path / "model")
+    spawn(_worker, (str(tmp_path),), nprocs=2)

@@ -37,6 +37,10 @@ def encoder(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
         attention_probs_dropout_prob=0.0,
     )
     BertModel(config).save_pretrained(folder)
+    return load(folder).to(dtype)
+
+
+def load(folder: Path) -> Any:
+    """The same again, in another process."""
     transformer = Transformer(str(folder))
-    model = SentenceTransformer(modules=[transformer, Pooling(transformer.get_embedding_dimension())], device="cpu")
-    return model.to(dtype)
+    return SentenceTransformer(modules=[transformer, Pooling(transformer.get_embedding_dimension())], device="cpu")

@@ -26,9 +26,9 @@ except ImportError as error:
 class TCMCallback(Callback):
     """Logs what the TCM losses of a `LightningModule` see, and the OPIS of its validation embeddings.
 
-    For each training batch, and as means of the epoch: "tcm/hard_positives", "tcm/hard_negatives",
-    "tcm/violation_positives" and "tcm/violation_negatives" (mean violations), of this process's batches. They stay on
-    the device until Lightning's `log_every_n_steps` asks for them.
+    For each training batch of this process: "tcm/hard_positives", "tcm/hard_negatives", "tcm/violation_positives" and
+    "tcm/violation_negatives" (mean violations); with "_epoch" behind their names, means over the epoch's batches and
+    the processes. They stay on the device until Lightning's `log_every_n_steps` asks for them.
 
     For each validation, of all its embeddings together and from all processes: "tcm/opis", "tcm/eps_opis" and
     "tcm/recall_at_1", which `ModelCheckpoint(monitor="tcm/opis")` can watch. With several validation loaders the names
@@ -63,7 +63,10 @@ class TCMCallback(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        pl_module.log_dict(hard_pairs(self._losses), on_step=True, on_epoch=True)
+        found = hard_pairs(self._losses)
+        pl_module.log_dict(found, on_step=True, on_epoch=False, batch_size=1)
+        of_epoch = {f"{key}_epoch": value for key, value in found.items()}  # only this is asked of all processes
+        pl_module.log_dict(of_epoch, on_step=False, on_epoch=True, sync_dist=True, batch_size=1)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._opis = {}
@@ -87,5 +90,5 @@ class TCMCallback(Callback):
         for index, metric in self._opis.items():
             suffix = f"/dataloader_{index}" if len(self._opis) > 1 else ""
             scores = {f"tcm/{name}{suffix}": value.float() for name, value in metric.compute().items()}
-            pl_module.log_dict(scores)
+            pl_module.log_dict(scores, sync_dist=True, batch_size=1)  # all processes have the same
         self._opis = {}

@@ -111,4 +111,9 @@ class TCMCallback(TrainerCallback):
                 found.append(accelerator.gather_for_metrics((x.float().contiguous(), y.contiguous())))
         finally:
             model.train(was_training)
+        if not found:
+            raise ValueError(
+                "the evaluation set has no batch to find OPIS of; it is empty, or smaller than a batch on every process "
+                "with dataloader_drop_last"
+            )
         return torch.cat([x for x, _ in found]), torch.cat([y for _, y in found])
