@@ -90,11 +90,16 @@ def some_pairs(n: int, m: int, count: int, seed: int) -> Pairs:
 def test_agrees_with_the_class_of_the_library(
     seed: int, n: int, mined: str, margins: tuple[float, float, float, float]
 ) -> None:
-    """Both take the same positional arguments, and pairs that come twice count twice."""
+    """Both take the same positional arguments, and pairs that come twice count twice.
+
+    No row is paired with itself: a similarity of 1 to within rounding would lie on either side of a margin of 1.
+    """
     x, y = batch(n, 5, 4, seed)
     indices: tuple[Tensor, ...] | None = None
     if mined != "none":
-        indices = some_pairs(n, n, 3 * n, seed)[: 4 if mined == "pairs" else 3]
+        a1, shift, a2, other_shift = some_pairs(n, n - 1, 3 * n, seed)
+        indices = a1, (a1 + 1 + shift) % n, a2, (a2 + 1 + other_shift) % n
+        indices = indices if mined == "pairs" else (a1, indices[1], (a1 + 1 + other_shift) % n)
     m_plus, m_minus, *weights = margins
     classes: list[Any] = [ThresholdConsistentMarginLoss, losses.ThresholdConsistentMarginLoss]
     mine, peer = (cls(*weights, m_plus, m_minus) for cls in classes)
@@ -187,20 +192,32 @@ def test_what_is_not_all_pairs_is_not_taken_for_it(own: int | None) -> None:
     assert recognise_all_pairs(pairs, None, None) is None
 
 
-def test_missing_pairs_that_are_not_a_row_with_itself() -> None:
-    """One pair of each row is missing, but not the same shift in all: that is a miner's doing."""
-    y, ref_y = torch.zeros(3, dtype=torch.int64), torch.zeros(5, dtype=torch.int64)
-    full = torch.ones(3, 5, dtype=torch.bool)
-    none = torch.empty(0, dtype=torch.int64)
+@pytest.mark.parametrize(
+    ("y", "ref_y"), [([0, 1], [0, 1]), ([0, 1], [0, 0]), ([0], [0, 1, 0, 2]), ([0, 0], [0, 0, 0]), ([0, 1, 0], [0, 1])]
+)
+def test_every_list_of_as_many_pairs(y: list[int], ref_y: list[int]) -> None:
+    """Ascending lists with any pairs, repeated ones too, as positives and negatives in any way: against the meaning."""
+    n, m = len(y), len(ref_y)
+    places = list(itertools.product(range(n), range(m)))
+    meant: dict[Any, AllPairs] = {}
+    for own in [None, *(range(m) if n <= m else ())]:
+        left = [(i, j) for i, j in places if own is None or j != (own + i) % m]
+        sides = [tuple((i, j) for i, j in left if (y[i] == ref_y[j]) is same) for same in (True, False)]
+        meant[tuple(sides)] = AllPairs(own)
     found = set()
-    for missing in itertools.product(range(5), repeat=3):
-        mask = full.clone()
-        mask[torch.arange(3), torch.tensor(missing)] = False
-        shifts = {(column - row) % 5 for row, column in enumerate(missing)}
-        expected = AllPairs(shifts.pop()) if len(shifts) == 1 else None
-        assert recognise_all_pairs((*torch.where(mask), none, none), y, ref_y) == expected
-        found.add(expected)
-    assert found == {None, *map(AllPairs, range(5))}
+    for length in (n * m - n, n * m):
+        for listed in itertools.combinations_with_replacement(places, length):
+            for split in itertools.product((True, False), repeat=length) if length < 5 else [(True,) * length]:
+                sides = [
+                    tuple(p for p, side in zip(listed, split, strict=True) if side is one) for one in (True, False)
+                ]
+                indices = [torch.tensor(side, dtype=torch.int64).reshape(-1, 2).T for side in sides]
+                pairs = (*indices[0], *indices[1])
+                result = recognise_all_pairs(pairs, torch.tensor(y), torch.tensor(ref_y))
+                assert result == meant.get(tuple(sides)), sides
+                found.add(result)
+    reachable = {all_pairs for sides, all_pairs in meant.items() if len(sides[0]) + len(sides[1]) < 5 or not sides[1]}
+    assert found == {None} | reachable
 
 
 class ByPairs(losses.CrossBatchMemory):

@@ -91,10 +91,9 @@ class _PairLoss(torch.autograd.Function):
         n_plus, n_minus = divisor.clamp_min(1).to(wide)
         weight = torch.stack([options.lambda_plus / n_plus, options.lambda_minus / n_minus])
         weight, penalty = (torch.where(finite, t, torch.nan) for t in (weight, penalty))
-        sides = weight.unbind()
         ctx.save_for_backward(
-            _project(sides, g_rows, x_hat, norm) if g_rows else None,
-            _project(sides, g_columns, ref_hat, ref_norm) if g_columns else None,
+            _project(weight, g_rows, x_hat, norm) if g_rows else None,
+            _project(weight, g_columns, ref_hat, ref_norm) if g_columns else None,
         )
         ctx.embeddings = x, ref_x
         ctx.mark_non_differentiable(penalty, count)

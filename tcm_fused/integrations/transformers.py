@@ -113,7 +113,7 @@ class TCMCallback(TrainerCallback):
             model.train(was_training)
         if not found:
             raise ValueError(
-                "the evaluation set has no batch to find OPIS of; it is empty, or smaller than a batch on every process "
-                "with dataloader_drop_last"
+                "the evaluation set has no batch to find OPIS of: it is empty, or, with dataloader_drop_last, smaller "
+                "than one batch for every process"
             )
         return torch.cat([x for x, _ in found]), torch.cat([y for _, y in found])
