@@ -152,6 +152,9 @@ def test_any_loss_with_tcm(model: Any, guide: Any, case: Case, asked: bool) -> N
 
     with torch.no_grad():
         torch.testing.assert_close(total(both(columns(model, count), labels)), found, rtol=1e-12, atol=0)
+    if both.uses_gradient_cache and "GIST" not in name:
+        reps = [[torch.randn(ROWS, 16, dtype=torch.float64, requires_grad=True)] for _ in range(count)]
+        assert not both.calculate_loss(reps, labels, with_backward=True).requires_grad  # no graph outlives it
     assert "calculate_loss" not in vars(base)  # nothing of ours stays in the other loss
     assert not model._forward_hooks
     if asked:
