@@ -50,3 +50,12 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
         torch.set_num_threads(1)
     yield name
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """For small work: where others use the machine too, two threads mostly wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

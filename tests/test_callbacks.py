@@ -3,7 +3,6 @@
 import csv
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +36,7 @@ MARGINS: dict[str, Any] = {"margin_plus": 0.9, "margin_minus": 0.1}
 OPIS: dict[str, Any] = {"far_range": (0.1, 0.5), "num_thresholds": 11}
 SCORES = ("opis", "eps_opis", "recall_at_1")
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Nothing here is large enough for two, and where others use the machine too they only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def data(seed: int = 0) -> tuple[Tensor, Tensor]:

@@ -34,6 +34,8 @@ from tcm_fused.integrations.pytorch_metric_learning import (
     recognise_all_pairs,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 Pairs = tuple[Tensor, Tensor, Tensor, Tensor]
 
 

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,20 +21,13 @@ from tcm_fused import TCMLoss
 from tcm_fused.integrations import sentence_transformers as adapter
 from tcm_fused.integrations.sentence_transformers import ThresholdConsistentMarginLoss, WithTCM
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ROWS = 12
 MARGINS: dict[str, Any] = {
     "margin_plus": 0.97,
     "margin_minus": 0.8,
 }  # an untrained encoder puts all sentences close together
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Nothing here is large enough for two, and where others use the machine too they only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,9 @@
 """Lightning: a callback that logs hard pairs while training, and OPIS at validation.
 
-from tcm_fused.integrations.lightning import TCMCallback
+Example:
+    from tcm_fused.integrations.lightning import TCMCallback
 
-trainer = Trainer(callbacks=[TCMCallback(embeddings=lambda outputs, batch: (outputs["embeddings"], batch[1]))])
+    trainer = Trainer(callbacks=[TCMCallback(embeddings=lambda outputs, batch: (outputs["embeddings"], batch[1]))])
 """
 
 from collections.abc import Callable

@@ -1,9 +1,10 @@
 """pytorch-metric-learning: its `ThresholdConsistentMarginLoss`, fused, and a `CrossBatchMemory` that takes it.
 
-from tcm_fused.integrations.pytorch_metric_learning import ThresholdConsistentMarginLoss
+Example:
+    from tcm_fused.integrations.pytorch_metric_learning import ThresholdConsistentMarginLoss
 
-loss_func = losses.MultipleLosses([losses.MultiSimilarityLoss(), ThresholdConsistentMarginLoss()])
-loss = loss_func(embeddings, labels)
+    loss_func = losses.MultipleLosses([losses.MultiSimilarityLoss(), ThresholdConsistentMarginLoss()])
+    loss = loss_func(embeddings, labels)
 """
 
 from typing import Any, NamedTuple

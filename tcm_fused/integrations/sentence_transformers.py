@@ -1,5 +1,6 @@
 """sentence-transformers: TCM as one of its losses, and `WithTCM`, which adds TCM to any other.
 
+Example:
     from tcm_fused.integrations.sentence_transformers import WithTCM
 
     loss = WithTCM(losses.MultipleNegativesRankingLoss(model))

@@ -1,6 +1,7 @@
 """Transformers: a callback that logs hard pairs while training, and OPIS at evaluation. `SentenceTransformerTrainer` is
 a Transformers trainer too.
 
+Example:
     from tcm_fused.integrations.transformers import TCMCallback
 
     trainer.add_callback(TCMCallback(trainer, lambda model, batch: (model(**batch)["embeddings"], batch["labels"])))
