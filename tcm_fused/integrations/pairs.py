@@ -22,8 +22,8 @@ def pair_loss(
     from `margin_minus` on among them.
 
     One pass gives loss and gradient. Memory is O(CHUNK D + N D) beyond the pairs; on a GPU nothing waits for the host.
-    There the gradient is summed in no fixed order, but for `torch.use_deterministic_algorithms(True)`. A pair that comes
-    k times counts k times. A row that is in no pair is not looked at.
+    There the gradient is summed in no fixed order, unless `torch.use_deterministic_algorithms(True)` was called. A pair
+    that comes k times counts k times. A row that is in no pair is not looked at.
 
     Args:
         x: [N, D], the rows.
