@@ -6,7 +6,8 @@ fall on either side of it in another precision: such a pair may differ, every ot
 """
 
 import math
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tcm_fused import tcm_loss
+from tcm_fused import ops, tcm_loss
 
 Array = NDArray[Any]
 Masks = tuple[Array, Array]  # [N, M] of positives, of negatives
@@ -184,6 +185,19 @@ def compare(result: Result, oracle: Oracle, dtype: torch.dtype, *, exact: bool =
     return int(flips.sum())
 
 
+def compare_sides(result: Result, oracle: Oracle, dtype: torch.dtype, **options: bool) -> None:
+    """`compare` for the gradients [2, N, D] and [2, M, D] of the two penalties, one after the other.
+
+    A penalty is the loss whose lambda is the count, and whose other lambda is 0.
+    """
+    for side in (0, 1):
+        one = copy(oracle)
+        one.weight = np.where(np.arange(2) == side, result.count, 0)
+        grad_x, grad_ref = (None if grad is None else grad[side] for grad in (result.grad_x, result.grad_ref))
+        penalty = float(one.weight @ result.violation)
+        compare(replace(result, loss=penalty, grad_x=grad_x, grad_ref=grad_ref), one, dtype, **options)
+
+
 @dataclass(frozen=True)
 class _Sum:
     """One side's part in the gradient of all rows."""
@@ -260,6 +274,42 @@ def run(
         violation=torch.stack([stats.violation_plus, stats.violation_minus]).double().cpu().numpy(),
         grad_x=_gradient_of(x),
         grad_ref=None if ref_x is None else _gradient_of(ref_x),
+    )
+
+
+def run_sides(
+    backend: str,
+    x: Tensor,
+    y: Tensor,
+    ref_x: Tensor | None = None,
+    ref_y: Tensor | None = None,
+    *,
+    row_offset: int | None = None,
+    margin_plus: float = 0.9,
+    margin_minus: float = 0.5,
+    lambda_plus: float = 1.0,
+    lambda_minus: float = 1.0,
+    fp16: bool = False,
+    grad_x: bool = True,
+    grad_ref: bool = True,
+) -> Result:
+    """The operator of `backend` with `per_side`: gradients [2, N, D] and [2, M, D]; the loss means nothing."""
+    if backend == "cuda":
+        x, y = on_gpu(x), on_gpu(y)
+        ref_x, ref_y = (None if t is None else on_gpu(t) for t in (ref_x, ref_y))
+    grad_ref = grad_ref and ref_x is not None
+    operator = ops.OPERATORS[ops.choose(backend, x.device.type, x.dtype)]
+    options = (row_offset, margin_plus, margin_minus, lambda_plus, lambda_minus, False, fp16, True, grad_x, grad_ref)
+    _, *grads, penalty, count = operator(x, y, ref_x, ref_y, *options)
+    for grad, of, wanted in zip(grads, (x, ref_x), (grad_x, grad_ref), strict=True):
+        assert of is None or grad.shape == ((2, *of.shape) if wanted else (0,))
+    counts = count.cpu().numpy()
+    return Result(
+        loss=math.nan,
+        count=counts,
+        violation=penalty.cpu().numpy() / np.maximum(counts, 1),
+        grad_x=as_array(grads[0]) if grad_x else None,
+        grad_ref=as_array(grads[1]) if grad_ref else None,
     )
 
 

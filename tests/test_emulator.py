@@ -24,7 +24,7 @@ import torch
 from batches import KINDS, dyadic, embeddings, margins
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import Array, Oracle, Result, compare
+from oracle import Array, Oracle, Result, compare, compare_sides
 
 ROOT = Path(__file__).parent.parent
 PARTS = ("csrc/cuda", "tests/emulator")
@@ -98,7 +98,7 @@ class Call:
     weight: tuple[float, float] = (1.0, 1.0)
     fp16: bool = False
 
-    def run(self, *, grad_x: bool = True, grad_ref: bool = True, **knobs: Any) -> Result:
+    def run(self, *, per_side: bool = False, grad_x: bool = True, grad_ref: bool = True, **knobs: Any) -> Result:
         loss, dx, dref, penalty, count = emulated().tcm_loss(
             x=self.x,
             y=self.y,
@@ -108,6 +108,7 @@ class Call:
             margin=self.margin,
             lambda_=self.weight,
             fp16=self.fp16,
+            per_side=per_side,
             grad_x=grad_x,
             grad_ref=grad_ref and self.ref_x is not None,
             **knobs,
@@ -135,9 +136,9 @@ class Call:
             oracle.gap = (oracle.margin[0] - oracle.s, oracle.s - oracle.margin[1])
         return oracle
 
-    def check(self, *, exact: bool = False, **options: Any) -> Result:
-        result = self.run(**options)
-        compare(result, self.oracle(), torch.float32, exact=exact)
+    def check(self, *, exact: bool = False, per_side: bool = False, **options: Any) -> Result:
+        result = self.run(per_side=per_side, **options)
+        (compare_sides if per_side else compare)(result, self.oracle(), torch.float32, exact=exact)
         return result
 
 
@@ -210,6 +211,7 @@ knobs = st.fixed_dictionaries(
         "block": st.sampled_from([1, 2, 192]),  # tiles a side
         "one_chunk": st.sampled_from([0, 4096]),  # sorted in one go
         "chunk": st.sampled_from([32, 96]),  # else merged from
+        "per_side": st.booleans(),
         "grad_x": st.sampled_from([True, True, False]),
         "grad_ref": st.sampled_from([True, True, False]),
     }
@@ -248,7 +250,7 @@ def test_similarities_on_the_margin(form: str, rectangular: bool) -> None:
         sets += [stored(dyadic(150, 70, rng), form), rng.integers(4, size=150)]
     for margin in [(0.5, 0.25), (0.0, 0.0), (1.0, -1.0), (-1.0, 1.0)]:
         for sm in (80, 90):
-            call_of(sets, margin=margin, fp16=one_product(form)).check(exact=True, sm=sm)
+            call_of(sets, margin=margin, fp16=one_product(form)).check(exact=True, sm=sm, per_side=sm == 90)
 
 
 def test_margin_next_to_the_similarity() -> None:
@@ -272,22 +274,25 @@ def test_wide_rows_of_any_size(fp16: bool) -> None:
 
 
 @pytest.mark.parametrize("rectangular", [False, True])
+@pytest.mark.parametrize("per_side", [False, True])
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_non_finite(bad: float, rectangular: bool) -> None:
+def test_non_finite(bad: float, per_side: bool, rectangular: bool) -> None:
     """Loss and gradients are NaN if a row that takes part is not finite; of rows that do not, none is looked at."""
     rng = np.random.default_rng(1)
     x, y = rng.standard_normal((150, 20)).astype(np.float32), rng.integers(3, size=150)
     y[::7] = -1
     x[14] = bad
     reference: list[Array] = [x[:140].copy(), y[:140].copy()] if rectangular else []
-    call_of((x, y, *reference), margin=(0.9, 0.1)).check()
+    call_of((x, y, *reference), margin=(0.9, 0.1)).check(per_side=per_side)
     (reference[0] if rectangular else x)[3, 5] = bad
-    result = call_of((x, y, *reference), margin=(0.9, 0.1)).run()
-    assert np.isnan(result.loss)
-    for grad, labels in ((result.grad_x, y), (result.grad_ref, y[:140])):
-        if grad is not None:
-            assert np.isnan(grad[labels >= 0]).all()
-            assert not grad[labels < 0].any()
+    for margin in ((0.9, 0.1), (-2.0, 2.0)):  # with hard pairs, without
+        result = call_of((x, y, *reference), margin=margin).run(per_side=per_side)
+        assert np.isnan(result.violation).all()
+        assert per_side or np.isnan(result.loss)
+        for grad, labels in ((result.grad_x, y), (result.grad_ref, y[:140])):
+            if grad is not None:
+                assert np.isnan(grad[..., labels >= 0, :]).all()
+                assert not grad[..., labels < 0, :].any()
 
 
 @pytest.mark.parametrize(("n", "m"), [(0, None), (1, None), (0, 5), (5, 0), (0, 0)])
@@ -300,6 +305,21 @@ def test_no_pairs(n: int, m: int | None) -> None:
     result = call_of(sets).check(exact=True)
     assert result.loss == 0
     assert not result.count.any()
+    call_of(sets).check(exact=True, per_side=True)
+
+
+@pytest.mark.parametrize("rectangular", [False, True])
+def test_gradients_of_the_penalties(rectangular: bool) -> None:
+    """Either's own, also where the other has no hard pair; lambda has no part in them, not a bit."""
+    y = np.arange(300) % 9
+    x = stored(embeddings("groups", y, 70, np.random.default_rng(6)), "fp32")
+    sets = (x, y, x[:170], y[:170]) if rectangular else (x, y)
+    for margin in ((0.95, 0.3), (-2.0, 0.3), (0.95, 2.0), (2.0, -2.0)):
+        first = call_of(sets, margin=margin).check(per_side=True)
+        for weight in ((0.0, 1e30), (7.0, 0.0)):
+            again = call_of(sets, margin=margin, weight=weight).run(per_side=True)
+            np.testing.assert_array_equal(again.grad_x, first.grad_x)
+            np.testing.assert_array_equal(again.grad_ref, first.grad_ref)
 
 
 @pytest.mark.parametrize("sm", [80, 90])
@@ -393,6 +413,8 @@ BUGS = {
         "+ pair] = sum;\n  if (group != 0) return;\n  __syncthreads();\n",
     ),
     "epilogue: one row too many": Bug("epilogue.cuh", "k < set.n;", "k <= set.n;", "asan"),
+    "epilogue: penalties exchanged": Bug("epilogue.cuh", "blockIdx.z == kPlus ?", "blockIdx.z != kPlus ?"),
+    "epilogue: penalties in one place": Bug("epilogue.cuh", "blockIdx.z * set.n + ", ""),
 }
 
 

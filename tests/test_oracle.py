@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from batches import embeddings, margins
-from oracle import Oracle, Result, compare, oracle_of, similarity_error, unit_roundoff
+from batches import batch, embeddings, margins
+from oracle import Oracle, Result, compare, compare_sides, oracle_of, run_sides, similarity_error, unit_roundoff
 
 from tcm_fused.reference import tcm_reference
 
@@ -178,6 +178,19 @@ def test_compare_refuses(spoil: Callable[[Result], Result], message: str, dtype:
     result = spoil(oracle.evaluate(oracle.hard()))
     with pytest.raises(AssertionError, match=message):
         compare(result, oracle, dtype)
+
+
+@pytest.mark.parametrize("name", ["grad_x", "grad_ref"])
+def test_compare_sides(name: str) -> None:
+    """Accepts an operator's gradients of the two penalties; refuses them exchanged, negated, or weighted by a count."""
+    sets = (*batch(N, D, 6), *batch(M, D, 6, seed=1))
+    options: dict[str, Any] = {"margin_plus": 0.2, "margin_minus": 0.1}
+    result, oracle = run_sides("torch", *sets, **options), oracle_of(*sets, **options)
+    compare_sides(result, oracle, torch.float32)
+    grads = getattr(result, name)
+    for wrong in (grads[::-1], grads * [[[1]], [[-1]]], grads / result.count[:, None, None]):
+        with pytest.raises(AssertionError, match=f"{name}: .* rows differ"):
+            compare_sides(replace(result, **{name: wrong}), oracle, torch.float32)
 
 
 @pytest.mark.parametrize("side", [0, 1])

@@ -32,7 +32,8 @@ __device__ __forceinline__ Totals add_partials(const Work& w) {
 }
 
 // A warp a row: dL/dx = (g - (g . x^) x^) / max(|x|, kEps) with g = w- G- - w+ G+ (twice that where the rows are the
-// columns). Rows that take no part get 0; where an embedding is not finite all others get NaN.
+// columns). Rows that take no part get 0; where an embedding is not finite all others get NaN. With w.per_side w+ and w-
+// are 1 and 0, then 0 and 1 (blockIdx.z): the gradients of the two penalties, whatever the counts and lambda.
 __global__ void __launch_bounds__(kThreads) finish(const __grid_constant__ Work w) {
   const Totals total = add_partials(w);
   const bool finite = w.state->non_finite == 0;
@@ -42,7 +43,7 @@ __global__ void __launch_bounds__(kThreads) finish(const __grid_constant__ Work 
     weight[side] = total.count[side] == 0 ? 0 : w.lambda[side] / static_cast<double>(total.count[side]);
     loss += weight[side] * total.penalty[side];
   }
-  if (blockIdx.x == 0 && blockIdx.y == 0 && threadIdx.x == 0) {
+  if (blockIdx.x == 0 && blockIdx.y == 0 && blockIdx.z == 0 && threadIdx.x == 0) {
     if (w.loss != nullptr) *w.loss = static_cast<float>(loss);
     for (int side = 0; side < 2; ++side) {
       if (w.penalty != nullptr) w.penalty[side] = finite ? total.penalty[side] : nan;
@@ -52,12 +53,14 @@ __global__ void __launch_bounds__(kThreads) finish(const __grid_constant__ Work 
   const Set& set = w.set[blockIdx.y];
   if (set.grad == nullptr) return;
   const float factor = w.symmetric ? 2.0f : 1.0f;
-  const float plus = factor * static_cast<float>(weight[kPlus]), minus = factor * static_cast<float>(weight[kMinus]);
+  float plus = factor * static_cast<float>(weight[kPlus]), minus = factor * static_cast<float>(weight[kMinus]);
+  if (w.per_side) plus = blockIdx.z == kPlus ? factor : 0, minus = blockIdx.z == kMinus ? factor : 0;
+  const uint8_t reads[2] = {plus != 0, minus != 0};  // of `touched`, not a condition of its own: that would be a branch
   const int lane = threadIdx.x % 32;
   const int64_t part = static_cast<int64_t>(set.tiles) * kTile * w.width;
   for (int64_t k = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32; k < set.n;
       k += static_cast<int64_t>(gridDim.x) * kWarps) {
-    float* grad = set.grad + set.order[0][k] * w.d;
+    float* grad = set.grad + (blockIdx.z * set.n + set.order[0][k]) * w.d;
     const double inverse = set.inverse[k];
     const bool takes_part = k < w.state->valid[blockIdx.y];
     if (!takes_part || !finite || inverse == 0) {
@@ -71,8 +74,9 @@ __global__ void __launch_bounds__(kThreads) finish(const __grid_constant__ Work 
     };
     auto sum = [&](int64_t c) {
       float g = 0;
-      if (touched[static_cast<int64_t>(set.tiles) * w.slices + c / kSlice]) g = minus * set.sum[kMinus][k * w.width + c];
-      if (touched[c / kSlice]) g -= plus * set.sum[kPlus][k * w.width + c];
+      if (touched[static_cast<int64_t>(set.tiles) * w.slices + c / kSlice] & reads[kMinus])
+        g = minus * set.sum[kMinus][k * w.width + c];
+      if (touched[c / kSlice] & reads[kPlus]) g -= plus * set.sum[kPlus][k * w.width + c];
       return g;
     };
     float along = 0;

@@ -115,7 +115,6 @@ Results fused(const Tensor& x_any, const Tensor& y_any, std::optional<Tensor> re
               std::optional<int64_t> row_offset, double margin_plus, double margin_minus, double lambda_plus,
               double lambda_minus, bool squared, bool fp16, bool per_side, bool grad_x, bool grad_ref) {
   STD_TORCH_CHECK(!squared, "tcm_fused::fused: there is no squared penalty on cuda");
-  STD_TORCH_CHECK(!per_side, "tcm_fused::fused: not there yet on cuda");
   STD_TORCH_CHECK(ref_x.has_value() == ref_y.has_value(), "tcm_fused::fused: give both ref_x and ref_y, or neither");
   check_set(x_any, y_any, x_any);
   if (ref_x) check_set(*ref_x, *ref_y, x_any);
@@ -134,8 +133,11 @@ Results fused(const Tensor& x_any, const Tensor& y_any, std::optional<Tensor> re
     return torch::stable::new_empty(x, shape, dtype);
   };
   Tensor loss = empty({}, ScalarType::Float);
-  Tensor dx = grad_x ? empty({n, d}, ScalarType::Float) : empty({0}, ScalarType::Float);
-  Tensor dref = grad_ref ? empty({m, d}, ScalarType::Float) : empty({0}, ScalarType::Float);
+  auto gradient = [&](bool wanted, int64_t rows) {
+    if (!wanted) return empty({0}, ScalarType::Float);
+    return per_side ? empty({2, rows, d}, ScalarType::Float) : empty({rows, d}, ScalarType::Float);
+  };
+  Tensor dx = gradient(grad_x, n), dref = gradient(grad_ref, m);
   Tensor penalty = empty({2}, ScalarType::Double), count = empty({2}, ScalarType::Long);
   Problem problem{
       .symmetric = !ref_x, .n = n, .m = m, .d = d,
@@ -147,6 +149,7 @@ Results fused(const Tensor& x_any, const Tensor& y_any, std::optional<Tensor> re
       .row_offset = row_offset.value_or(-1),
       .margin = {margin_plus, margin_minus},
       .lambda = {lambda_plus, lambda_minus},
+      .per_side = per_side,
       .sm = device.built_for,
       .sm_count = device.sm_count,
   };

@@ -71,6 +71,7 @@ Plan make_plan(const Problem& p, const bool (&gradient)[2], void* workspace, con
   Plan plan{};
   Work& w = plan.work;
   w.symmetric = p.symmetric, w.has_own = !p.symmetric && p.row_offset >= 0;
+  w.per_side = p.per_side;
   w.d = p.d, w.row_offset = p.row_offset;
   w.width = static_cast<int>(round_up(std::max<int64_t>(p.d, 1), kDepth));
   w.slices = (w.width + kSlice - 1) / kSlice;
@@ -171,7 +172,8 @@ cudaError_t enqueue(const Plan& plan, Type type, cudaStream_t stream, const Tuni
   if (error != cudaSuccess) return error;
   int64_t rows = std::max(w.set[0].n, w.set[1].n);
   unsigned grid = static_cast<unsigned>(std::min<int64_t>(blocks(rows, kWarps), int64_t{4} * w.partials));
-  return launch(finish, dim3(grid, w.symmetric ? 1 : 2), dim3(kThreads), kThreads * sizeof(Totals), stream, w);
+  return launch(finish, dim3(grid, w.symmetric ? 1 : 2, w.per_side ? 2 : 1), dim3(kThreads), kThreads * sizeof(Totals),
+      stream, w);
 }
 
 // The gradients for which there is room in the workspace: all that the form of the problem can have.

@@ -22,11 +22,13 @@ struct Problem {
   int64_t row_offset;  // column that is row 0 itself; -1: none
   double margin[2];
   double lambda[2];
+  bool per_side;       // gradients are those of the two penalties, not of the loss
   int sm;              // compute capability of the device, 80, 90, 100...: picks the path
   int sm_count;
 };
 
-// On the device; null: not wanted.
+// On the device; null: not wanted. With per_side the gradients are [2, n, d] and [2, m, d], of penalty[0] and of
+// penalty[1], and lambda has no part in them.
 struct Result {
   float* loss;      // []
   float* grad_x;    // [n, d] dL/dx

@@ -48,7 +48,7 @@ struct Set {
   float* tile_sum;       // [tiles, width] sum of x^ over a tile
   float* sum[2];         // [tiles * kTile, width] G+ and G-; null: no gradient wanted
   uint8_t* touched;      // [2, tiles, slices] whether a tile of G has been written; what has not been is zero
-  float* grad;           // [n, d] output, or null
+  float* grad;           // [n, d] output, or null; [2, n, d] with Work::per_side
 };
 
 struct State {
@@ -63,7 +63,7 @@ struct Partial {  // one block of threads' part in the result
 
 struct Work {
   Set set[2];  // rows, columns; the same where the rows are the columns
-  bool symmetric, has_own;
+  bool symmetric, has_own, per_side;
   int64_t d, row_offset;
   int width;   // d rounded up to kDepth
   int slices;  // of kSlice columns

@@ -11,7 +11,7 @@ namespace tcm::cuda {
 
 struct Outcome {
   float loss;
-  std::vector<float> grad_x, grad_ref;  // empty: not wanted
+  std::vector<float> grad_x, grad_ref;  // empty: not wanted; those of both sides with per_side
   double penalty[2];
   int64_t count[2];
 };
@@ -25,8 +25,9 @@ inline Outcome emulate(const Problem& problem, bool grad_x, bool grad_ref, const
     std::memset(v.data(), 0xff, size * sizeof(float));
     return v;
   };
-  if (grad_x) out.grad_x = poisoned(problem.n * problem.d);
-  if (grad_ref) out.grad_ref = poisoned(problem.m * problem.d);
+  const int64_t sides = problem.per_side ? 2 : 1;
+  if (grad_x) out.grad_x = poisoned(sides * problem.n * problem.d);
+  if (grad_ref) out.grad_ref = poisoned(sides * problem.m * problem.d);
   int64_t bytes = bytes_of(problem, tuning);
   std::unique_ptr<void, decltype(&std::free)> workspace(std::aligned_alloc(256, bytes), &std::free);
   std::memset(workspace.get(), 0xff, bytes);

@@ -21,24 +21,24 @@ Type type_of(const py::array& x) {
   throw py::type_error("embeddings are float16, float32, or bfloat16 as uint16");
 }
 
-py::object gradient(const std::vector<float>& values, int64_t n, int64_t d, bool wanted) {
+py::object gradient(const std::vector<float>& values, int64_t n, const Problem& problem, bool wanted) {
   if (!wanted) return py::none();
-  py::array_t<float> out({n, d});
+  std::vector<int64_t> shape{n, problem.d};
+  if (problem.per_side) shape.insert(shape.begin(), 2);
+  py::array_t<float> out(shape);
   std::copy(values.begin(), values.end(), out.mutable_data());
   return out;
 }
 
 py::tuple tcm_loss_emulated(const py::array& x, const Labels& y, const std::optional<py::array>& ref_x,
                             const std::optional<Labels>& ref_y, std::optional<int64_t> row_offset,
-                            std::array<double, 2> margin, std::array<double, 2> lambda, bool fp16, bool grad_x,
-                                bool grad_ref,
-                            int sm, int sm_count, int block, int64_t chunk, int64_t one_chunk,
-                                const std::string& schedule,
-                            unsigned seed) {
+                            std::array<double, 2> margin, std::array<double, 2> lambda, bool fp16, bool per_side,
+                            bool grad_x, bool grad_ref, int sm, int sm_count, int block, int64_t chunk, int64_t one_chunk,
+                            const std::string& schedule, unsigned seed) {
   Problem problem{};
   problem.symmetric = !ref_x.has_value();
   problem.n = x.shape(0), problem.d = x.shape(1), problem.m = ref_x ? ref_x->shape(0) : x.shape(0);
-  problem.type = type_of(x), problem.fp16 = fp16;
+  problem.type = type_of(x), problem.fp16 = fp16, problem.per_side = per_side;
   problem.x = x.data(), problem.y = y.data();
   problem.ref_x = ref_x ? ref_x->data() : nullptr, problem.ref_y = ref_y ? ref_y->data() : nullptr;
   problem.row_offset = row_offset.value_or(-1);
@@ -53,10 +53,9 @@ py::tuple tcm_loss_emulated(const py::array& x, const Labels& y, const std::opti
   Tuning tuning;
   tuning.block = block, tuning.chunk = chunk, tuning.one_chunk = one_chunk;
   Outcome out = emulate(problem, grad_x, grad_ref, tuning);
-  return py::make_tuple(out.loss, gradient(out.grad_x, problem.n, problem.d, grad_x),
-                        gradient(out.grad_ref, problem.m, problem.d, grad_ref), py::make_tuple(out.penalty[0],
-                            out.penalty[1]),
-                        py::make_tuple(out.count[0], out.count[1]));
+  return py::make_tuple(out.loss, gradient(out.grad_x, problem.n, problem, grad_x),
+                        gradient(out.grad_ref, problem.m, problem, grad_ref),
+                        py::make_tuple(out.penalty[0], out.penalty[1]), py::make_tuple(out.count[0], out.count[1]));
 }
 
 }  // namespace
@@ -64,8 +63,8 @@ py::tuple tcm_loss_emulated(const py::array& x, const Labels& y, const std::opti
 PYBIND11_MODULE(tcm_emulated, module) {
   module.def("tcm_loss", &tcm_loss_emulated, py::kw_only(), py::arg("x"), py::arg("y"), py::arg("ref_x"),
       py::arg("ref_y"),
-             py::arg("row_offset"), py::arg("margin"), py::arg("lambda_"), py::arg("fp16"), py::arg("grad_x"),
-             py::arg("grad_ref"), py::arg("sm") = 80, py::arg("sm_count") = 3, py::arg("block") = kBlock,
+             py::arg("row_offset"), py::arg("margin"), py::arg("lambda_"), py::arg("fp16"), py::arg("per_side"),
+             py::arg("grad_x"), py::arg("grad_ref"), py::arg("sm") = 80, py::arg("sm_count") = 3, py::arg("block") = kBlock,
              py::arg("chunk") = kChunk, py::arg("one_chunk") = kOneChunk, py::arg("schedule") = "in order",
              py::arg("seed") = 0);
 }
