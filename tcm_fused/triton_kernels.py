@@ -493,12 +493,13 @@ def totals(
     loss,  # [], NaN if an embedding is not finite
     penalty,  # [2], likewise
     count,  # [2]
-    weight,  # [2] lambda / n, likewise
+    weight,  # [2] lambda / n, likewise; PER_SIDE: [2, 2], 1 and 0, then 0 and 1
     lambda_plus,
     lambda_minus,
     excess_plus,  # what a hard pair adds to its penalty besides
     excess_minus,
     tiles,
+    PER_SIDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     check = tl.load(row_check) + tl.load(column_check)
@@ -518,7 +519,11 @@ def totals(
         w = tl.cast(factor, tl.float64) / tl.maximum(n, 1).to(tl.float64)
         tl.store(penalty + side, sum_)
         tl.store(count + side, n)
-        tl.store(weight + side, w.to(tl.float32) + poison)
+        if PER_SIDE:
+            tl.store(weight + 3 * side, 1.0 + poison)
+            tl.store(weight + side + 1, poison)
+        else:
+            tl.store(weight + side, w.to(tl.float32) + poison)
         value += w * sum_
     tl.store(loss, value.to(tl.float32))
 
@@ -530,8 +535,8 @@ def project(
     valid,
     norm,  # [padded]
     g,  # [2, padded, d_padded] G+, G-
-    weight,  # [2]
-    out,  # [N, D] dL/dx, contiguous
+    weight,  # [2] from `totals`, or [2, 2]
+    out,  # [N, D] dL/dx, contiguous, or [2, N, D] those of the penalties
     n,
     d,
     g_stride,
@@ -549,8 +554,10 @@ def project(
     size = tl.load(norm + r)
     divisor = tl.maximum(size, EPSILON, propagate_nan=tl.PropagateNan.ALL)
     column = tl.arange(0, BLOCK).to(tl.int64)
-    w_plus = tl.load(weight) * factor
-    w_minus = tl.load(weight + 1) * factor
+    side = tl.program_id(1)
+    out += tl.cast(side, tl.int64) * n * d
+    w_plus = tl.load(weight + 2 * side) * factor
+    w_minus = tl.load(weight + 2 * side + 1) * factor
     along = tl.zeros((ROWS,), tl.float32)
     for k in range(0, d, BLOCK):
         inside = takes_part[:, None] & (k + column < d)[None, :]

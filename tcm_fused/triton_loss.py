@@ -128,8 +128,6 @@ def tcm_triton(
     """The operator of `tcm_fused.ops`, for embeddings of 16 or 32 bits."""
     if squared:
         raise RuntimeError("tcm_fused::triton: there is no squared penalty")
-    if per_side:
-        raise RuntimeError("tcm_fused::triton: not there yet")
     _check(x, y, x)
     if ref_x is not None and ref_y is not None:
         _check(ref_x, ref_y, x)
@@ -139,7 +137,7 @@ def tcm_triton(
     if row_offset is not None and not 0 <= row_offset <= last:
         raise RuntimeError("tcm_fused::triton: row_offset must put every row among the columns")
     call = (x, y, ref_x, ref_y, row_offset, (margin_plus, margin_minus), (lambda_plus, lambda_minus))
-    options = (1 if fp16 else 2, grad_x, grad_ref)
+    options = (1 if fp16 else 2, per_side, grad_x, grad_ref)
     with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
         name, processors = device_of(x.device)
         config = CONFIGS[name]
@@ -171,6 +169,7 @@ def run(
     margin: tuple[float, float],
     weight: tuple[float, float],
     parts: int,
+    per_side: bool,
     grad_x: bool,
     grad_ref: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -187,13 +186,19 @@ def run(
 
     loss, penalty, count, w = (
         torch.empty(shape, dtype=dtype, device=x.device)
-        for shape, dtype in (((), torch.float32), (2, torch.float64), (2, torch.int64), (2, torch.float32))
+        for shape, dtype in (
+            ((), torch.float32),
+            (2, torch.float64),
+            (2, torch.int64),
+            ((2, 2) if per_side else 2, torch.float32),
+        )
     )
     # A norm may be infinite, which is none of the embedding's fault; only NaN says that it was not finite.
     checks = (rows.norm.sum(), columns.norm.sum())
     kernels.totals[(1,)](
-        walk.penalty, walk.count, *checks, loss, penalty, count, w, *weight, *excess, walk.penalty.shape[1], BLOCK=1024
-    )
+        walk.penalty, walk.count, *checks, loss, penalty, count, w, *weight, *excess, walk.penalty.shape[1],
+        PER_SIDE=per_side, BLOCK=1024,
+    )  # fmt: skip
     none = x.new_empty(0, dtype=torch.float32)
     return (
         loss,
@@ -235,13 +240,14 @@ def prepare(config: Config, x: Tensor, y: Tensor, parts: int, gradient: bool) ->
 
 
 def project(e: Embeddings, weight: Tensor, factor: float) -> Tensor:
-    """dL/dx [N, D] from the masked sums."""
+    """dL/dx [N, D] from the masked sums and their weights [2]; with weights [2, 2] two such, [2, N, D]."""
     assert e.g is not None
     n, d = e.x.shape
-    out = e.x.new_empty((n, d), dtype=torch.float32)
+    sides = weight.shape[:-1]
+    out = e.x.new_empty((*sides, n, d), dtype=torch.float32)
     block = min(triton.next_power_of_2(e.g.shape[2]), 1024)
     height = max(1, min(1024 // block, 16))
-    kernels.project[(triton.cdiv(n, height),)](
+    kernels.project[(triton.cdiv(n, height), sides.numel())](
         e.x, e.order, e.valid, e.norm, e.g, weight, out, n, d, e.g.stride(0), e.g.shape[2], *e.x.stride(), factor,
         EPSILON=EPS, ROWS=height, BLOCK=block,
     )  # fmt: skip

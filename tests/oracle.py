@@ -289,11 +289,12 @@ def run_sides(
     margin_minus: float = 0.5,
     lambda_plus: float = 1.0,
     lambda_minus: float = 1.0,
-    fp16: bool = False,
+    precision: str = "auto",
     grad_x: bool = True,
     grad_ref: bool = True,
 ) -> Result:
     """The operator of `backend` with `per_side`: gradients [2, N, D] and [2, M, D]; the loss means nothing."""
+    fp16 = one_fp16_product(backend, x.dtype, precision)
     if backend == "cuda":
         x, y = on_gpu(x), on_gpu(y)
         ref_x, ref_y = (None if t is None else on_gpu(t) for t in (ref_x, ref_y))
@@ -357,7 +358,22 @@ def check(
 ) -> Result:
     """Run `backend` and compare it with the oracle."""
     result = run(backend, x, y, ref_x, ref_y, grad_x=grad_x, grad_ref=grad_ref, precision=precision, **options)
-    on_cpu = backend in ("cpu", "torch")  # which have nothing less than fp32
-    fp16 = not on_cpu and (precision == "fp16" or (precision == "auto" and x.dtype != torch.float32))
+    fp16 = one_fp16_product(backend, x.dtype, precision)
     compare(result, oracle_of(x, y, ref_x, ref_y, **options), x.dtype, exact=exact, fp16=fp16)
     return result
+
+
+def check_sides(backend: str, x: Tensor, *sets: Tensor, exact: bool = False, **options: Any) -> Result:
+    """`check` for the gradients of the two penalties, which the operator of `backend` gives in fp32 (fp64 in fp64)."""
+    result = run_sides(backend, x, *sets, **options)
+    fp16 = one_fp16_product(backend, x.dtype, options.get("precision", "auto"))
+    of_pairs = {name: options[name] for name in ("row_offset", "margin_plus", "margin_minus") if name in options}
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    compare_sides(result, oracle_of(x, *sets, **of_pairs), dtype, exact=exact, fp16=fp16)
+    return result
+
+
+def one_fp16_product(backend: str, dtype: torch.dtype, precision: str) -> bool:
+    """Whether similarities come from unit vectors in fp16; on a CPU there is nothing less than fp32."""
+    on_cpu = backend in ("cpu", "torch")
+    return not on_cpu and (precision == "fp16" or (precision == "auto" and dtype != torch.float32))

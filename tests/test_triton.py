@@ -18,11 +18,12 @@ import torch
 from batches import KINDS, batch, dyadic, embeddings, margins
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import Array, check, compare, oracle_of, run
+from oracle import Array, check, check_sides, compare, oracle_of, run, run_sides
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tcm_fused import ops, tcm_loss
+from tcm_fused.reference import tcm_reference
 
 if os.environ["TRITON_INTERPRET"] != "1":
     pytest.skip("TRITON_INTERPRET=0: the kernels are left to the GPU", allow_module_level=True)
@@ -112,9 +113,10 @@ def calls(draw: st.DrawFn) -> dict[str, Any]:
 
 
 @settings(max_examples=25)
-@given(call=calls())
-def test_random_batches(call: dict[str, Any]) -> None:
-    check("triton", **call)
+@given(call=calls(), per_side=st.booleans())
+def test_random_batches(call: dict[str, Any], per_side: bool) -> None:
+    sets = [call.pop(name) for name in ("x", "y", "ref_x", "ref_y") if name in call]
+    (check_sides if per_side else check)("triton", *sets, **call)
 
 
 @pytest.mark.usefixtures("operands")
@@ -194,6 +196,18 @@ def test_gradients_asked_for(row_offset: int | None, grad_x: bool, grad_ref: boo
     """Either gradient alone, both, none; rows that are columns too need not have their labels."""
     sets = (*batch(70, 9, 5), *batch(135, 9, 5, seed=1))
     check("triton", *sets, margin_minus=0.2, row_offset=row_offset, grad_x=grad_x, grad_ref=grad_ref)
+
+
+@pytest.mark.parametrize(("grad_x", "grad_ref"), [(True, True), (False, True)])
+def test_gradients_of_the_penalties(grad_x: bool, grad_ref: bool) -> None:
+    """Either's own, also where the other has no hard pair; lambda has no part in them, not a bit."""
+    sets = (*batch(40, 9, 5), *batch(70, 9, 5, seed=1))
+    for options in ({"margin_minus": 0.2}, {"margin_plus": -2.0}, {"margin_minus": 2.0}):
+        call: dict[str, Any] = {**options, "grad_x": grad_x, "grad_ref": grad_ref}
+        first = check_sides("triton", *sets, **call)
+        other = run_sides("triton", *sets, **call, lambda_plus=0.0, lambda_minus=9e9)
+        np.testing.assert_array_equal(other.grad_x, first.grad_x)
+        np.testing.assert_array_equal(other.grad_ref, first.grad_ref)
 
 
 @pytest.mark.parametrize("n", [1, 40, 130])
@@ -332,6 +346,7 @@ def test_no_pairs(n: int, m: int | None) -> None:
     result = check("triton", *sets, row_offset=0 if n == m else None, margin_plus=2.0, margin_minus=-2.0)
     assert result.loss == 0
     assert result.count.tolist() == [0, 0]
+    check_sides("triton", *sets, row_offset=0 if n == m else None, margin_plus=2.0, margin_minus=-2.0)
 
 
 def test_labels() -> None:
@@ -403,14 +418,14 @@ def test_non_finite(dtype: torch.dtype, value: float) -> None:
     y[::10] = -1
     x[64, 3] = value
     for sets in ((x, y), (x, y, ref_x, ref_y), (ref_x, ref_y, x, y)):
-        for margin in (0.2, -5.0):
-            result = run("triton", *sets, margin_plus=margin, margin_minus=-margin)
+        for margin, run_one in ((0.2, run), (-5.0, run), (0.2, run_sides)):
+            result = run_one("triton", *sets, margin_plus=margin, margin_minus=-margin)
             assert np.isnan(result.loss)
             assert np.isnan(result.violation).all()
             grads = [result.grad_x] if len(sets) == 2 else [result.grad_x, result.grad_ref]
             for grad, labels in zip(grads, sets[1::2], strict=True):
-                assert np.isnan(grad[labels.numpy() >= 0]).all()
-                assert not grad[labels.numpy() < 0].any()
+                assert np.isnan(grad[..., labels.numpy() >= 0, :]).all()
+                assert not grad[..., labels.numpy() < 0, :].any()
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
@@ -504,6 +519,7 @@ def test_same_bits_whatever_the_memory_held(rectangular: bool, precision: str, r
     np.testing.assert_array_equal(again.grad_x, first.grad_x)
     if rectangular:
         np.testing.assert_array_equal(again.grad_ref, first.grad_ref)
+    check_sides("triton", *sets, **options)
 
 
 def test_inputs_stay_as_they_are() -> None:
@@ -533,7 +549,7 @@ def test_the_host_does_not_wait() -> None:
             patch.setattr(triton_kernels, name, _Nothing())
         with _NoWait():
             triton_loss.tcm_triton(*sets, 0.9, 0.5, 1.0, 1.0, False, False, False, True, True)
-            triton_loss.tcm_triton(x, y, None, None, None, 0.9, 0.5, 1.0, 1.0, False, True, False, True, False)
+            triton_loss.tcm_triton(x, y, None, None, None, 0.9, 0.5, 1.0, 1.0, False, True, True, True, False)
 
 
 class _Nothing:
@@ -576,14 +592,16 @@ def _padded(rows: int) -> Any:
 # In PyTorch's machinery.
 
 
-@pytest.mark.parametrize("form", ["symmetric", "reference set"])
+@pytest.mark.parametrize(
+    ("form", "per_side"), [("symmetric", False), ("reference set", False), ("reference set", True)]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_opcheck(dtype: torch.dtype, form: str) -> None:
+def test_opcheck(dtype: torch.dtype, form: str, per_side: bool) -> None:
     """Schema, fake kernel, autograd registration, and tracing with static and dynamic shapes."""
     x, y = batch(40, 5, 5, dtype)
     ref_x, ref_y = batch(50, 5, 5, dtype, seed=1) if form == "reference set" else (None, None)
     x.requires_grad_()
-    arguments = (x, y, ref_x, ref_y, None, 0.9, 0.1, 1.0, 1.0, False, dtype != torch.float32, False, True, False)
+    arguments = (x, y, ref_x, ref_y, None, 0.9, 0.1, 1.0, 1.0, False, dtype != torch.float32, per_side, True, False)
     torch.library.opcheck(ops.OPERATORS[ops.choose("triton", "cpu", dtype)], arguments)
 
 
@@ -598,6 +616,22 @@ def test_compile() -> None:
     torch._dynamo.reset()
     assert x.grad is not None
     np.testing.assert_array_equal(x.grad.double().numpy(), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_reduction_over_all_pairs(dtype: torch.dtype) -> None:
+    """What is composed from the penalties: loss and gradients are those of the definition, by plain autograd."""
+    sets = (*batch(70, 9, 5, dtype), *batch(135, 9, 5, dtype, seed=1))
+    options: dict[str, Any] = {"margin_minus": 0.2, "lambda_plus": 3.0, "reduction": "all"}
+    leaves = [t.double().requires_grad_() if t.is_floating_point() else t for t in sets]
+    expected = tcm_reference(*leaves, **options)[0]
+    torch.autograd.backward(expected)
+    result = run("triton", *sets, **options, precision="fp32")
+    assert result.loss == pytest.approx(expected.item(), rel=1e-6)
+    for grad, leaf in ((result.grad_x, leaves[0]), (result.grad_ref, leaves[2])):
+        assert leaf.grad is not None
+        atol = torch.finfo(dtype).eps * leaf.grad.abs().max().item()
+        np.testing.assert_allclose(grad, leaf.grad.numpy(), rtol=0, atol=4 * atol if dtype == torch.float32 else atol)
 
 
 # Which backend runs.

@@ -32,14 +32,15 @@ TYPES = {
     torch.int32: "i32",
     torch.int64: "i64",
 }
-# Rows, columns (None: the rows), components, dtype, fp16 numbers for a component, row_offset, whether with gradients.
-CALLS: list[tuple[int, int | None, int, torch.dtype, int, int | None, bool]] = [
-    (65_536, None, 512, torch.bfloat16, 1, None, True),
-    (65_536, None, 512, torch.float32, 2, None, True),
-    (8192, 65_536, 512, torch.float32, 2, 0, True),
-    (8192, 65_536, 512, torch.float16, 1, None, True),
-    (1000, None, 100, torch.float32, 2, None, True),
-    (300, 77, 9, torch.float16, 1, 0, False),
+# Rows, columns (None: the rows), components, dtype, fp16 numbers for a component, row_offset, gradients: of the loss, of
+# the two penalties, or none.
+CALLS: list[tuple[int, int | None, int, torch.dtype, int, int | None, str]] = [
+    (65_536, None, 512, torch.bfloat16, 1, None, "loss"),
+    (65_536, None, 512, torch.float32, 2, None, "loss"),
+    (8192, 65_536, 512, torch.float32, 2, 0, "loss"),
+    (8192, 65_536, 512, torch.float16, 1, None, "penalties"),
+    (1000, None, 100, torch.float32, 2, None, "loss"),
+    (300, 77, 9, torch.float16, 1, 0, "none"),
 ]
 
 
@@ -65,7 +66,7 @@ def launches(name: str) -> Iterator[tuple[JITFunction, dict[str, str], dict[str,
         found.setdefault(key, (kernel, signature, constants, attributes, options))
 
     JITFunction.run = record
-    for n, m, d, dtype, parts, row_offset, gradient in CALLS:
+    for n, m, d, dtype, parts, row_offset, gradients in CALLS:
         x, y = torch.empty(n, d, dtype=dtype, device="meta"), torch.empty(n, dtype=torch.int64, device="meta")
         reference: tuple[Any, Any] = (None, None)
         if m is not None:
@@ -73,7 +74,8 @@ def launches(name: str) -> Iterator[tuple[JITFunction, dict[str, str], dict[str,
                 torch.empty(m, d, dtype=dtype, device="meta"),
                 torch.empty(m, dtype=torch.int64, device="meta"),
             )
-        arguments = (x, y, *reference, row_offset, (0.9, 0.5), (1.0, 1.0), parts, gradient, gradient and m is not None)
+        wanted = (gradients == "penalties", gradients != "none", gradients != "none" and m is not None)
+        arguments = (x, y, *reference, row_offset, (0.9, 0.5), (1.0, 1.0), parts, *wanted)
         triton_loss.run(triton_loss.CONFIGS[name], 132, *arguments)
     yield from found.values()
 
