@@ -57,14 +57,16 @@ def stages(facts: dict[str, Any], speed: Path) -> list[Stage]:
     python = sys.executable
     build = {"TCM_FUSED_CUDA": "1", "MAX_JOBS": os.environ.get("MAX_JOBS", str(os.cpu_count() or 2))}
     build["TORCH_CUDA_ARCH_LIST"] = os.environ.get("TORCH_CUDA_ARCH_LIST", facts["capability"])
-    tests = (python, "-m", "pytest", "-q", "-m", "cuda", "-p", "no:cacheprovider", "tests/test_cuda.py")
+    tests = (python, "-m", "pytest", "-q", "-m", "cuda", "-p", "no:cacheprovider", "tests/test_cuda.py", "-k")
     # Every tensor is an allocation of its own, so that memcheck sees where it ends.
     separate = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     sanitizer = ("compute-sanitizer", "--error-exitcode=9", "--print-limit=20", "--tool")
     speed_command = (python, "-m", "benchmarks.gpu_speed", str(speed), "--seconds", "SECONDS")
     return [
-        Stage("build", 130, (python, "setup.py", "build_ext", "--inplace"), build),
-        Stage("tests", 150, tests, {"TRITON_INTERPRET": "0"}),  # or torch.compile's kernels would be interpreted
+        Stage("build", 120, (python, "setup.py", "build_ext", "--inplace"), build),
+        # Not in Triton's interpreter, where torch.compile's kernels would run too.
+        Stage("tests", 120, (*tests, "not triton"), {"TRITON_INTERPRET": "0"}),
+        Stage("triton", 110, (*tests, "triton"), {"TRITON_INTERPRET": "0"}),  # which compiles some 170 kernels
         Stage("memcheck", 55, (*sanitizer, "memcheck", python, "-c", _SMALL_STEPS), separate, optional=True),
         # racecheck does not follow the copy engine's barriers, so it gets the kernels that do without.
         Stage(
@@ -74,7 +76,7 @@ def stages(facts: dict[str, Any], speed: Path) -> list[Stage]:
             {**separate, "TCM_FUSED_SM": "80"},
             optional=True,
         ),
-        Stage("benchmark", 190, speed_command, {}),
+        Stage("benchmark", 120, speed_command, {}),
     ]
 
 

@@ -26,15 +26,29 @@ else:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: takes a minute or more; leave out with -m 'not slow'")
-    config.addinivalue_line("markers", "cuda: runs the CUDA kernels; skipped, with the reason, where they cannot run")
+    config.addinivalue_line("markers", "cuda: runs kernels on a GPU; skipped, with the reason, where they cannot run")
 
 
 @pytest.fixture(autouse=True)
-def _cuda_or_skip(request: pytest.FixtureRequest) -> None:
-    if request.node.get_closest_marker("cuda") is not None:
-        reason = ops.why_unavailable("cuda")
-        if reason is not None:
-            pytest.skip(reason)
+def _gpu_or_skip(request: pytest.FixtureRequest) -> None:
+    if request.node.get_closest_marker("cuda") is not None and "gpu_backend" not in request.fixturenames:
+        _skip_without("cuda")
+
+
+@pytest.fixture(params=["cuda", "triton"])
+def gpu_backend(request: pytest.FixtureRequest) -> str:
+    """A backend that runs on a GPU."""
+    name: str = request.param
+    _skip_without(name)
+    return name
+
+
+def _skip_without(name: str) -> None:
+    reason = ops.why_unavailable(name)
+    if reason is None and name == "triton" and os.environ["TRITON_INTERPRET"] == "1":
+        reason = "Triton's kernels run in its interpreter; on a GPU set TRITON_INTERPRET=0"
+    if reason is not None:
+        pytest.skip(reason)
 
 
 @pytest.fixture(scope="session", params=["cpu", "torch"])

@@ -6,6 +6,7 @@ fall on either side of it in another precision: such a pair may differ, every ot
 """
 
 import math
+import os
 from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any
@@ -258,7 +259,7 @@ def run(
 
     A backend of a GPU gets the tensors on the current one, in whatever layout they have.
     """
-    if backend == "cuda":
+    if runs_on_gpu(backend):
         x, y = on_gpu(x), on_gpu(y)
         ref_x, ref_y = (None if t is None else on_gpu(t) for t in (ref_x, ref_y))
     x = x.detach().requires_grad_(grad_x)
@@ -295,7 +296,7 @@ def run_sides(
 ) -> Result:
     """The operator of `backend` with `per_side`: gradients [2, N, D] and [2, M, D]; the loss means nothing."""
     fp16 = one_fp16_product(backend, x.dtype, precision)
-    if backend == "cuda":
+    if runs_on_gpu(backend):
         x, y = on_gpu(x), on_gpu(y)
         ref_x, ref_y = (None if t is None else on_gpu(t) for t in (ref_x, ref_y))
     grad_ref = grad_ref and ref_x is not None
@@ -312,6 +313,11 @@ def run_sides(
         grad_x=as_array(grads[0]) if grad_x else None,
         grad_ref=as_array(grads[1]) if grad_ref else None,
     )
+
+
+def runs_on_gpu(backend: str) -> bool:
+    """Whether its kernels take tensors on a GPU; Triton's take those on the CPU in its interpreter: see conftest.py."""
+    return backend == "cuda" or (backend == "triton" and os.environ["TRITON_INTERPRET"] != "1")
 
 
 def on_gpu(t: Tensor) -> Tensor:

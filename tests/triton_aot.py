@@ -32,8 +32,7 @@ TYPES = {
     torch.int32: "i32",
     torch.int64: "i64",
 }
-# Rows, columns (None: the rows), components, dtype, fp16 numbers for a component, row_offset, gradients: of the loss, of
-# the two penalties, or none.
+# Rows, columns (None: the rows), components, dtype, fp16 numbers for a component, row_offset; whose gradients, if any.
 CALLS: list[tuple[int, int | None, int, torch.dtype, int, int | None, str]] = [
     (65_536, None, 512, torch.bfloat16, 1, None, "loss"),
     (65_536, None, 512, torch.float32, 2, None, "loss"),
