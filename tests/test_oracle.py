@@ -8,7 +8,17 @@ import numpy as np
 import pytest
 import torch
 from batches import batch, embeddings, margins
-from oracle import Oracle, Result, compare, compare_sides, oracle_of, run_sides, similarity_error, unit_roundoff
+from oracle import (
+    Oracle,
+    Result,
+    compare,
+    compare_sides,
+    oracle_of,
+    run_sides,
+    similarity_error,
+    tensor_core_drift,
+    unit_roundoff,
+)
 
 from tcm_fused.reference import tcm_reference
 
@@ -78,6 +88,32 @@ def test_reference_is_the_definition(form: str) -> None:
     grads = [leaf.grad.numpy() for leaf in leaves[::2] if leaf.grad is not None] + [None]
     violation = (penalty / count.clamp_min(1)).numpy()
     compare(Result(loss.item(), count.numpy(), violation, *grads[:2]), oracle_of(*sets, **options), x.dtype)
+
+
+def tensor_core_sums(products: np.ndarray, block: int, extra: int) -> np.ndarray:
+    """Sums [P] of exact products [P, D] as tensor cores take them: `block` at a time and the sum so far, each cut off
+    `extra` bits below the last place (of 24 bits) of the largest of them; the new sum is cut off at its own."""
+    total = np.zeros((len(products), 1))
+    for k in range(0, products.shape[1], block):
+        terms = np.concatenate([total, products[:, k : k + block]], 1)
+        place = np.ldexp(1.0, np.frexp(np.abs(terms).max(1, keepdims=True))[1] - 24 - extra)
+        total = (np.trunc(terms / place) * place).sum(1, keepdims=True)
+        place = np.ldexp(1.0, np.frexp(np.abs(total))[1] - 24)
+        total = np.trunc(total / place) * place
+    return total[:, 0]
+
+
+@pytest.mark.parametrize(("block", "extra"), [(8, 1), (16, 2)])  # sm_80, sm_90
+@pytest.mark.parametrize("d", [64, 512, 4096, 16_384])
+def test_tensor_core_drift(d: int, block: int, extra: int) -> None:
+    """Within what is allowed, at s = 1, where it is largest; and beyond what is allowed of other sums."""
+    x = np.random.default_rng(d).standard_normal((50, d))
+    x = (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float16).astype(np.float64)
+    unit = unit_roundoff(torch.float32)
+    error = (x**2).sum(1) - tensor_core_sums(x**2, block, extra)
+    assert (error <= tensor_core_drift(d) + similarity_error(d, unit)).all()
+    assert error.mean() < 0.75 * tensor_core_drift(d)
+    assert d < 4096 or (error > similarity_error(d, unit)).all()
 
 
 # The comparison itself.
