@@ -34,8 +34,9 @@ for n, m, d in [(33, 0, 17), (300, 0, 70), (129, 257, 64), (1, 40, 3)]:
         sets = [x[:n].clone().requires_grad_(), y[:n].clone()]
         if m:
             sets += [x[n:].clone().requires_grad_(), y[n:].clone()]
-        for margin in (-2.0, 0.0, 2.0):
-            loss = tcm_loss(*sets, margin_plus=margin, margin_minus=-margin, precision=precision, backend="cuda")
+        for margin, reduction in [(-2.0, "violating"), (0.0, "violating"), (0.0, "all"), (2.0, "violating")]:
+            options = {"margin_plus": margin, "margin_minus": -margin, "reduction": reduction}
+            loss = tcm_loss(*sets, **options, precision=precision, backend="cuda")
             loss.backward()
 torch.cuda.synchronize()
 print("done")

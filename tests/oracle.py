@@ -126,10 +126,11 @@ def similarity_error(d: int, unit: float) -> float:
 def tensor_core_drift(d: int) -> float:
     """How much smaller than in exact sums tensor cores make a similarity of rows [D], beyond its random error.
 
-    Those of sm_80 cut each product off at one bit below the last place of the sum that it is added to, those of sm_90
-    at two bits (Fasi et al., "Numerical behavior of NVIDIA tensor cores", 2021). Where all products have one sign, as
-    for s near 1, that adds up: half of 2^-25 is lost on average while the sum lies between 1/2 and 1, in all at most
-    D * 2^-26. A model of it, in tests/test_oracle.py, comes to two thirds of that.
+    They cut each product off below the last place of the sum that it is added to (Fasi et al., "Numerical behavior of
+    NVIDIA tensor cores", 2021; Khattak and Mikaitis, arXiv 2512.07004). One bit below it, as is assumed for sm_80, that
+    is at 2^-25 while the sum lies between 1/2 and 1; half of it is lost on average, and where all products have one
+    sign, as for s near 1, that adds up: to D * 2^-26 at most. A model, in tests/test_oracle.py, comes to two thirds of
+    that, and with two bits, as is assumed for sm_90, to a third.
     """
     return d * 2.0**-26
 
