@@ -11,7 +11,8 @@ How a call goes (`tcm_triton`):
    b. `lists`: the mixed and the full tiles of every row and every column of tiles.
    c. `masked_sum`: G_I += M X^_J and G_J += M^T X^_I over the mixed tiles only.
    d. `collect`: a full tile adds the sum of its unit vectors, from `tile_sums`.
-3. `totals`: loss, counts and w = lambda / n. `project`: dL/dx = (g - (g . x^) x^) / |x| with g = w- G- - w+ G+.
+3. `totals`: loss, counts and w = lambda / n. `project`: dL/dx = (g - (g . x^) x^) / |x| with g = w- G- - w+ G+. The
+   gradients of the two penalties are two such, with w 1 and 0.
 
 The host never waits for the device, and every sum has one owner and a fixed order: two runs give the same bits.
 

@@ -185,14 +185,15 @@ def test_gradients_of_the_penalties(
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_reduction_over_all_pairs(gpu_backend: str, dtype: torch.dtype) -> None:
-    """What is composed from the two penalties, against the same from the kernel on the CPU."""
+    """What is composed from the two penalties, against the same in PyTorch; no s is within 2.9e-6 of a margin."""
     sets = (*batch(300, 65, 9, dtype), *batch(413, 65, 9, dtype, seed=1))
-    options: dict[str, Any] = {"margin_minus": 0.2, "lambda_plus": 3.0, "reduction": "all", "precision": "fp32"}
+    options: dict[str, Any] = {"margin_minus": 0.21, "lambda_plus": 3.0, "reduction": "all", "precision": "fp32"}
     result, expected = run(gpu_backend, *sets, **options), run("torch", *sets, **options)
     np.testing.assert_array_equal(result.count, expected.count)
     assert result.loss == pytest.approx(expected.loss, rel=1e-5)
+    tolerance = 2e-6 if dtype == torch.float32 else torch.finfo(dtype).eps
     for grad, wanted in ((result.grad_x, expected.grad_x), (result.grad_ref, expected.grad_ref)):
-        np.testing.assert_allclose(grad, wanted, rtol=0, atol=4 * torch.finfo(dtype).eps * np.abs(wanted).max())
+        np.testing.assert_allclose(grad, wanted, rtol=0, atol=tolerance * np.abs(wanted).max())
 
 
 @arithmetic

@@ -6,7 +6,8 @@
 // 2. For each block of up to kBlock x kBlock tiles (symmetric: those that reach above the diagonal):
 //    similarity (similarity.cuh): products, hard pairs counted and summed, one bit a pair kept for mixed tiles;
 //    masked sums (masked_sum.cuh): M X^ and M^T X^ added to the sums G+ and G-.
-// 3. Epilogue (epilogue.cuh): loss, counts; gradients from G+, G- and the counts, in the order of the input.
+// 3. Epilogue (epilogue.cuh): loss, counts; gradients from G+, G- and the counts, or of either penalty from G+ or G-,
+//    in the order of the input.
 // Launches: six in all up to 4,096 rows; beyond that one more for each doubling of the sorted runs, and beyond 24,576 rows
 // (symmetric, kBlock tiles) two for each further block, of which there are O((N / 24,576)^2).
 #pragma once
