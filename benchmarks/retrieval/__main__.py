@@ -1,0 +1,241 @@
+"""The command line: train and score runs, or make the table of their results."""
+
+import argparse
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.retrieval import table
+from benchmarks.retrieval.datasets import DATASETS, TEST_SETS, load
+from benchmarks.retrieval.losses import BASES
+from benchmarks.retrieval.networks import SMALL, import_timm
+from benchmarks.retrieval.training import Margins, Run, Settings
+from tcm_fused.files import write_whole
+
+_PICTURES = (".png", ".pdf", ".svg")
+
+_EXAMPLES = """examples:
+  try it, on images that are drawn (a minute each):
+    python -m benchmarks.retrieval.drawn out/glyphs
+    python -m benchmarks.retrieval --dataset folder --root out/glyphs --base smoothap --seeds 0 1 2
+    python -m benchmarks.retrieval --dataset folder --root out/glyphs --base smoothap --seeds 0 1 2 --tcm
+    python -m benchmarks.retrieval --table out/retrieval --picture out/retrieval.png
+  an experiment of the paper, on a GPU with timm's weights:
+    python -m benchmarks.retrieval --dataset inaturalist2018 --root DIR --backbone resnet50 --pretrained \\
+      --base smoothap --size 224 --dim 512 --batch-classes 96 --amp bf16 --tcm
+
+Each run is a folder under --out with checkpoint.pt and, once finished, result.json. A run that was interrupted goes on
+from its last checkpoint when the same command is given again; a finished one is not run twice. Exit code 2: bad input.
+
+data sets and their files under --root:
+"""
+
+
+def _train(options: argparse.Namespace) -> None:
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: this torch sees no GPU; use --device cpu")
+    if options.backbone != SMALL:
+        import_timm(options.backbone)  # before the files are read: it is the likelier to fail
+    test_set = options.test_set or "small" if options.dataset == "vehicleid" else ""
+    if options.test_set and options.dataset != "vehicleid":
+        raise ValueError(f"--test-set is of vehicleid; {options.dataset} has one test set")
+    split = load(options.dataset, options.root, test_set)
+    train, test = split.train, split.test
+    print(
+        f"{options.dataset}: {len(train.paths):,} images of {len(train.classes):,} classes to train on, "
+        f"{len(test.paths):,} of {len(test.classes):,} other classes to test"
+    )
+    if split.warning:
+        print(f"warning: {split.warning}", file=sys.stderr)
+    margins = Margins(options.margin_plus, options.margin_minus, options.lambda_plus, options.lambda_minus)
+    for seed in dict.fromkeys(options.seeds):
+        settings = Settings(
+            test_set=test_set,
+            tcm=margins if options.tcm else None,
+            seed=seed,
+            loss_lr=100 * options.lr if options.loss_lr is None else options.loss_lr,
+            device=device,
+            **{name: getattr(options, name) for name in _SAME_NAME},
+        )
+        result = Run(settings, split, options.out, options.workers, options.checkpoint_every).go()
+        scores = result["scores"]
+        print(
+            f"{settings.name}: recall@1 {100 * scores['recall_at_1']:.2f} %, OPIS {scores['opis']:.4g}, "
+            f"10%-OPIS {scores['eps_opis']:.4g}"
+        )
+
+
+# Settings that come from options of their name.
+_SAME_NAME = (
+    *("dataset", "backbone", "base", "pretrained", "dim", "layer_norm", "epochs", "batch_classes", "batch_images"),
+    *("lr", "weight_decay", "warmup", "size", "min_crop", "amp"),
+)
+
+
+def _table(options: argparse.Namespace) -> None:
+    targets = [path for path in (options.markdown, options.picture, options.json) if path is not None]
+    if len({path.resolve() for path in targets}) < len(targets):
+        raise ValueError("--markdown, --picture and --json must be three files")
+    for path in targets:
+        if not path.parent.is_dir() or path.is_dir():
+            raise ValueError(f"cannot write {path}: {'it is a folder' if path.is_dir() else 'its folder is not there'}")
+    if options.picture is not None and options.picture.suffix.lower() not in _PICTURES:
+        raise ValueError(f"cannot draw {options.picture}: its name must end in one of {', '.join(_PICTURES)}")
+    results = table.read_results(options.table)
+    rows = table.make_rows(results)
+    text = table.markdown(rows, results)
+    figure = table.draw(rows) if options.picture is not None else None
+    print(text, end="")
+    if options.markdown is not None:
+        write_whole(options.markdown, lambda part: part.write_text(text, encoding="utf-8"))
+    if figure is not None:
+        kind = options.picture.suffix[1:].lower()
+        write_whole(options.picture, lambda part: figure.savefig(part, format=kind))
+    if options.json is not None:
+        content = json.dumps(results, indent=1) + "\n"
+        write_whole(options.json, lambda part: part.write_text(content, encoding="utf-8"))
+
+
+def _parser() -> argparse.ArgumentParser:
+    layouts = "\n\n".join(f"{name}: {about.source}\n{about.layout}" for name, about in DATASETS.items())
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.retrieval",
+        description="Train an embedding network on some classes, with a base loss or with that and TCM, and score it\n"
+        "on others: recall@1, OPIS and 10%-OPIS. Then put the results side by side.",
+        epilog=_EXAMPLES + layouts,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    task = parser.add_mutually_exclusive_group(required=True)
+    task.add_argument("--dataset", choices=tuple(DATASETS), help="train on this data set")
+    task.add_argument(
+        "--table",
+        type=Path,
+        nargs="+",
+        metavar="RESULTS",
+        help="print the table of these results, files or folders of runs, instead of training",
+    )
+
+    group = parser.add_argument_group("what is trained")
+    group.add_argument("--root", type=Path, metavar="DIR", help="folder of the data set")
+    group.add_argument(
+        "--test-set", choices=tuple(TEST_SETS), help="of vehicleid: 800, 1600 or 2400 vehicles (default: small)"
+    )
+    group.add_argument("--base", choices=BASES, help="the base loss")
+    group.add_argument("--tcm", action="store_true", help="add the TCM loss to it")
+    for name, value, text in (
+        ("plus", 0.9, "positives up to this similarity are hard"),
+        ("minus", 0.5, "negatives from it on"),
+    ):
+        _number(group, f"--margin-{name}", value, text, least=-1, most=1)
+        _number(group, f"--lambda-{name}", 1.0, f"weight of the {'positives' if name == 'plus' else 'negatives'}")
+    group.add_argument(
+        "--backbone",
+        default=SMALL,
+        metavar="NAME",
+        help=f"'{SMALL}', a small convolutional network (default), or a model of timm, such as resnet50",
+    )
+    group.add_argument("--pretrained", action="store_true", help="start from timm's weights, which it downloads")
+    _count(group, "--dim", 128, "columns of the embeddings")
+    group.add_argument("--layer-norm", action="store_true", help="layer norm before the last, linear layer")
+
+    group = parser.add_argument_group("how")
+    group.add_argument(
+        "--seeds", type=_whole(0), nargs="+", default=[0], metavar="SEED", help="a run for each (default: 0)"
+    )
+    _count(group, "--epochs", 20, "times through about as many images as there are")
+    _count(group, "--batch-classes", 16, "classes in a batch")
+    _count(group, "--batch-images", 4, "images of each", least=2)
+    _number(group, "--lr", 1e-3, "learning rate of AdamW, rising for --warmup, then falling by a cosine", least=0)
+    group.add_argument(
+        "--loss-lr",
+        type=_real(0),
+        metavar="X",
+        help="of class weights in proxyanchor and arcface (default: 100 x --lr)",
+    )
+    _number(group, "--weight-decay", 1e-4, "of AdamW")
+    _number(group, "--warmup", 0.05, "share of the steps", most=1)
+    _count(group, "--size", 32, "pixels of a side that the network sees", least=16)
+    _number(group, "--min-crop", 0.2, "least share of an image's area in a random crop", least=0.01, most=1)
+    group.add_argument("--amp", choices=("off", "bf16", "fp16"), default="off", help="autocast to it (default: off)")
+    group.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
+    _count(group, "--workers", 0, "processes that read images", least=0)
+    _count(group, "--checkpoint-every", 500, "steps")
+    group.add_argument(
+        "--out", type=Path, default=Path("out/retrieval"), metavar="DIR", help="of all runs (default: out/retrieval)"
+    )
+
+    group = parser.add_argument_group("of --table")
+    group.add_argument("--markdown", type=Path, metavar="OUT.md", help="write the table")
+    group.add_argument("--picture", type=Path, metavar="OUT.png", help="draw it (.png, .pdf or .svg)")
+    group.add_argument("--json", type=Path, metavar="OUT.json", help="write all results into one file")
+    return parser
+
+
+def _count(group: Any, name: str, default: int, text: str, least: int = 1) -> None:
+    group.add_argument(name, type=_whole(least), default=default, metavar="N", help=f"{text} (default: {default})")
+
+
+def _number(group: Any, name: str, default: float, text: str, least: float = 0, most: float = float("inf")) -> None:
+    group.add_argument(
+        name, type=_real(least, most), default=default, metavar="X", help=f"{text} (default: {default:g})"
+    )
+
+
+def _whole(least: int) -> Callable[[str], int]:
+    def whole(text: str) -> int:
+        if not text.isdecimal() or int(text) < least or int(text) >= 2**63:
+            raise argparse.ArgumentTypeError(f"must be a whole number, {least} or above, got {text}")
+        return int(text)
+
+    return whole
+
+
+def _real(least: float, most: float = float("inf")) -> Callable[[str], float]:
+    def real(text: str) -> float:
+        try:
+            number = float(text)
+        except ValueError:
+            number = float("nan")
+        if not least <= number <= most or number == float("inf"):
+            bounds = f"from {least:g} to {most:g}" if most < float("inf") else f"{least:g} or above"
+            raise argparse.ArgumentTypeError(f"must be a number, {bounds}, got {text}")
+        return number
+
+    return real
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a command; exit code 2 and a message on stderr for bad input."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.dataset:
+        for name in ("root", "base"):
+            if getattr(options, name) is None:
+                parser.error(f"--dataset needs --{name}")
+        for name in ("markdown", "picture", "json"):
+            if getattr(options, name) is not None:
+                parser.error(f"--{name} is of --table")
+    try:
+        (_train if options.dataset else _table)(options)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        parser.exit(128 + signal.SIGINT, "\ninterrupted; the same command goes on from the last checkpoint\n")
+    except BrokenPipeError:  # who reads has seen enough, such as `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what Python still flushes on leaving
+        sys.exit(128 + signal.SIGPIPE)
+    except (ValueError, TypeError, OSError, ImportError, RuntimeError, MemoryError, ArithmeticError) as error:
+        message = str(error) or type(error).__name__
+        if "Original Traceback" in message:  # from a process that reads images: its last line is the error
+            message = message.strip().splitlines()[-1]
+        parser.exit(2, f"{parser.prog}: error: {message}\n")
+
+
+if __name__ == "__main__":
+    main()

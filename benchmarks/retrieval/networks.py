@@ -1,0 +1,78 @@
+"""The networks: a small one from scratch, or any of timm's by name, with a linear head to the embedding."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+SMALL = "small"
+
+
+class Embedder(nn.Module):
+    """Images [N, 3, H, W] in [0, 1] to embeddings [N, dim]: features, layer norm if asked, linear."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, features: nn.Module, width: int, dim: int, layer_norm: bool, mean: Any, std: Any) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(3, 1, 1), persistent=False)
+        self.features = features
+        self.head = nn.Sequential(nn.LayerNorm(width) if layer_norm else nn.Identity(), nn.Linear(width, dim))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images [N, 3, H, W] to embeddings [N, dim], of any length."""
+        return self.head(self.features((images - self.mean) / self.std))
+
+
+def make_network(backbone: str, pretrained: bool, dim: int, layer_norm: bool) -> Embedder:
+    """`backbone`: "small", or the name of a timm model.
+
+    Raises:
+        ValueError: there is no such model, or no weights for it.
+        ImportError: timm is missing or does not load.
+    """
+    if backbone == SMALL:
+        if pretrained:
+            raise ValueError("there are no weights for the small network; leave --pretrained out")
+        return Embedder(_small(), 128, dim, layer_norm, [0.5] * 3, [0.25] * 3)
+    timm = import_timm(backbone)
+    try:
+        features = timm.create_model(backbone, pretrained=pretrained, num_classes=0)
+    except Exception as error:  # an unknown name, no weights, no network: each its own class
+        known = f"; 'small' or one of timm's models, such as {', '.join(timm.list_models('resnet50*')[:3])}"
+        raise ValueError(f"timm has no model for --backbone {backbone}: {error}{known}") from error
+    config = features.pretrained_cfg
+    return Embedder(features, features.num_features, dim, layer_norm, config["mean"], config["std"])
+
+
+def import_timm(backbone: str) -> Any:
+    """timm, which needs a torchvision that fits the torch there is."""
+    try:
+        import timm
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f"--backbone {backbone} needs timm, and module {error.name!r} is not there: pip install timm, with the "
+            "torchvision of your torch; --backbone small needs neither"
+        ) from error
+    except Exception as error:  # torchvision's operators do not load beside every torch: RuntimeError, OSError, ...
+        raise ImportError(
+            f"--backbone {backbone} needs timm, which does not load ({type(error).__name__}: {error}). Most often "
+            f"torchvision is of another build than torch {torch.__version__}: install the pair that belongs together; "
+            "--backbone small needs neither"
+        ) from error
+    return timm
+
+
+def _small() -> nn.Sequential:
+    """Four convolutions to 128 features: for images of 32 pixels or so."""
+    layers: list[nn.Module] = []
+    for before, after in ((3, 32), (32, 64), (64, 128), (128, 128)):
+        layers += [
+            nn.Conv2d(before, after, 3, padding=1, bias=False),
+            nn.BatchNorm2d(after),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+        ]
+    return nn.Sequential(*layers[:-1], nn.AdaptiveAvgPool2d(1), nn.Flatten())

@@ -1,0 +1,277 @@
+"""One run: train, checkpoint, score. A run is a folder with `checkpoint.pt`, and `result.json` when it is finished.
+
+A run that was interrupted goes on from its last checkpoint. On a CPU, with as many threads, it reaches the same numbers
+to the last bit as one that was not.
+"""
+
+import dataclasses
+import fcntl
+import json
+import math
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from benchmarks.retrieval.datasets import Split, describe
+from benchmarks.retrieval.images import BalancedBatches, TestImages, TrainImages
+from benchmarks.retrieval.losses import make_base
+from benchmarks.retrieval.networks import make_network
+from tcm_fused import TCMLoss, __version__, opis
+from tcm_fused.files import write_whole
+
+_REPORT = 20  # steps between looks at the loss: each waits for the device
+
+
+@dataclasses.dataclass(frozen=True)
+class Margins:
+    """Those of TCM, as `tcm_fused.TCMLoss` has them."""
+
+    margin_plus: float
+    margin_minus: float
+    lambda_plus: float
+    lambda_minus: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Everything that the numbers of a run depend on, beside the images and the machine."""
+
+    dataset: str
+    test_set: str
+    backbone: str
+    base: str
+    tcm: Margins | None
+    seed: int
+    pretrained: bool
+    dim: int
+    layer_norm: bool
+    epochs: int
+    batch_classes: int
+    batch_images: int
+    lr: float
+    loss_lr: float
+    weight_decay: float
+    warmup: float  # share of the steps
+    size: int
+    min_crop: float
+    amp: Literal["off", "bf16", "fp16"]
+    device: str
+
+    @property
+    def name(self) -> str:
+        """Of the run's folder."""
+        parts = (self.dataset, self.test_set, self.backbone.replace("/", "_"), self.base, "tcm" if self.tcm else "")
+        return "-".join(filter(None, (*parts, f"seed{self.seed}")))
+
+
+class Run:
+    """A run in its folder `out / settings.name`."""
+
+    def __init__(self, settings: Settings, split: Split, out: Path, workers: int, checkpoint_every: int) -> None:
+        self.settings, self.split, self.workers, self.checkpoint_every = settings, split, workers, checkpoint_every
+        self.folder = out / settings.name
+        self.device = torch.device(settings.device)
+        self.batches = BalancedBatches(
+            split.train.labels, settings.batch_classes, settings.batch_images, seed=settings.seed
+        )
+        self.steps = settings.epochs * self.batches.steps
+        self.identity = {**dataclasses.asdict(settings), "images": split.fingerprint}
+        self.step = 0  # how many are done, of all epochs
+        self.seconds = 0.0  # of training, before this process
+        self.last_loss = math.nan
+
+    def go(self) -> dict[str, Any]:
+        """Train from the last checkpoint on, or from the start, and score; a finished run is read.
+
+        Raises:
+            ValueError: the folder holds a run with other settings, or an image cannot be read.
+            RuntimeError: another process is at this run, or the loss is not finite.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with self._locked():
+            result_file = self.folder / "result.json"
+            if result_file.exists():
+                result: dict[str, Any] = json.loads(result_file.read_text(encoding="utf-8"))
+                self._check_identity(result["identity"])
+                print(f"{self.settings.name}: finished before, {result_file}")
+                return result
+            self._build()
+            self._restore()
+            if self.step < self.steps:
+                self._train()
+            result = self._score()
+            text = json.dumps(result, indent=1, allow_nan=False) + "\n"
+            write_whole(result_file, lambda part: part.write_text(text, encoding="utf-8"))
+        return result
+
+    def _build(self) -> None:
+        """Network, losses and optimizer, as the seed starts them; with TCM they start as without."""
+        s = self.settings
+        torch.manual_seed(s.seed)
+        self.network = make_network(s.backbone, s.pretrained, s.dim, s.layer_norm).to(self.device)
+        self.base = make_base(s.base, len(self.split.train.classes), s.dim).to(self.device)
+        self.tcm = TCMLoss(**dataclasses.asdict(s.tcm)) if s.tcm else None
+        groups = [{"params": list(self.network.parameters()), "lr": s.lr}]
+        if weights := list(self.base.parameters()):
+            groups.append({"params": weights, "lr": s.loss_lr})
+        self.optimizer = torch.optim.AdamW(groups, weight_decay=s.weight_decay)
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._rate)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=s.amp == "fp16")
+        self.parts: dict[str, Any] = {
+            "network": self.network,
+            "base": self.base,
+            "optimizer": self.optimizer,
+            "scheduler": self.scheduler,
+            "scaler": self.scaler,
+        }
+
+    def _rate(self, step: int) -> float:
+        """Share of the learning rate: a linear rise, then half a cosine down to 0."""
+        rise = max(1, round(self.settings.warmup * self.steps))
+        if step < rise:
+            return (step + 1) / rise
+        return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, self.steps - rise)))
+
+    def _train(self) -> None:
+        self.network.train()
+        begin = time.perf_counter() - self.seconds
+        images = TrainImages(self.split.train, self.settings.size, self.settings.min_crop)
+        bar = tqdm(total=self.steps, initial=self.step, desc=self.settings.name, unit="step", disable=None)
+        with bar:
+            while self.step < self.steps:
+                epoch, start = divmod(self.step, self.batches.steps)
+                loader: Any = DataLoader(
+                    images,
+                    batch_sampler=self.batches.epoch(epoch)[start:],
+                    num_workers=self.workers,
+                    pin_memory=self.device.type == "cuda",
+                    generator=torch.Generator(),  # else it draws from the network's, once for each loader
+                )
+                for x, y in loader:
+                    loss = self._train_step(x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True))
+                    self.step += 1
+                    bar.update()
+                    if self.step % _REPORT == 0 or self.step == self.steps:
+                        self._report(loss, bar)
+                    if self.step % self.checkpoint_every == 0 or self.step == self.steps:
+                        self.seconds = time.perf_counter() - begin
+                        self._save()
+
+    def _train_step(self, x: Tensor, y: Tensor) -> Tensor:
+        with self._autocast():
+            embeddings = self.network(x)
+        embeddings = embeddings.float()  # losses are worked in full precision
+        loss: Tensor = self.base(embeddings, y)
+        if self.tcm is not None:
+            loss = loss + self.tcm(embeddings, y)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.scheduler.step()
+        return loss.detach()
+
+    def _report(self, loss: Tensor, bar: Any) -> None:
+        self.last_loss = loss.item()
+        if not math.isfinite(self.last_loss):
+            raise RuntimeError(
+                f"{self.settings.name}: the loss is {self.last_loss} at step {self.step}; lower --lr, or try --amp off"
+            )
+        bar.set_postfix(loss=f"{self.last_loss:.3f}")
+
+    def _autocast(self) -> torch.autocast:
+        amp = self.settings.amp
+        dtype = torch.float16 if amp == "fp16" else torch.bfloat16
+        return torch.autocast(self.device.type, dtype=dtype, enabled=amp != "off")
+
+    def _score(self) -> dict[str, Any]:
+        """Recall@1, OPIS and 10%-OPIS of the test images."""
+        images = TestImages(self.split.test, self.settings.size)
+        rows = []
+        loader: Any = DataLoader(images, batch_size=128, num_workers=self.workers, generator=torch.Generator())
+        self.network.eval()
+        with torch.inference_mode():
+            for x in tqdm(loader, desc="test images", unit="batch", disable=None, leave=False):
+                with self._autocast():
+                    rows.append(self.network(x.to(self.device)).float().cpu())
+        found = opis(torch.cat(rows), torch.from_numpy(self.split.test.labels))
+        return {
+            "identity": self.identity,
+            "scores": {"recall_at_1": found.recall_at_1, "opis": found.opis, "eps_opis": found.eps_opis},
+            "thresholds": [float(found.similarity.min()), float(found.similarity.max())],
+            "train": describe(self.split.train),
+            "test": describe(self.split.test),
+            "warning": self.split.warning,
+            "steps": self.step,
+            "last_loss": self.last_loss,
+            "train_seconds": round(self.seconds, 2),
+            "made_with": {
+                "tcm_fused": __version__,
+                "torch": torch.__version__,
+                "threads": torch.get_num_threads(),
+                "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
+            },
+        }
+
+    def _save(self) -> None:
+        state = {
+            "identity": self.identity,
+            "step": self.step,
+            "seconds": self.seconds,
+            "last_loss": self.last_loss,
+            "random": torch.get_rng_state(),
+            "random_cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
+            **{name: part.state_dict() for name, part in self.parts.items()},
+        }
+        write_whole(self.folder / "checkpoint.pt", lambda part: torch.save(state, part))
+
+    def _restore(self) -> None:
+        """From the checkpoint, if there is one."""
+        for part in self.folder.glob(".*.part"):  # of a process that was killed as it wrote
+            part.unlink()
+        path = self.folder / "checkpoint.pt"
+        if not path.exists():
+            return
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            self._check_identity(state["identity"])
+            self.step, self.seconds, self.last_loss = state["step"], state["seconds"], state["last_loss"]
+            for name, part in self.parts.items():
+                part.load_state_dict(state[name])
+            torch.set_rng_state(state["random"])
+            if self.device.type == "cuda":
+                torch.cuda.set_rng_state(state["random_cuda"], self.device)
+        except (KeyError, RuntimeError, EOFError, OSError, TypeError) as error:
+            raise ValueError(f"{path} is damaged or of another version ({error}); remove it to start anew") from error
+        epoch, step = divmod(self.step, self.batches.steps)
+        print(f"{self.settings.name}: goes on from epoch {epoch}, step {step} of {self.batches.steps}")
+
+    def _check_identity(self, other: dict[str, Any]) -> None:
+        names = [name for name in {**self.identity, **other} if self.identity.get(name) != other.get(name)]
+        if names:
+            changes = ", ".join(f"{name} {other.get(name)} then, {self.identity.get(name)} now" for name in names)
+            raise ValueError(
+                f"{self.folder} holds a run with other settings ({changes}); repeat them, give another --out, or "
+                "remove the folder"
+            )
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """The folder to ourselves; the lock goes with the process, however that ends."""
+        handle = os.open(self.folder, os.O_RDONLY)
+        try:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise RuntimeError(f"another process is at the run in {self.folder}; wait for it") from error
+            yield
+        finally:
+            os.close(handle)
