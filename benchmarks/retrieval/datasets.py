@@ -150,7 +150,7 @@ def _cars(base: Path, _: str) -> tuple[list[Entry], list[Entry]]:
     """The first 98 of 196 classes to train on, of all images: the data set's own train and test images are merged."""
     entries: list[tuple[Path, int]] = []
     annotations = base / "cars_test_annos_withlabels.mat"
-    if not annotations.is_file():
+    if (base / "devkit" / annotations.name).is_file():
         annotations = base / "devkit" / annotations.name
     if (base / "cars_annos.mat").is_file():
         paths, classes = _mat(base / "cars_annos.mat", "relative_im_path")
@@ -170,6 +170,8 @@ def _cars(base: Path, _: str) -> tuple[list[Entry], list[Entry]]:
 
 def _mat(path: Path, name: str) -> tuple[list[str], list[int]]:
     """File names and classes, 1 to 196, of a file of annotations."""
+    if not path.is_file():
+        raise Missing(f"there is no file {path}")
     try:
         from scipy.io import loadmat
     except ImportError as error:
@@ -177,8 +179,6 @@ def _mat(path: Path, name: str) -> tuple[list[str], list[int]]:
     try:
         table = np.atleast_1d(loadmat(path, squeeze_me=True, variable_names=["annotations"])["annotations"])
         return [str(value) for value in table[name]], [int(value) for value in table["class"]]
-    except FileNotFoundError as error:
-        raise Missing(f"there is no file {path}") from error
     except Exception as error:  # scipy raises what it likes on files of another kind
         raise Missing(f"{path} has no annotations with {name!r} and 'class': {error}") from error
 

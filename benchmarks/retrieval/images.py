@@ -26,7 +26,7 @@ class TrainImages(torch.utils.data.Dataset[tuple[Tensor, int]]):
         return random_crop(image, self.size, self.min_crop, np.random.default_rng(seed)), int(self.images.labels[index])
 
 
-class TestImages(torch.utils.data.Dataset[Tensor]):
+class CentreImages(torch.utils.data.Dataset[Tensor]):
     """`images[index]`: the middle of image `index`, [3, size, size]."""
 
     def __init__(self, images: Images, size: int) -> None:
@@ -57,7 +57,7 @@ def random_crop(image: Image.Image, size: int, min_crop: float, rng: np.random.G
         w, h = (area * ratio) ** 0.5, (area / ratio) ** 0.5
         if w <= width and h <= height:
             break
-    else:  # a long image: its middle
+    else:  # a long image
         w = h = float(min(width, height))
     left, top = rng.uniform(0, width - w), rng.uniform(0, height - h)
     pixels = _resize(image, size, (left, top, left + w, top + h))

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from benchmarks.retrieval.datasets import Split, describe
-from benchmarks.retrieval.images import BalancedBatches, TestImages, TrainImages
+from benchmarks.retrieval.images import BalancedBatches, CentreImages, TrainImages
 from benchmarks.retrieval.losses import make_base
 from benchmarks.retrieval.networks import make_network
 from tcm_fused import TCMLoss, __version__, opis
@@ -117,6 +117,7 @@ class Run:
         s = self.settings
         torch.manual_seed(s.seed)
         self.network = make_network(s.backbone, s.pretrained, s.dim, s.layer_norm).to(self.device)
+        self.network.to(memory_format=torch.channels_last)  # convolutions take half the time
         self.base = make_base(s.base, len(self.split.train.classes), s.dim).to(self.device)
         self.tcm = TCMLoss(**dataclasses.asdict(s.tcm)) if s.tcm else None
         groups = [{"params": list(self.network.parameters()), "lr": s.lr}]
@@ -156,7 +157,7 @@ class Run:
                     generator=torch.Generator(),  # else it draws from the network's, once for each loader
                 )
                 for x, y in loader:
-                    loss = self._train_step(x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True))
+                    loss = self._train_step(self._images(x), y.to(self.device, non_blocking=True))
                     self.step += 1
                     bar.update()
                     if self.step % _REPORT == 0 or self.step == self.steps:
@@ -164,6 +165,9 @@ class Run:
                     if self.step % self.checkpoint_every == 0 or self.step == self.steps:
                         self.seconds = time.perf_counter() - begin
                         self._save()
+
+    def _images(self, x: Tensor) -> Tensor:
+        return x.to(self.device, non_blocking=True, memory_format=torch.channels_last)
 
     def _train_step(self, x: Tensor, y: Tensor) -> Tensor:
         with self._autocast():
@@ -194,14 +198,14 @@ class Run:
 
     def _score(self) -> dict[str, Any]:
         """Recall@1, OPIS and 10%-OPIS of the test images."""
-        images = TestImages(self.split.test, self.settings.size)
+        images = CentreImages(self.split.test, self.settings.size)
         rows = []
         loader: Any = DataLoader(images, batch_size=128, num_workers=self.workers, generator=torch.Generator())
         self.network.eval()
         with torch.inference_mode():
             for x in tqdm(loader, desc="test images", unit="batch", disable=None, leave=False):
                 with self._autocast():
-                    rows.append(self.network(x.to(self.device)).float().cpu())
+                    rows.append(self.network(self._images(x)).float().cpu())
         found = opis(torch.cat(rows), torch.from_numpy(self.split.test.labels))
         return {
             "identity": self.identity,
