@@ -23,8 +23,9 @@ _PICTURES = (".png", ".pdf", ".svg")
 _EXAMPLES = """examples:
   try it, on images that are drawn (a minute each):
     python -m benchmarks.retrieval.drawn out/glyphs
-    python -m benchmarks.retrieval --dataset folder --root out/glyphs --base smoothap --seeds 0 1 2
-    python -m benchmarks.retrieval --dataset folder --root out/glyphs --base smoothap --seeds 0 1 2 --tcm
+    python -m benchmarks.retrieval --dataset folder --root out/glyphs --base smoothap --min-crop 0.6 --seeds 0 1 2
+    python -m benchmarks.retrieval --dataset folder --root out/glyphs --base smoothap --min-crop 0.6 --seeds 0 1 2 \
+      --tcm --lambda-plus 0.1 --lambda-minus 0.1
     python -m benchmarks.retrieval --table out/retrieval --picture out/retrieval.png
   an experiment of the paper, on a GPU with timm's weights:
     python -m benchmarks.retrieval --dataset inaturalist2018 --root DIR --backbone resnet50 --pretrained \\

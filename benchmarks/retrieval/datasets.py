@@ -237,9 +237,9 @@ DATASETS: dict[str, Dataset] = {
         """  Inat_dataset_splits/Inaturalist_train_set1.txt   a line an image, its path as below
   Inat_dataset_splits/Inaturalist_test_set1.txt    likewise
   train_val2018/<kingdom>/<species>/<image>.jpg""",
-        "images: github.com/visipedia/inat_comp/tree/master/2018 (120 GB); the two lists, 5,690 species to train on "
-        "and 2,452 to test: the link 'dataset splits' at github.com/Andrew-Brown1/Smooth_AP (Brown et al., ECCV 2020), "
-        "unpacked into the folder of the data set",
+        "images, 120 GB: github.com/visipedia/inat_comp/tree/master/2018; the two lists, 5,690 species to train\n"
+        "  on and 2,452 to test: the link 'dataset splits' at github.com/Andrew-Brown1/Smooth_AP (Brown et al., ECCV\n"
+        "  2020), unpacked into the folder of the data set",
         {"": ((325_846, 5_690), (136_093, 2_452))},
     ),
     "sop": Dataset(
