@@ -751,7 +751,7 @@ def test_bad_input(
     monkeypatch.setitem(sys.modules, "timm", None)
     arguments = command(glyphs, tmp_path / "out", *(text.replace("ROOT", str(tmp_path)) for text in more))
     assert message in refuse(capsys, arguments)
-    assert not list(tmp_path.rglob("*.*"))
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -806,6 +806,9 @@ def test_folders_of_other_runs(glyphs: Path, tmp_path: Path, capsys: pytest.Capt
         assert "holds a run with other settings (epochs 2 then, 3 now)" in said
         assert (folder / name).exists()
         (folder / "result.json").unlink(missing_ok=True)
+    (folder / "result.json").write_text("{}")
+    assert "result.json is damaged" in refuse(capsys, command(glyphs, tmp_path))
+    (folder / "result.json").unlink()
     whole = (folder / "checkpoint.pt").read_bytes()
     (folder / "checkpoint.pt").write_bytes(whole[: len(whole) // 2])
     assert "checkpoint.pt is damaged" in refuse(capsys, command(glyphs, tmp_path))
@@ -880,6 +883,7 @@ def test_table_by_hand() -> None:
     assert lines[4] == "| cub small recallatk | 0 | - | 70.0 | - |  | - | 20.00 | - |  | - | 30.00 | - |  |"
     assert "cub: 1,234 images of 100 classes to train on" in text
     assert "TCM: m+ = 0.9, m- = 0.5" in text
+    assert table.markdown(table.make_rows(RESULTS), RESULTS, "Mind the gap.") == text + "\nMind the gap.\n"
 
 
 def test_runs_of_other_settings_are_not_mixed() -> None:

@@ -34,6 +34,10 @@ _EXAMPLES = """examples:
 Each run is a folder under --out with checkpoint.pt and, once finished, result.json. A run that was interrupted goes on
 from its last checkpoint when the same command is given again; a finished one is not run twice. Exit code 2: bad input.
 
+recall@1 is the share of test images whose nearest other test image is of their class (of those whose class has
+another; papers on VehicleID search a gallery of one image a vehicle instead). OPIS and 10%-OPIS are tcm_fused.opis's,
+over the thresholds that 1 % to 10 % of all negative pairs pass.
+
 data sets and their files under --root:
 """
 
@@ -91,7 +95,7 @@ def _table(options: argparse.Namespace) -> None:
         raise ValueError(f"cannot draw {options.picture}: its name must end in one of {', '.join(_PICTURES)}")
     results = table.read_results(options.table)
     rows = table.make_rows(results)
-    text = table.markdown(rows, results)
+    text = table.markdown(rows, results, options.caption)
     figure = table.draw(rows) if options.picture is not None else None
     print(text, end="")
     if options.markdown is not None:
@@ -174,6 +178,7 @@ def _parser() -> argparse.ArgumentParser:
 
     group = parser.add_argument_group("of --table")
     group.add_argument("--markdown", type=Path, metavar="OUT.md", help="write the table")
+    group.add_argument("--caption", default="", metavar="TEXT", help="a paragraph to put below it")
     group.add_argument("--picture", type=Path, metavar="OUT.png", help="draw it (.png, .pdf or .svg)")
     group.add_argument("--json", type=Path, metavar="OUT.json", help="write all results into one file")
     return parser

@@ -117,8 +117,8 @@ def _differing(settings: list[dict[str, Any]]) -> list[str]:
     return [k for k in names if any(len({json.dumps(a[k]) for a in group}) > 1 for group in groups.values())]
 
 
-def markdown(rows: Sequence[Row], results: Sequence[Result]) -> str:
-    """The table, and below it what was run."""
+def markdown(rows: Sequence[Row], results: Sequence[Result], caption: str = "") -> str:
+    """The table, and below it how to read it, what was run, and the caption."""
     head = "| experiment | seeds |" + "".join(f" {m.title}: without | with TCM | change | |" for m in MEASURES)
     lines = [head, "|---|--:|" + "--:|--:|--:|---|" * len(MEASURES)]
     for row in rows:
@@ -130,6 +130,7 @@ def markdown(rows: Sequence[Row], results: Sequence[Result]) -> str:
         "Mean and standard deviation over the seeds that both sides have; change: with TCM less without, seed by seed, "
         "mean and standard deviation. The arrow is the direction of the mean change.",
         *_about(results),
+        *(["", caption] if caption else []),
     ]
     return "\n".join([*lines, "", *notes]) + "\n"
 

@@ -95,21 +95,30 @@ class Run:
             ValueError: the folder holds a run with other settings, or an image cannot be read.
             RuntimeError: another process is at this run, or the loss is not finite.
         """
+        result_file = self.folder / "result.json"
+        if result_file.exists():
+            return self._read(result_file)
+        self._build()  # before the folder is made: it may refuse
         self.folder.mkdir(parents=True, exist_ok=True)
         with self._locked():
-            result_file = self.folder / "result.json"
-            if result_file.exists():
-                result: dict[str, Any] = json.loads(result_file.read_text(encoding="utf-8"))
-                self._check_identity(result["identity"])
-                print(f"{self.settings.name}: finished before, {result_file}")
-                return result
-            self._build()
             self._restore()
             if self.step < self.steps:
                 self._train()
             result = self._score()
             text = json.dumps(result, indent=1, allow_nan=False) + "\n"
             write_whole(result_file, lambda part: part.write_text(text, encoding="utf-8"))
+        return result
+
+    def _read(self, result_file: Path) -> dict[str, Any]:
+        """The result of a finished run."""
+        try:
+            result: dict[str, Any] = json.loads(result_file.read_text(encoding="utf-8"))
+            identity = dict(result["identity"])
+            float(result["scores"]["recall_at_1"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{result_file} is damaged ({error!r}); remove it to score the run again") from error
+        self._check_identity(identity)
+        print(f"{self.settings.name}: finished before, {result_file}")
         return result
 
     def _build(self) -> None:
