@@ -877,13 +877,27 @@ def test_table_by_hand() -> None:
         "| 25.00 +- 7.07 | 28.50 +- 6.36 | +3.50 +- 0.71 | ↑ worse |"
     )
     assert lines[3] == (
-        "| cub small arcface | 1 | 60.0 | 60.0 | +0.0 | = "
+        "| cub small arcface | 1 | 60.0 | 60.0 | +0.0 | = unclear "
         "| 20.00 | 30.00 | +10.00 | ↑ worse | 30.00 | 20.00 | -10.00 | ↓ better |"
     )
     assert lines[4] == "| cub small recallatk | 0 | - | 70.0 | - |  | - | 20.00 | - |  | - | 30.00 | - |  |"
     assert "cub: 1,234 images of 100 classes to train on" in text
-    assert "TCM: m+ = 0.9, m- = 0.5" in text
+    assert "TCM with smoothap, arcface, recallatk: m+ = 0.9, m- = 0.5, lambda+ = 1" in text
     assert table.markdown(table.make_rows(RESULTS), RESULTS, "Mind the gap.") == text + "\nMind the gap.\n"
+
+
+def test_changes_within_their_spread_are_unclear() -> None:
+    """Changes of OPIS x 1000: -3, 3.1 and -3; of 10%-OPIS: -0.002, shown as 0; of recall@1: 1, 2 and 2 points."""
+    results = []
+    for seed, (recall, score) in enumerate(((0.01, -0.003), (0.02, 0.0031), (0.02, -0.003))):
+        results.append(result("smoothap", False, seed, 0.5, 0.01, 0.02))
+        results.append(result("smoothap", True, seed, 0.5 + recall, 0.01 + score, 0.02 - 2e-6))
+    (row,) = table.make_rows(results)
+    assert [row.verdict(measure) for measure in table.MEASURES] == ["better", "unclear", "unclear"]
+    cells = table.markdown([row], results).splitlines()[2].split(" | ")
+    assert cells[4:6] == ["+1.7 +- 0.6", "↑ better"]
+    assert cells[8:10] == ["-0.97 +- 3.52", "↓ unclear"]
+    assert cells[12].startswith("+0.00 +- 0.00") and cells[13].startswith("= unclear")
 
 
 def test_runs_of_other_settings_are_not_mixed() -> None:

@@ -10,6 +10,11 @@ Result = dict[str, Any]  # what `training.Run` writes
 
 # Colours of Paul Tol's "muted" set, which the colour-blind can tell apart; shapes and words say the same.
 BLUE, ROSE, GREY, INK = "#332288", "#CC6677", "#88929E", "#333333"
+STYLES: dict[str, tuple[str, str, Any]] = {
+    "better": (BLUE, "o", "-"),
+    "worse": (ROSE, "X", "--"),
+    "unclear": (GREY, "D", ":"),
+}  # colour, mark, line
 
 
 class Measure(NamedTuple):
@@ -39,6 +44,18 @@ class Row(NamedTuple):
     def seeds(self) -> list[int]:
         """Those that both sides have."""
         return sorted(self.without.keys() & self.with_tcm.keys())
+
+    def change(self, measure: Measure) -> list[float]:
+        """With TCM less without, of each seed."""
+        return [b - a for a, b in zip(*self.values(measure), strict=True)]
+
+    def verdict(self, measure: Measure) -> str:
+        """ "better", "worse", or "unclear": the mean change is shown as 0, or is within its standard deviation."""
+        change = self.change(measure)
+        mean = statistics.mean(change)
+        if float(format(mean, measure.form)) == 0 or (len(change) > 1 and abs(mean) <= statistics.stdev(change)):
+            return "unclear"
+        return "better" if (mean > 0) == measure.higher_is_better else "worse"
 
     def values(self, measure: Measure) -> tuple[list[float], list[float]]:
         """Without and with TCM, of the seeds that both have."""
@@ -128,7 +145,8 @@ def markdown(rows: Sequence[Row], results: Sequence[Result], caption: str = "") 
         lines.append("| " + " | ".join(cells) + " |")
     notes = [
         "Mean and standard deviation over the seeds that both sides have; change: with TCM less without, seed by seed, "
-        "mean and standard deviation. The arrow is the direction of the mean change.",
+        "mean and standard deviation. The arrow is the direction of the mean change; unclear: it is within its standard "
+        "deviation.",
         *_about(results),
         *(["", caption] if caption else []),
     ]
@@ -142,48 +160,45 @@ def _cells(row: Row, measure: Measure) -> list[str]:
         ]
         return [*(spread(side, measure.form) if side else "-" for side in alone), "-", ""]
     without, with_tcm = row.values(measure)
-    change = [b - a for a, b in zip(without, with_tcm, strict=True)]
-    mean = statistics.mean(change)
+    change = row.change(measure)
+    mean = float(format(statistics.mean(change), measure.form))
     arrow = "=" if mean == 0 else "↑" if mean > 0 else "↓"
-    better = "" if mean == 0 else " better" if (mean > 0) == measure.higher_is_better else " worse"
     return [
         spread(without, measure.form),
         spread(with_tcm, measure.form),
         spread(change, "+" + measure.form),
-        arrow + better,
+        f"{arrow} {row.verdict(measure)}",
     ]
 
 
 def spread(values: Sequence[float], form: str) -> str:
     """'mean +- standard deviation' in the format `form`; of one value just that."""
     mean = format(statistics.mean(values), form)
+    if float(mean) == 0:
+        mean = mean.replace("-", "+")  # a change too small to be shown has no sign
     return f"{mean} +- {format(statistics.stdev(values), form.lstrip('+'))}" if len(values) > 1 else mean
 
 
 def _about(results: Sequence[Result]) -> list[str]:
-    """A line for each data set: what was trained on, and with which settings."""
-    lines = []
-    seen = set()
+    """A line for each set of images and settings that was trained on, and one for each setting of TCM."""
+    trained: dict[str, None] = {}
+    margins: dict[str, dict[str, None]] = {}  # and the base losses they were used with
     for result in results:
-        about = result["identity"]
-        train, test = result["train"], result["test"]
-        margins = sorted({json.dumps(r["identity"]["tcm"]) for r in results if r["identity"]["tcm"] is not None})
-        text = (
-            f"{about['dataset']}{' ' + about['test_set'] if about['test_set'] else ''}: {train['images']:,} images of "
-            f"{train['classes']:,} classes to train on, {test['images']:,} of {test['classes']:,} others to test; "
-            f"{about['epochs']} epochs, batches of {about['batch_classes']} classes x {about['batch_images']} images, "
-            f"{about['dim']} dimensions."
-        )
-        if text not in seen:
-            lines += ["", text]
-            seen.add(text)
-    for margin in margins if results else []:
-        m = json.loads(margin)
-        lines.append(
-            f"TCM: m+ = {m['margin_plus']:g}, m- = {m['margin_minus']:g}, lambda+ = {m['lambda_plus']:g}, "
-            f"lambda- = {m['lambda_minus']:g}."
-        )
-    return lines
+        about, train, test = (result[key] for key in ("identity", "train", "test"))
+        name = " ".join(filter(None, (about["dataset"], about["test_set"])))
+        trained[
+            f"{name}: {train['images']:,} images of {train['classes']:,} classes to train on, {test['images']:,} of "
+            f"{test['classes']:,} others to test; {about['epochs']} epochs, batches of {about['batch_classes']} classes x "
+            f"{about['batch_images']} images, {about['dim']} dimensions."
+        ] = None
+        if (tcm := about["tcm"]) is not None:
+            text = (
+                f"m+ = {tcm['margin_plus']:g}, m- = {tcm['margin_minus']:g}, lambda+ = {tcm['lambda_plus']:g}, "
+                f"lambda- = {tcm['lambda_minus']:g}"
+            )
+            margins.setdefault(text, {})[about["base"]] = None
+    lines = [*trained, *(f"TCM with {', '.join(bases)}: {text}." for text, bases in margins.items())]
+    return [line for text in lines for line in ("", text)]
 
 
 def draw(rows: Sequence[Row]) -> Any:
@@ -214,25 +229,31 @@ def draw(rows: Sequence[Row]) -> Any:
         axes.margins(x=0.12)
     marks = [
         Line2D([], [], color=GREY, marker="o", markerfacecolor="white", linestyle="", label="without TCM"),
-        Line2D([], [], color=BLUE, marker="o", linewidth=2.2, label="with TCM: better"),
-        Line2D([], [], color=ROSE, marker="X", linewidth=2.2, linestyle="--", label="with TCM: worse"),
+        *(
+            Line2D([], [], color=colour, marker=mark, linestyle=line, linewidth=2.2, label=f"with TCM: {verdict}")
+            for verdict, (colour, mark, line) in STYLES.items()
+        ),
         Line2D([], [], color=GREY, marker="|", linestyle="", label="each seed: above without, below with"),
     ]
-    figure.legend(handles=marks, loc="outside lower center", ncols=4, frameon=False)
+    figure.legend(handles=marks, loc="outside lower center", ncols=5, frameon=False)
     return figure
 
 
 def _draw_row(axes: Any, measure: Measure, y: int, row: Row) -> None:
     without, with_tcm = row.values(measure)
     start, end = statistics.mean(without), statistics.mean(with_tcm)
-    better = (end > start) == measure.higher_is_better or end == start
-    colour = BLUE if better else ROSE
-    axes.plot([start, end], [y, y], color=colour, linewidth=2.2, linestyle="-" if better else "--", zorder=2)
+    colour, mark, line = STYLES[row.verdict(measure)]
+    axes.plot([start, end], [y, y], color=colour, linewidth=2.2, linestyle=line, zorder=2)
     axes.plot(start, y, "o", color=GREY, markerfacecolor="white", markersize=9, markeredgewidth=1.8, zorder=3)
-    axes.plot(end, y, "o" if better else "X", color=colour, markersize=9.5, zorder=4)
+    axes.plot(end, y, mark, color=colour, markersize=8 if mark == "D" else 9.5, zorder=4)
     axes.plot(without, [y - 0.22] * len(without), "|", color=GREY, markersize=8, zorder=1)
     axes.plot(with_tcm, [y + 0.22] * len(with_tcm), "|", color=colour, markersize=8, zorder=1)
-    change = format(end - start, "+" + measure.form)
     axes.annotate(
-        change, ((start + end) / 2, y), (0, 8), textcoords="offset points", ha="center", fontsize=9.5, color=INK
+        spread([end - start], "+" + measure.form),
+        ((start + end) / 2, y),
+        (0, 8),
+        textcoords="offset points",
+        ha="center",
+        fontsize=9.5,
+        color=INK,
     )

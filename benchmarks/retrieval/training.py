@@ -170,9 +170,10 @@ class Run:
                     loss = self._train_step(self._images(x), y.to(self.device, non_blocking=True))
                     self.step += 1
                     bar.update()
-                    if self.step % _REPORT == 0 or self.step == self.steps:
-                        self._report(loss, bar)
-                    if self.step % self.checkpoint_every == 0 or self.step == self.steps:
+                    save = self.step % self.checkpoint_every == 0 or self.step == self.steps
+                    if save or self.step % _REPORT == 0:
+                        self._report(loss, bar)  # which raises where the loss is not finite, so none such is saved
+                    if save:
                         self.seconds = time.perf_counter() - begin
                         self._save()
 
