@@ -145,8 +145,8 @@ def markdown(rows: Sequence[Row], results: Sequence[Result], caption: str = "") 
         lines.append("| " + " | ".join(cells) + " |")
     notes = [
         "Mean and standard deviation over the seeds that both sides have; change: with TCM less without, seed by seed, "
-        "mean and standard deviation. The arrow is the direction of the mean change; unclear: it is within its standard "
-        "deviation.",
+        "mean and standard deviation. The arrow is the direction of the mean change; unclear: it is within its "
+        "standard deviation.",
         *_about(results),
         *(["", caption] if caption else []),
     ]
@@ -188,8 +188,8 @@ def _about(results: Sequence[Result]) -> list[str]:
         name = " ".join(filter(None, (about["dataset"], about["test_set"])))
         trained[
             f"{name}: {train['images']:,} images of {train['classes']:,} classes to train on, {test['images']:,} of "
-            f"{test['classes']:,} others to test; {about['epochs']} epochs, batches of {about['batch_classes']} classes x "
-            f"{about['batch_images']} images, {about['dim']} dimensions."
+            f"{test['classes']:,} others to test; {about['epochs']} epochs, batches of {about['batch_classes']} classes "
+            f"x {about['batch_images']} images, {about['dim']} dimensions."
         ] = None
         if (tcm := about["tcm"]) is not None:
             text = (
