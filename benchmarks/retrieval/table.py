@@ -188,8 +188,8 @@ def _about(results: Sequence[Result]) -> list[str]:
         name = " ".join(filter(None, (about["dataset"], about["test_set"])))
         trained[
             f"{name}: {train['images']:,} images of {train['classes']:,} classes to train on, {test['images']:,} of "
-            f"{test['classes']:,} others to test; {about['epochs']} epochs, batches of {about['batch_classes']} classes "
-            f"x {about['batch_images']} images, {about['dim']} dimensions."
+            f"{test['classes']:,} others to test; {about['epochs']} epochs, batches of {about['batch_classes']} "
+            f"classes x {about['batch_images']} images, {about['dim']} dimensions."
         ] = None
         if (tcm := about["tcm"]) is not None:
             text = (
