@@ -220,7 +220,7 @@ def draw(rows: Sequence[Row]) -> Any:
         for y, row in enumerate(rows):
             _draw_row(axes, measure, y, row)
         axes.set_yticks(range(len(rows)), [row.name for row in rows])
-        axes.set_ylim(len(rows) - 0.5, -0.5)
+        axes.set_ylim(len(rows) - 0.5, -0.6)
         axes.set_xlabel(f"{measure.title}   ({'higher' if measure.higher_is_better else 'lower'} is better)")
         axes.grid(axis="x", color="#E5E5E5")
         axes.set_axisbelow(True)
@@ -249,9 +249,9 @@ def _draw_row(axes: Any, measure: Measure, y: int, row: Row) -> None:
     axes.plot(without, [y - 0.22] * len(without), "|", color=GREY, markersize=8, zorder=1)
     axes.plot(with_tcm, [y + 0.22] * len(with_tcm), "|", color=colour, markersize=8, zorder=1)
     axes.annotate(
-        spread([end - start], "+" + measure.form),
+        spread([statistics.mean(row.change(measure))], "+" + measure.form),
         ((start + end) / 2, y),
-        (0, 8),
+        (0, 18),  # above the seeds
         textcoords="offset points",
         ha="center",
         fontsize=9.5,
