@@ -27,6 +27,7 @@ from benchmarks.retrieval import networks, table
 from benchmarks.retrieval.__main__ import main
 from benchmarks.retrieval.datasets import DATASETS, Images, load
 from benchmarks.retrieval.drawn import draw_folder
+from benchmarks.retrieval.drawn import main as draw
 from benchmarks.retrieval.images import BalancedBatches, CentreImages, TrainImages, centre_crop, random_crop
 from benchmarks.retrieval.losses import BASES, ArcFace, RecallAtK, SmoothAP, make_base
 from benchmarks.retrieval.training import Run
@@ -960,3 +961,15 @@ def test_bad_tables(
     before = sorted(tmp_path.rglob("*"))
     assert message in refuse(capsys, ["--table", *arguments])
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_drawing_by_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [str(tmp_path / "d"), "--classes", "4", "--images", "2", "--seed", "5"]
+    draw(arguments)
+    assert "drew 4 classes of 2 images" in capsys.readouterr().out
+    assert [len(part.paths) for part in load("folder", tmp_path / "d")[:2]] == [4, 4]
+    for bad, message in ((arguments, "is there already"), ([*arguments, "--classes", "0"], "must be at least 1")):
+        with pytest.raises(SystemExit) as left:
+            draw(bad)
+        assert left.value.code == 2
+        assert message in capsys.readouterr().err
