@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,18 +32,11 @@ from benchmarks.retrieval.images import BalancedBatches, CentreImages, TrainImag
 from benchmarks.retrieval.losses import BASES, ArcFace, RecallAtK, SmoothAP, make_base
 from benchmarks.retrieval.training import Run
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 PNG = b"\x89PNG"
 EPOCHS = 12  # of the run that is killed
 STEPS = 10  # of an epoch of `command` on `glyphs`
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """The networks here gain nothing from more, and wait for them where others use the machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 # The base losses.
