@@ -27,11 +27,15 @@ class Scores(NamedTuple):
 
 
 class Experiment(NamedTuple):
-    """One base loss on one network: scores by seed. Only seeds that both sides have are compared."""
+    """One base loss on one network: scores by seed. Only seeds that both sides have are compared, if there are any."""
 
     name: str
     without: Mapping[int, Scores]
     with_tcm: Mapping[int, Scores]
+
+    def seeds(self) -> list[int]:
+        """Those that both sides have."""
+        return sorted(self.without.keys() & self.with_tcm.keys())
 
 
 class Measure(NamedTuple):
@@ -74,12 +78,9 @@ class Change(NamedTuple):
 def compare(experiment: Experiment, measure: Measure) -> Change:
     """A change is clear if its mean is more than twice its standard error, over at least `CLEAR_FROM` seeds.
 
-    Raises:
-        ValueError: no seed has been run both without TCM and with.
+    Of an experiment that has a seed with both sides.
     """
-    seeds = sorted(experiment.without.keys() & experiment.with_tcm.keys())
-    if not seeds:
-        raise ValueError(f"{experiment.name}: no seed was run both without TCM and with; run both")
+    seeds = experiment.seeds()
     sides = [
         [measure.factor * getattr(side[seed], measure.field) for seed in seeds]
         for side in (experiment.without, experiment.with_tcm)
@@ -99,21 +100,40 @@ def markdown(experiments: Sequence[Experiment]) -> str:
     for experiment in experiments:
         cells: list[str] = []
         for measure in MEASURES:
-            found = compare(experiment, measure)
-            change = spread(found.change, "+" + measure.form)
-            cells += [spread(found.without, measure.form), spread(found.with_tcm, measure.form)]
-            cells.append(f"{change if found.clear is None else f'**{change}**'}, better in {found.better}")
-        lines.append(f"| {experiment.name} | {len(found.change)} | {' | '.join(cells)} |")
+            cells += _cells(experiment, measure)
+        lines.append(f"| {experiment.name} | {len(experiment.seeds())} | {' | '.join(cells)} |")
     notes = (
-        "Mean and standard deviation over seeds. Change: with TCM less without, seed by seed, and the number of seeds "
-        f"in which TCM did better. Bold: the mean change is more than twice its standard error ({CLEAR_FROM} seeds or "
-        "more); of twenty such cells one would be bold by chance."
+        "Mean and standard deviation over seeds. Change: with TCM less without, seed by seed, the direction of its "
+        "mean, and the number of seeds in which TCM did better. Bold: the mean change is more than twice its standard "
+        f"error ({CLEAR_FROM} seeds or more); of twenty such cells one would be bold by chance."
     )
     return "\n".join([*lines, "", notes]) + "\n"
 
 
+def _cells(experiment: Experiment, measure: Measure) -> list[str]:
+    if not experiment.seeds():  # one side has not been run: what there is
+        sides = ([getattr(scores, measure.field) for scores in side.values()] for side in experiment[1:])
+        return [*(spread([measure.factor * v for v in side], measure.form) if side else "-" for side in sides), "-"]
+    found = compare(experiment, measure)
+    change = spread(found.change, "+" + measure.form)
+    mean = float(change.split()[0])
+    arrow = "=" if mean == 0 else "↑" if mean > 0 else "↓"
+    return [
+        spread(found.without, measure.form),
+        spread(found.with_tcm, measure.form),
+        f"{arrow} {change if found.clear is None else f'**{change}**'}, better in {found.better}",
+    ]
+
+
 def draw(experiments: Sequence[Experiment], title: str) -> Figure:
-    """A panel for each measure, a line for each experiment: the change of every seed, its mean and twice its error."""
+    """A panel for each measure, a line for each experiment: the change of every seed, its mean and twice its error.
+
+    Raises:
+        ValueError: no experiment has a seed that was run both without TCM and with.
+    """
+    experiments = [experiment for experiment in experiments if experiment.seeds()]
+    if not experiments:
+        raise ValueError("no experiment has a seed both without TCM and with, so there is nothing to draw")
     with rc_context(LOOK):
         figure = Figure(figsize=(12, 2.0 + 0.55 * len(experiments)), layout="constrained")
         panels = figure.subplots(1, len(MEASURES), sharey=True)

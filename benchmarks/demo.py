@@ -30,8 +30,8 @@ from tqdm import tqdm
 
 from benchmarks.gate import check_fused
 from benchmarks.peers import PEERS, forward_backward, make_batch, time_alternating
+from benchmarks.retrieval.losses import ArcFace
 from benchmarks.training import (
-    ArcFace,
     Split,
     Trained,
     check_paired,

@@ -31,9 +31,9 @@ from tqdm import tqdm
 
 from benchmarks import comparison
 from benchmarks.comparison import Experiment, Scores
+from benchmarks.retrieval.losses import ArcFace
 from benchmarks.training import (
     SEEN,
-    ArcFace,
     Split,
     Trained,
     check_paired,

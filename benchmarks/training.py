@@ -14,7 +14,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pytorch_metric_learning.losses import ArcFaceLoss
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
@@ -41,17 +40,6 @@ class Trained(NamedTuple):
     draws: Tensor  # state of the random generator after the last step: equal states, equal batches
     embeddings: Tensor  # of the test images, [N, width]
     base_loss: nn.Module
-
-
-class ArcFace(ArcFaceLoss):  # type: ignore[misc]
-    """pytorch-metric-learning's ArcFace, kept off cosines of exactly 1, where the gradient of its arccos is infinite.
-
-    In two dimensions float32 rounds the cosine to 1 for every embedding within 0.02 degrees of its class's weight.
-    """
-
-    def get_angles(self, cosine: Tensor) -> Tensor:
-        """Angles in radians of cosines [N]; those within 0.08 degrees of 0 or 180 get no gradient."""
-        return super().get_angles(cosine.clamp(-1 + 1e-6, 1 - 1e-6))
 
 
 def load() -> Split:
@@ -165,6 +153,8 @@ def one_thread() -> Iterator[None]:
 def spread(values: Sequence[float], form: str) -> str:
     """'mean +- standard deviation' in the format `form`; of one value just that."""
     mean = format(statistics.mean(values), form)
+    if float(mean) == 0:
+        mean = mean.replace("-", "+" if form.startswith("+") else "")  # too small to be shown: no sign
     return f"{mean} +- {format(statistics.stdev(values), form.replace('+', ''))}" if len(values) > 1 else mean
 
 

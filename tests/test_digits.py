@@ -128,18 +128,22 @@ def test_table_says_what_the_scores_say() -> None:
     lines = text.splitlines()
     assert lines[0].count("|") == lines[1].count("|") == lines[2].count("|") == 12
     assert lines[2].startswith(
-        "| net, loss | 10 | 24.5 +- 3.0 | 19.5 +- 3.0 | **-5.0 +- 1.1**, better in 10 | 50.0 +- 0.0 |"
+        "| net, loss | 10 | 24.5 +- 3.0 | 19.5 +- 3.0 | ↓ **-5.0 +- 1.1**, better in 10 | 50.0 +- 0.0 |"
     )
-    assert lines[2].endswith("| 90.0 +- 0.0 | 90.0 +- 0.0 | +0.0 +- 0.0, better in 0 |")
-    assert lines[3].endswith("| 90.0 | 91.0 | +1.0, better in 1 |")
+    assert lines[2].endswith("| 90.0 +- 0.0 | 90.0 +- 0.0 | = +0.0 +- 0.0, better in 0 |")
+    assert lines[3].endswith("| 90.0 | 91.0 | ↑ +1.0, better in 1 |")
 
 
 def test_only_paired_seeds_are_compared() -> None:
     whole = made_up([-0.001, -0.002, -0.003])
     part = whole._replace(with_tcm={1: whole.with_tcm[1]})
     assert compare(part, OPIS).change == pytest.approx([-2])
-    with pytest.raises(ValueError, match="no seed was run both"):
-        compare(whole._replace(without={}), OPIS)
+    alone = whole._replace(without={})
+    assert comparison.markdown([alone]).splitlines()[2].startswith("| net, loss | 0 | - | 19.0 +- 0.0 | - | - | 50.0")
+    with pytest.raises(ValueError, match="nothing to draw"):
+        comparison.draw([alone], "")
+    drawn = comparison.draw([alone, part], "")
+    assert [label.get_text() for label in drawn.axes[0].get_yticklabels()] == ["net, loss"]
 
 
 def test_command_end_to_end(

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from benchmarks import comparison
 from benchmarks.retrieval import table
 from benchmarks.retrieval.datasets import DATASETS, TEST_SETS, load
 from benchmarks.retrieval.losses import BASES
@@ -94,15 +95,15 @@ def _table(options: argparse.Namespace) -> None:
     if options.picture is not None and options.picture.suffix.lower() not in _PICTURES:
         raise ValueError(f"cannot draw {options.picture}: its name must end in one of {', '.join(_PICTURES)}")
     results = table.read_results(options.table)
-    rows = table.make_rows(results)
-    text = table.markdown(rows, results, options.caption)
-    figure = table.draw(rows) if options.picture is not None else None
+    experiments = table.make_experiments(results)
+    text = table.markdown(experiments, results, options.caption)
+    figure = comparison.draw(experiments, "Classes unseen in training") if options.picture is not None else None
     print(text, end="")
     if options.markdown is not None:
         write_whole(options.markdown, lambda part: part.write_text(text, encoding="utf-8"))
     if figure is not None:
         kind = options.picture.suffix[1:].lower()
-        write_whole(options.picture, lambda part: figure.savefig(part, format=kind))
+        write_whole(options.picture, lambda part: figure.savefig(part, format=kind, dpi=150))
     if options.json is not None:
         content = json.dumps(results, indent=1) + "\n"
         write_whole(options.json, lambda part: part.write_text(content, encoding="utf-8"))
