@@ -3,7 +3,9 @@
 from typing import TYPE_CHECKING, Any
 
 from tcm_fused.calibration import Calibration, Margins, calibrate, suggest_margins
+from tcm_fused.distributed import DistributedTCMLoss
 from tcm_fused.loss import TCMLoss, TCMStats, tcm_loss
+from tcm_fused.memory import CrossBatchMemory
 from tcm_fused.opis import OPISResult, opis
 
 if TYPE_CHECKING:
@@ -13,6 +15,8 @@ __version__ = "0.1.0"
 __all__ = [
     "OPIS",
     "Calibration",
+    "CrossBatchMemory",
+    "DistributedTCMLoss",
     "Margins",
     "OPISResult",
     "TCMLoss",
