@@ -19,6 +19,7 @@ from tcm_fused.loss import Options, TCMLoss, _check_choice, _one_fp16_product, c
 from tcm_fused.pair_sums import PairSums, Rows, add
 from tcm_fused.reference import loss_dtype
 
+_all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before 2.13
 _REFUSED = {
     "indices_tuple": "TCM finds its hard pairs itself; leave the miner out",
     "ref_emb": "the columns are the embeddings of all ranks; for a memory bank use CrossBatchMemory",
@@ -77,6 +78,7 @@ reduction='violating', group_pairs='within', precision='auto', backend='auto', g
         self.grad_reduction = grad_reduction
         self.ring = ring
 
+    @torch.compiler.disable(reason="the ranks tell each other their sizes")
     def forward(
         self,
         embeddings: Tensor,
@@ -105,10 +107,6 @@ reduction='violating', group_pairs='within', precision='auto', backend='auto', g
             return self._check(embeddings, labels, groups), None
 
         return self._global(check)[0]
-
-    # torch.compile stops here: sizes are known once the ranks have told them. (This is what torch.compiler.disable
-    # does, which imports the compiler first.)
-    forward._torchdynamo_disable = True  # type: ignore[attr-defined]
 
     def against_bank(
         self,
@@ -162,6 +160,8 @@ reduction='violating', group_pairs='within', precision='auto', backend='auto', g
         weight = torch.stack([options.lambda_plus / divisor[0], options.lambda_minus / divisor[1]])
         if self.grad_reduction == "mean":
             weight *= len(sizes)
+        # All rows' gradients are NaN then, those too that were never with the one that is not finite (in no group).
+        weight = torch.where(total.penalty.isnan().any(), torch.nan, weight)
         loss = total.loss(options.lambda_plus, options.lambda_minus).to(loss_dtype(rows.x))
         return _WithGradient.apply(complete, loss, weight), columns
 
@@ -263,7 +263,7 @@ def _all_gather(t: Tensor, group: "dist.ProcessGroup") -> Tensor:
     """[ranks * N, ...] of t [N, ...], which has the same shape on all ranks."""
     gathered = t.new_empty((dist.get_world_size(group) * t.shape[0], *t.shape[1:]))
     if t.numel():
-        dist.all_gather_into_tensor(gathered, t, group)
+        _all_gather_single(gathered, t, group)
     return gathered
 
 

@@ -27,7 +27,8 @@ class CrossBatchMemory(nn.Module):
 
     Then the batch is stored, detached, in place of the oldest: in training mode only, not in evaluation. Rows with a
     negative label and rows that are not finite are left out; of a batch larger than the bank the last rows stay. The
-    bank has the dtype of the first batch. Nothing waits for the device, but for `groups`.
+    bank has the dtype of the first batch. Nothing waits for the device, but for `groups`. Under torch.compile it runs
+    eagerly.
 
     The bank is made of buffers, so it is saved, loaded and moved with the module (move it before loading).
 
@@ -76,6 +77,7 @@ class CrossBatchMemory(nn.Module):
         self.register_buffer("groups", torch.full((self.size,), _NO_GROUP))
         self.register_buffer("position", torch.zeros((), dtype=torch.int64))
 
+    @torch.compiler.disable(reason="the number of filled slots changes from call to call")
     def forward(self, embeddings: Tensor, labels: Tensor, groups: Tensor | None = None) -> Tensor:
         """The loss of `embeddings` [N, D], `labels` [N] and, as in `tcm_loss`, `groups` [N].
 
@@ -87,9 +89,6 @@ class CrossBatchMemory(nn.Module):
             if self.calls > self.warm_up:
                 self._store(batch)
         return loss
-
-    # torch.compile stops here: the number of filled slots changes from call to call.
-    forward._torchdynamo_disable = True  # type: ignore[attr-defined]
 
     def _bank(self, batch: Rows) -> Rows | None:
         """What is stored, in the dtype of the batch; None if nothing is."""
