@@ -300,40 +300,41 @@ def _ring_sums(rows: Rows, n: int, group: "dist.ProcessGroup", options: Options)
     parts = []
     world = dist.get_world_size(group)
     for step in range(world):
-        with _with_others():
-            arriving, messages = _pass_on(held, group) if step < world - 1 else (held, [])
-        columns = None  # the first step's columns are the rows
-        if step:
-            columns = _unpack(held, dtype)
-            columns = columns._replace(x=columns.x.to(wide))
-        part = sums_of(rows._replace(x=x), columns, None, options)
-        if wanted:
-            for side in (0, 1):
-                (by_side,) = torch.autograd.grad(part.penalty[side], x, retain_graph=side == 0)
-                # Where rows are columns that is of the pairs (j, i) as well, which count later, by factor 2.
-                grad[side] += by_side if step else by_side / 2
+        with _passing_on(held, group) if step < world - 1 else contextlib.nullcontext(held) as arriving:
+            columns = None  # the first step's columns are the rows
+            if step:
+                columns = _unpack(held, dtype)
+                columns = columns._replace(x=columns.x.to(wide))
+            part = sums_of(rows._replace(x=x), columns, None, options)
+            if wanted:
+                for side in (0, 1):
+                    (by_side,) = torch.autograd.grad(part.penalty[side], x, retain_graph=side == 0)
+                    # Where rows are columns it is that of the pairs (j, i) too, which a factor 2 will stand for.
+                    grad[side] += by_side if step else by_side / 2
         parts.append(part._replace(penalty=part.penalty.detach()))
-        with _with_others():
-            for message in messages:
-                message.wait()
         held = arriving
     total = add(parts)
     return total._replace(penalty=_WithGradient.apply(rows.x, total.penalty, grad)) if wanted else total
 
 
-def _pass_on(
-    held: tuple[Tensor, Tensor], group: "dist.ProcessGroup"
-) -> tuple[tuple[Tensor, Tensor], "list[dist.Work]"]:
-    """Sends what this rank holds to the next rank; what comes from the rank before is there once all is awaited."""
+@contextlib.contextmanager
+def _passing_on(held: tuple[Tensor, Tensor], group: "dist.ProcessGroup") -> Iterator[tuple[Tensor, Tensor]]:
+    """Inside, `held` goes to the next rank; after that, what comes from the rank before is there."""
     rank, world = dist.get_rank(group), dist.get_world_size(group)
     arriving = torch.empty_like(held[0]), torch.empty_like(held[1])
-    if not held[1].numel():
-        return arriving, []
     messages = []
     for tag, (sent, received) in enumerate(zip(held, arriving, strict=True)):
-        messages.append(dist.P2POp(dist.isend, sent, group=group, tag=tag, group_peer=(rank + 1) % world))
-        messages.append(dist.P2POp(dist.irecv, received, group=group, tag=tag, group_peer=(rank - 1) % world))
-    return arriving, dist.batch_isend_irecv(messages)
+        if sent.numel():  # as on all ranks, or on none
+            messages.append(dist.P2POp(dist.isend, sent, group=group, tag=tag, group_peer=(rank + 1) % world))
+            messages.append(dist.P2POp(dist.irecv, received, group=group, tag=tag, group_peer=(rank - 1) % world))
+    with _with_others():
+        works = dist.batch_isend_irecv(messages) if messages else []
+    try:
+        yield arriving
+    finally:  # after an error too, so that a later call does not receive what was sent in this one
+        with _with_others():
+            for work in works:
+                work.wait()
 
 
 def _add_up(mine: PairSums, group: "dist.ProcessGroup") -> PairSums:

@@ -28,7 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tcm_fused import CrossBatchMemory, DistributedTCMLoss, TCMLoss, distributed
 
 WORLDS = (2, 3, 4)
-BACKENDS = ("torch",)
+BACKENDS = ("cpu", "torch")
 N, D, HIDDEN = 41, 7, 5
 LAMBDA = {"lambda_plus": 1.5, "lambda_minus": 0.75}
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -101,7 +101,12 @@ def draw(rng: np.random.Generator, sizes: tuple[int, ...], name: str = "plain", 
     x = rng.standard_normal((6, D))[y] + 0.8 * rng.standard_normal((n, D))
     groups = rng.integers(3, size=n) if "group_pairs" in OPTIONS[name] else None
     x *= 2.0 ** rng.uniform(-3, 3, (n, 1))
-    options = {**OPTIONS[name], **LAMBDA, "backend": "torch", **margins(torch.from_numpy(x), y)}
+    options = {
+        **OPTIONS[name],
+        **LAMBDA,
+        "backend": "torch" if "squared" in OPTIONS[name].values() else "auto",
+        **margins(torch.from_numpy(x), y),
+    }
     return Batch(x, y, groups, sizes, options, **changed)
 
 
@@ -175,7 +180,7 @@ def test_one_batch(
 ) -> None:
     """Loss and gradient of the whole batch, the same bits on each rank and in each run, in parts of any size."""
     batch = draw(rng, cut(rng, ranks.world), name, dtype=dtype, ring=ring)
-    batch.options["backend"] = backend
+    batch.options["backend"] = backend if "squared" not in batch.options.values() else "torch"
     result, again = (joined(ranks.run(local, batch)) for _ in range(2))
     wanted = expected(batch)
     tolerance = 1e-12 if dtype == torch.float64 else 1e-6
@@ -437,8 +442,8 @@ def call(rank: int, arguments: dict[str, Any], options: dict[str, Any], *, on: i
     """The loss of a good batch, but for what is changed on rank `on` (None: on all)."""
     good: dict[str, Any] = {"embeddings": torch.eye(4, 3), "labels": torch.arange(4)}
     if on is None or rank == on:
-        return DistributedTCMLoss(**{"backend": "torch", **options})(**{**good, **arguments}).item()
-    return DistributedTCMLoss(backend="torch")(**good).item()
+        return DistributedTCMLoss(**options)(**{**good, **arguments}).item()
+    return DistributedTCMLoss()(**good).item()
 
 
 def call_on_rank_1(rank: int, arguments: dict[str, Any], options: dict[str, Any]) -> float:
@@ -507,7 +512,7 @@ TIMEOUT = 2.0
 def absent(rank: int, ring: bool) -> None:
     """Rank 1 raises before it calls the loss."""
     group = dist.new_group(timeout=timedelta(seconds=TIMEOUT))
-    criterion = DistributedTCMLoss(process_group=group, backend="torch", ring=ring)
+    criterion = DistributedTCMLoss(process_group=group, ring=ring)
     criterion(torch.eye(3), torch.arange(3))
     if rank == 1:
         raise ArithmeticError("of the user's")
@@ -521,10 +526,10 @@ def failing_inside(rank: int, ring: bool) -> None:
         patch = pytest.MonkeyPatch()
         patch.setattr(distributed, "sums_of", lambda *_: 1 // 0)
         try:
-            DistributedTCMLoss(process_group=group, backend="torch", ring=ring)(torch.eye(3), torch.arange(3))
+            DistributedTCMLoss(process_group=group, ring=ring)(torch.eye(3), torch.arange(3))
         finally:
             patch.undo()
-    DistributedTCMLoss(process_group=group, backend="torch", ring=ring)(torch.eye(3), torch.arange(3))
+    DistributedTCMLoss(process_group=group, ring=ring)(torch.eye(3), torch.arange(3))
 
 
 @pytest.mark.parametrize("ring", [False, True], ids=["gathered", "ring"])
@@ -596,7 +601,7 @@ def test_every_rank_has_the_same_memory(ranks: Ranks, name: str, rng: np.random.
 
 def misused_memory(rank: int, ring: bool) -> None:
     """Rank 1 changes the width of its embeddings."""
-    memory = CrossBatchMemory(DistributedTCMLoss(backend="torch", ring=ring), 8)
+    memory = CrossBatchMemory(DistributedTCMLoss(ring=ring), 8)
     memory(torch.eye(4, 3), torch.arange(4))
     width = 5 if rank == 1 else 3
     memory(torch.eye(4, width), torch.arange(4))
