@@ -137,7 +137,7 @@ reduction='violating', group_pairs='within', precision='auto', backend='auto', g
         _check_choice("grad_reduction", self.grad_reduction, ("mean", "sum"))
         rows, _ = check_sets(embeddings, labels, None, None, None, groups, None)
         ops.choose(options.backend, rows.x.device.type, rows.x.dtype, options.penalty == "squared")
-        return rows
+        return rows if groups is None else rows._replace(groups=groups.to(torch.int64))
 
     def _global(self, check: Callable[[], tuple[Rows, Rows | None]]) -> tuple[Tensor, Rows | None]:
         """The loss, and the global batch unless it went round the ring."""
@@ -270,7 +270,7 @@ def _all_gather(t: Tensor, group: "dist.ProcessGroup") -> Tensor:
 def _pack(rows: Rows, n: int) -> tuple[Tensor, Tensor]:
     """x as bytes [n, ...] and labels and groups [n, 1 or 2], padded to n rows by such as take no part."""
     x = rows.x.detach().contiguous().view(torch.uint8)
-    ids = rows.y[:, None] if rows.groups is None else torch.stack([rows.y, rows.groups.to(torch.int64)], 1)
+    ids = rows.y[:, None] if rows.groups is None else torch.stack([rows.y, rows.groups], 1)
     missing = n - len(rows.y)
     pad = torch.nn.functional.pad
     return pad(x, (0, 0, 0, missing)).contiguous(), pad(ids, (0, 0, 0, missing), value=-1).contiguous()

@@ -79,7 +79,8 @@ class Batch:
         end = sum(self.sizes[: rank + 1])
         mine = slice(end - self.sizes[rank], end)
         groups = None if self.groups is None else torch.from_numpy(self.groups[mine])
-        return torch.from_numpy(self.x[mine]).to(self.dtype), torch.from_numpy(self.y[mine]), groups
+        x = torch.from_numpy(self.x[mine]).to(self.dtype).t().contiguous().t()  # columns lie together, not rows
+        return x, torch.from_numpy(self.y[mine]), groups
 
     def criterion(self, **changed: Any) -> DistributedTCMLoss:
         options = {"ring": self.ring, "grad_reduction": self.grad_reduction, **self.options, **changed}
@@ -543,6 +544,24 @@ def test_a_rank_that_fails_is_an_error_on_the_others(
     assert one.kind == kind
     refused([zero, two], "RuntimeError", "DistributedTCMLoss lost the other ranks", "group's timeout")
     pools[3].run(call, {}, {})  # the default group is as it was
+
+
+def failing_everywhere(rank: int, batch: Batch) -> Result:
+    """All ranks fail in the middle, are caught, and go on with other embeddings in the same group."""
+    x, y, _ = batch.part(rank)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distributed, "sums_of", lambda *_: 1 // 0)
+        with pytest.raises(ZeroDivisionError):
+            batch.criterion()(torch.full_like(x, torch.nan), y)
+    return local(rank, batch)
+
+
+@pytest.mark.parametrize("ring", [False, True], ids=["gathered", "ring"])
+def test_a_failure_that_was_caught_leaves_nothing_behind(ranks: Ranks, ring: bool, rng: np.random.Generator) -> None:
+    batch = draw(rng, (4,) * ranks.world, ring=ring)
+    result, wanted = joined(ranks.run(failing_everywhere, batch)), expected(batch)
+    assert abs(result.loss - wanted.loss) <= 1e-12
+    close(result.grad, wanted.grad, 1e-12)
 
 
 def ending(rank: int) -> None:
