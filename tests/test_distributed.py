@@ -40,18 +40,28 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+class Pools(dict[int, Ranks]):
+    """By number of ranks, each started when it is first asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder = folder
+
+    def __missing__(self, world: int) -> Ranks:
+        self[world] = Ranks(world, self.folder)
+        return self[world]
+
+
 @pytest.fixture(scope="session")
-def pools(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[int, Ranks]]:
-    """All processes, started at once."""
-    folder = tmp_path_factory.mktemp("ranks")
-    pools = {world: Ranks(world, folder) for world in WORLDS}
+def pools(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pools]:
+    pools = Pools(tmp_path_factory.mktemp("ranks"))
     yield pools
     for pool in pools.values():
         pool.close()
 
 
 @pytest.fixture(params=WORLDS)
-def ranks(request: pytest.FixtureRequest, pools: dict[int, Ranks]) -> Ranks:
+def ranks(request: pytest.FixtureRequest, pools: Pools) -> Ranks:
     return pools[request.param]
 
 
@@ -201,9 +211,7 @@ def test_one_batch(
     [(5, 5, 5, 5), (0, 9, 0, 11), (20, 0, 0, 0), (0, 0, 0, 0), (0, 0, 1, 0)],
     ids=lambda sizes: "-".join(map(str, sizes)),
 )
-def test_parts_of_any_size(
-    pools: dict[int, Ranks], sizes: tuple[int, ...], ring: bool, rng: np.random.Generator
-) -> None:
+def test_parts_of_any_size(pools: Pools, sizes: tuple[int, ...], ring: bool, rng: np.random.Generator) -> None:
     for name in ("plain", "within", "across"):
         batch = draw(rng, sizes, name, ring=ring)
         result, wanted = joined(pools[4].run(local, batch)), expected(batch)
@@ -223,7 +231,7 @@ def test_statistics_are_of_the_whole_batch(ranks: Ranks, rng: np.random.Generato
 
 
 @pytest.mark.parametrize("ring", [False, True], ids=["gathered", "ring"])
-def test_the_order_of_rows_is_that_of_ranks(pools: dict[int, Ranks], ring: bool, rng: np.random.Generator) -> None:
+def test_the_order_of_rows_is_that_of_ranks(pools: Pools, ring: bool, rng: np.random.Generator) -> None:
     """Rows that change places, across ranks too, take their gradients with them."""
     batch = draw(rng, (7, 12, 10), ring=ring)
     order = rng.permutation(len(batch.y))
@@ -235,9 +243,7 @@ def test_the_order_of_rows_is_that_of_ranks(pools: dict[int, Ranks], ring: bool,
 
 @pytest.mark.parametrize("name", ["plain", "within", "across"])
 @pytest.mark.parametrize("ring", [False, True], ids=["gathered", "ring"])
-def test_not_finite_on_one_rank_is_nan_on_all(
-    pools: dict[int, Ranks], ring: bool, name: str, rng: np.random.Generator
-) -> None:
+def test_not_finite_on_one_rank_is_nan_on_all(pools: Pools, ring: bool, name: str, rng: np.random.Generator) -> None:
     batch = draw(rng, (10, 0, 12, 9), name, ring=ring)
     rows = np.flatnonzero(batch.y >= 0)
     batch.x[rng.choice(rows), 2] = rng.choice([np.nan, np.inf])
@@ -247,7 +253,7 @@ def test_not_finite_on_one_rank_is_nan_on_all(
 
 
 @pytest.mark.parametrize("ring", [False, True], ids=["gathered", "ring"])
-def test_rows_without_a_label_are_not_looked_at(pools: dict[int, Ranks], ring: bool, rng: np.random.Generator) -> None:
+def test_rows_without_a_label_are_not_looked_at(pools: Pools, ring: bool, rng: np.random.Generator) -> None:
     batch = draw(rng, (8, 11, 6), ring=ring)
     batch.y[[3, 9, 24]] = -1
     batch = replace(batch, options={**batch.options, **margins(torch.from_numpy(batch.x), batch.y)})
@@ -262,7 +268,7 @@ def test_rows_without_a_label_are_not_looked_at(pools: dict[int, Ranks], ring: b
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
 @pytest.mark.parametrize("ring", [False, True], ids=["gathered", "ring"])
 def test_gradients_in_16_bit_are_rounded_once(
-    pools: dict[int, Ranks], ring: bool, dtype: torch.dtype, rng: np.random.Generator
+    pools: Pools, ring: bool, dtype: torch.dtype, rng: np.random.Generator
 ) -> None:
     batch = draw(rng, (9, 14, 7), dtype=dtype, ring=ring)
     rounded = torch.from_numpy(batch.x).to(dtype).double()
@@ -362,7 +368,7 @@ def no_gradient(rank: int, batch: Batch) -> float:
 
 
 @pytest.mark.parametrize("ring", [False, True], ids=["gathered", "ring"])
-def test_second_derivative_and_none(pools: dict[int, Ranks], ring: bool, rng: np.random.Generator) -> None:
+def test_second_derivative_and_none(pools: Pools, ring: bool, rng: np.random.Generator) -> None:
     batch = draw(rng, (15, 8), ring=ring)
     refused(pools[2].outcomes(differentiate_twice, batch), "RuntimeError", "no second derivative")
     assert pools[2].run(no_gradient, batch) == [pytest.approx(float(expected(batch).loss), rel=1e-13)] * 2
@@ -397,7 +403,7 @@ def held_columns(rank: int, batch: Batch) -> int:
     return most
 
 
-def test_the_ring_holds_columns_of_two_ranks(pools: dict[int, Ranks], rng: np.random.Generator) -> None:
+def test_the_ring_holds_columns_of_two_ranks(pools: Pools, rng: np.random.Generator) -> None:
     """Those being worked on, which `_unpack` is given, and those arriving: what was worked on before is gone."""
     assert pools[4].run(held_columns, draw(rng, (8, 8, 8, 8), ring=True)) == [1] * 4
 
@@ -422,7 +428,7 @@ def in_a_subgroup(rank: int, batch: Batch, ring: bool) -> Result | None:
 
 
 @pytest.mark.parametrize("ring", [False, True], ids=["gathered", "ring"])
-def test_a_subgroup(pools: dict[int, Ranks], ring: bool, rng: np.random.Generator) -> None:
+def test_a_subgroup(pools: Pools, ring: bool, rng: np.random.Generator) -> None:
     batch = draw(rng, (0, 11, 16))
     _, one, two = pools[3].run(in_a_subgroup, batch, ring)
     wanted = expected(batch)
@@ -451,7 +457,7 @@ def call_on_rank_1(rank: int, arguments: dict[str, Any], options: dict[str, Any]
     return call(rank, arguments, options, on=1)
 
 
-def test_a_good_call_is_good(pools: dict[int, Ranks]) -> None:
+def test_a_good_call_is_good(pools: Pools) -> None:
     # Of a row's two positives, on the other ranks, only those of the zero row are hard: 0.9 - 0. No negative is.
     assert pools[3].run(call, {}, {}) == [pytest.approx(0.9)] * 3
 
@@ -474,7 +480,7 @@ def test_a_good_call_is_good(pools: dict[int, Ranks]) -> None:
     ids=lambda value: value[:24] if isinstance(value, str) else "",
 )  # fmt: skip
 def test_wrong_arguments_of_one_rank(
-    pools: dict[int, Ranks], kind: str, message: str, arguments: dict[str, Any], options: dict[str, Any]
+    pools: Pools, kind: str, message: str, arguments: dict[str, Any], options: dict[str, Any]
 ) -> None:
     zero, one, two = pools[3].outcomes(call_on_rank_1, arguments, options)
     refused([one], kind, message)
@@ -535,9 +541,7 @@ def failing_inside(rank: int, ring: bool) -> None:
 
 @pytest.mark.parametrize("ring", [False, True], ids=["gathered", "ring"])
 @pytest.mark.parametrize(("function", "kind"), [(absent, "ArithmeticError"), (failing_inside, "ZeroDivisionError")])
-def test_a_rank_that_fails_is_an_error_on_the_others(
-    pools: dict[int, Ranks], function: Any, kind: str, ring: bool
-) -> None:
+def test_a_rank_that_fails_is_an_error_on_the_others(pools: Pools, function: Any, kind: str, ring: bool) -> None:
     start = time.monotonic()
     zero, one, two = pools[3].outcomes(function, ring)
     assert time.monotonic() - start < TIMEOUT + 20  # on a busy machine
@@ -626,7 +630,7 @@ def misused_memory(rank: int, ring: bool) -> None:
     memory(torch.eye(4, width), torch.arange(4))
 
 
-def test_misused_memory(pools: dict[int, Ranks]) -> None:
+def test_misused_memory(pools: Pools) -> None:
     refused(pools[3].outcomes(misused_memory, True), "ValueError", "use ring=False")
     zero, one, two = pools[3].outcomes(misused_memory, False)
     message = "embeddings have D=5, the memory holds D=3"
@@ -657,7 +661,7 @@ def compiled(rank: int, batch: Batch) -> tuple[Result, str]:
     return Result(loss.detach().numpy() / 2, x.grad.numpy() / 2), refusal
 
 
-def test_compile(pools: dict[int, Ranks], rng: np.random.Generator) -> None:
+def test_compile(pools: Pools, rng: np.random.Generator) -> None:
     batch = draw(rng, (9, 13))
     results = pools[2].run(compiled, batch)
     wanted = expected(batch)
