@@ -115,7 +115,6 @@ def draw(rng: np.random.Generator, sizes: tuple[int, ...], name: str = "plain", 
     options = {
         **OPTIONS[name],
         **LAMBDA,
-        "backend": "torch" if "squared" in OPTIONS[name].values() else "auto",
         **margins(torch.from_numpy(x), y),
     }
     return Batch(x, y, groups, sizes, options, **changed)
@@ -191,7 +190,7 @@ def test_one_batch(
 ) -> None:
     """Loss and gradient of the whole batch, the same bits on each rank and in each run, in parts of any size."""
     batch = draw(rng, cut(rng, ranks.world), name, dtype=dtype, ring=ring)
-    batch.options["backend"] = backend if "squared" not in batch.options.values() else "torch"
+    batch.options["backend"] = backend
     result, again = (joined(ranks.run(local, batch)) for _ in range(2))
     wanted = expected(batch)
     tolerance = 1e-12 if dtype == torch.float64 else 1e-6

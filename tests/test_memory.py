@@ -60,7 +60,6 @@ EMPTY = Set(
 def test_every_pair_with_batch_and_bank(backend: str, options: dict[str, Any], grouped: str) -> None:
     """Batches of all sizes, smaller and larger than the bank of 9 and round its end: loss and exact gradient."""
     options = {**options, "group_pairs": grouped or "within"}
-    backend = backend if "squared" not in options.values() else "torch"
     criterion = memory(9, backend=backend, **options)
     stored = draw(0)
     for n in (4, 3, 0, 7, 1, 30, 9, 5, 8):
