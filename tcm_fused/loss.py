@@ -3,6 +3,7 @@
 import math
 import numbers
 import sys
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from tcm_fused import ops
-from tcm_fused.pair_sums import PairSums, Rows, pair_sums
+from tcm_fused.pair_sums import PairSums, Rows, add, pair_sums
 from tcm_fused.reference import loss_dtype
 
 _PRECISIONS = ("auto", "fp32", "fp16")
@@ -364,6 +365,28 @@ class TCMLoss(nn.Module):
         loss, *seen = _tcm(embeddings, labels, ref_emb, ref_labels, None, groups, ref_groups, self.options)
         self._seen = (seen[0], seen[1])
         return loss
+
+    def against_bank(
+        self,
+        embeddings: Tensor,
+        labels: Tensor,
+        groups: Tensor | None,
+        make_bank: Callable[[Rows], Rows | None],
+    ) -> tuple[Tensor, Rows]:
+        """The loss of a batch against itself and a bank of constants (None: an empty one); and the batch.
+
+        `make_bank` gets the batch, checked; what it raises is raised.
+        """
+        options = self.options
+        options.check()
+        rows, _ = check_sets(embeddings, labels, None, None, None, groups, None)
+        bank = make_bank(rows)
+        if bank is None:
+            return self(embeddings, labels, groups=groups), rows
+        # Two sets of pairs, since the batch's own need their similarities, and their gradient, once for both orders.
+        sums = add([sums_of(rows, None, None, options), sums_of(rows, bank, None, options)])
+        self._seen = (sums.penalty.detach(), sums.hard)
+        return sums.loss(options.lambda_plus, options.lambda_minus).to(loss_dtype(rows.x)), rows
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.options._asdict().items())

@@ -1,6 +1,6 @@
 """Penalties and counts of a batch from which a loss is made: where one call of an operator does not give it all."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -46,9 +46,15 @@ def pair_sums(
     if not parts:
         none = torch.zeros(2, dtype=torch.int64, device=rows.x.device)
         parts = [PairSums((rows.x.sum() * 0).to(wide_dtype(rows.x)).expand(2), none, none)]
-    penalty, hard, divisor = (both_orders * sum(part) for part in zip(*parts, strict=True))
+    penalty, hard, divisor = (both_orders * part for part in add(parts))
     # A factor, not a choice: so that all gradients are NaN too.
     return PairSums(penalty * torch.where(finite, 1.0, torch.nan), hard, divisor)
+
+
+def add(parts: Sequence[PairSums]) -> PairSums:
+    """The sums of the whole from those of its parts."""
+    penalty, hard, divisor = (torch.stack(part).sum(0) for part in zip(*parts, strict=True))
+    return PairSums(penalty, hard, divisor)
 
 
 def _sums(operator: PairOperator, rows: Rows, columns: Rows | None, row_offset: int | None, reduction: str) -> PairSums:
