@@ -22,6 +22,7 @@ struct Problem {
   int64_t row_offset;      // column that is row 0 itself; -1: none
   double margin[2];
   double lambda[2];
+  bool squared;            // penalties are the squares of m+ - s and s - m-
 };
 
 template <class real>
@@ -30,7 +31,7 @@ struct Result {
   real* loss;        // []
   real* grad_x;      // [n, d] dL/dx, or null: not wanted
   real* grad_ref;    // [m, d] dL/dref_x, or null: not wanted
-  double* penalty;   // [2] sums of m+ - s and s - m- over the hard pairs
+  double* penalty;   // [2] sums of m+ - s and s - m-, or of their squares, over the hard pairs
   int64_t* count;    // [2] hard pairs, ordered
 };
 

@@ -33,6 +33,8 @@ struct Host {
                      int64_t stride)>
       product;
   bool transposed = false;
+  // c [m, d] += a [m, n] b [n, d], m and n multiples of 64. Called by several threads at once.
+  std::function<void(const real* a, int64_t m, int64_t n, const real* b, int64_t d, real* c)> add_product;
 };
 
 constexpr int kStrip = 128;  // rows of one product on the diagonal, which stops short of what lies below it

@@ -66,6 +66,17 @@ void transposed_product(const float* a, int64_t m, const float* b, int64_t n, in
                                 s, false);
 }
 
+template <class real>
+void add_product(const real* a, int64_t m, int64_t n, const real* b, int64_t d, real* c) {
+  View<real> out(c, m, d, d, 1), left(a, m, n, n, 1), right(b, n, d, d, 1);
+  TCM_CHECK(aoti_torch_cpu_addmm_out(out.handle, out.handle, left.handle, right.handle, 1, 1));
+}
+
+void add_brgemm(const float* a, int64_t m, int64_t n, const float* b, int64_t d, float* c) {
+  for (int64_t k = 0; k < d; k += 256)  // so that the operands of a step stay in cache
+    at::native::cpublas::brgemm(m, std::min<int64_t>(256, d - k), n, n, d, d, true, a, b + k, c + k, false);
+}
+
 constexpr int64_t kWorthThreads = 1 << 19;  // multiplications; below, starting threads costs more than they save
 
 void parallel_for(int64_t size, const std::function<void(int64_t, int64_t)>& body) {
@@ -74,9 +85,10 @@ void parallel_for(int64_t size, const std::function<void(int64_t, int64_t)>& bod
 
 template <class real>
 Host<real> host(int threads) {
-  Host<real> host{threads, parallel_for, product<real>};
+  Host<real> host{.threads = threads, .parallel_for = parallel_for, .product = product<real>, .add_product = add_product<real>};
   if constexpr (std::is_same_v<real, float>)
-    if (at::native::cpublas::brgemm) host.product = transposed_product, host.transposed = true;
+    if (at::native::cpublas::brgemm)
+      host.product = transposed_product, host.transposed = true, host.add_product = add_brgemm;
   return host;
 }
 
@@ -84,8 +96,8 @@ using Results = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 template <class real>
 Results run(const Tensor& x, const Tensor& y, const std::optional<Tensor>& ref_x, const std::optional<Tensor>& ref_y,
-            int64_t row_offset, const double (&margin)[2], const double (&lambda)[2], bool per_side, bool grad_x,
-            bool grad_ref) {
+            int64_t row_offset, const double (&margin)[2], const double (&lambda)[2], bool squared, bool per_side,
+            bool grad_x, bool grad_ref) {
   int64_t n = x.size(0), d = x.size(1), m = ref_x ? ref_x->size(0) : n;
   auto gradient = [&](bool wanted, int64_t rows) {
     if (!wanted) return torch::stable::new_empty(x, {0});
@@ -102,6 +114,7 @@ Results run(const Tensor& x, const Tensor& y, const std::optional<Tensor>& ref_x
       .row_offset = row_offset,
       .margin = {margin[kPlus], margin[kMinus]},
       .lambda = {lambda[kPlus], lambda[kMinus]},
+      .squared = squared,
   };
   Result<real> result{
       .per_side = per_side,
@@ -130,9 +143,8 @@ void check_set(const Tensor& x, const Tensor& y, const Tensor& like) {
 
 Results fused(const Tensor& x, const Tensor& y, std::optional<Tensor> ref_x, std::optional<Tensor> ref_y,
               std::optional<int64_t> row_offset, double margin_plus, double margin_minus, double lambda_plus,
-              double lambda_minus, bool squared, bool /* fp16: there is nothing less than fp32 here */, bool per_side, bool grad_x,
-              bool grad_ref) {
-  STD_TORCH_CHECK(!squared, "tcm_fused::fused: not there yet on the CPU");
+              double lambda_minus, bool squared, bool /* fp16: there is nothing less than fp32 here */,
+              bool per_side, bool grad_x, bool grad_ref) {
   STD_TORCH_CHECK(ref_x.has_value() == ref_y.has_value(), "tcm_fused::fused: give both ref_x and ref_y, or neither");
   check_set(x, y, x);
   if (ref_x) check_set(*ref_x, *ref_y, x);
@@ -144,7 +156,7 @@ Results fused(const Tensor& x, const Tensor& y, std::optional<Tensor> ref_x, std
   if (ref_x) ref_x = embeddings(*ref_x), ref_y = torch::stable::contiguous(*ref_y);
   auto f = dtype == ScalarType::Float ? run<float> : run<double>;
   return f(embeddings(x), torch::stable::contiguous(y), ref_x, ref_y, row_offset.value_or(-1),
-           {margin_plus, margin_minus}, {lambda_plus, lambda_minus}, per_side, grad_x, grad_ref && ref_x);
+           {margin_plus, margin_minus}, {lambda_plus, lambda_minus}, squared, per_side, grad_x, grad_ref && ref_x);
 }
 
 template <class real>

@@ -58,7 +58,7 @@ TCM_INLINE void add_to(real* g, int size, real weight, const C& sum) {
   store(g, size, c);
 }
 
-template <class real>
+template <bool squared, class real>
 TCM_INLINE Penalty scan(const real* s, int n, real margin, real sign) {
   int count = 0;
   real sum = 0;
@@ -66,9 +66,18 @@ TCM_INLINE Penalty scan(const real* s, int n, real margin, real sign) {
   for (int j = 0; j < n; ++j) {
     real excess = sign * (s[j] - margin);
     count += excess >= 0;
-    sum += excess >= 0 ? excess : 0;
+    sum += excess >= 0 ? (squared ? excess * excess : excess) : 0;
   }
   return {count, static_cast<double>(sum)};
+}
+
+template <class real>
+TCM_INLINE void weigh(const real* s, int n, real margin, real sign, real* weight) {
+#pragma omp simd
+  for (int j = 0; j < n; ++j) {
+    real excess = sign * (s[j] - margin);
+    weight[j] = excess >= 0 ? 2 * excess : 0;
+  }
 }
 
 template <class real>
@@ -114,6 +123,27 @@ TCM_INLINE void sparse_sum(const uint64_t* bits, int m, const real* x, int64_t d
       C sum = load<C>(x + list[0] * d + c, size);
       for (int k = 1; k < length; ++k) add(sum, load<C>(x + list[k] * d + c, size));
       add_to(g + i * d + c, size, weight, sum);
+    }
+  }
+}
+
+template <class real, int kWidth>
+TCM_INLINE void weighted_sum(const real* weight, int m, int n, const real* x, int64_t d, real* g) {
+  using C = Chunk<real, kWidth>;
+  for (int i = 0; i < m; ++i, weight += n) {
+    int list[kTile], length = 0;
+    for (int j = 0; j < n; ++j) list[length] = j, length += weight[j] != 0;
+    if (length == 0) continue;
+    for (int64_t c = 0; c < d; c += C::kSize) {
+      int size = static_cast<int>(std::min<int64_t>(C::kSize, d - c));
+      C sum = load<C>(g + i * d + c, size);
+      for (int k = 0; k < length; ++k) {
+        C row = load<C>(x + list[k] * d + c, size);
+        real w = weight[list[k]];
+#pragma GCC unroll 8
+        for (int v = 0; v < C::kVectors; ++v) sum.v[v] += w * row.v[v];
+      }
+      store(g + i * d + c, size, sum);
     }
   }
 }
@@ -196,7 +226,16 @@ TCM_INLINE void projected(const RowSums<real>& sums, const real* unit, int64_t d
   template <class real>                                                                                          \
   struct Name {                                                                                                  \
     target static Penalty scan_row(const real* s, int n, real margin, real sign) {                               \
-      return scan(s, n, margin, sign);                                                                           \
+      return scan<false>(s, n, margin, sign);                                                                    \
+    }                                                                                                            \
+    target static Penalty scan_squared(const real* s, int n, real margin, real sign) {                           \
+      return scan<true>(s, n, margin, sign);                                                                     \
+    }                                                                                                            \
+    target static void weigh_row(const real* s, int n, real margin, real sign, real* weight) {                   \
+      weigh(s, n, margin, sign, weight);                                                                         \
+    }                                                                                                            \
+    target static void weighted(const real* weight, int m, int n, const real* x, int64_t d, real* g) {           \
+      weighted_sum<real, width>(weight, m, n, x, d, g);                                                          \
     }                                                                                                            \
     target static real bin_row(const real* s, int n, int32_t half, int32_t* bin, real* best) {                     \
       return bins(s, n, half, bin, best);                                                                         \
@@ -217,8 +256,8 @@ TCM_INLINE void projected(const RowSums<real>& sums, const real* unit, int64_t d
                                     real w_minus, double inverse, real* out) {                                   \
       projected(sums, unit, d, w_plus, w_minus, inverse, out);                                                   \
     }                                                                                                            \
-    static constexpr PairLoops<real> kLoops{scan_row,  bin_row, mask_row, sparse,      dense, \
-                                            transpose, squares, scale,    gradient_row};       \
+    static constexpr PairLoops<real> kLoops{scan_row,  scan_squared, bin_row,   mask_row, sparse, dense, \
+                                            weigh_row, weighted,     transpose, squares,  scale,  gradient_row}; \
   };
 
 TCM_PAIR_LOOPS(Baseline, 16, )

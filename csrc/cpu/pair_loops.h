@@ -25,6 +25,8 @@ template <class real>
 struct PairLoops {
   // Hard pairs among s [n] and the sum of their excess.
   Penalty (*scan_row)(const real* s, int n, real margin, real sign);
+  // The same with the sum of its squares.
+  Penalty (*scan_squared)(const real* s, int n, real margin, real sign);
   // bin [n] = floor(s * half) + half, kept within [0, 2 half]: the cell of a grid of 2 half steps on [-1, 1];
   // best [n] = max(best, s); returns the largest s. `half` is a power of two, so the product is exact.
   real (*bin_row)(const real* s, int n, int32_t half, int32_t* bin, real* best);
@@ -34,6 +36,10 @@ struct PairLoops {
   void (*sparse_sum)(const uint64_t* bits, int m, const real* x, int64_t d, real weight, real* g);
   // and at a cost that hardly depends on the number of pairs.
   void (*dense_sum)(const uint64_t* bits, int m, int n, const real* x, int64_t d, real weight, real* g);
+  // weight [n] = twice the excess of s [n] where it is hard, else 0: the slope of its square.
+  void (*weigh_row)(const real* s, int n, real margin, real sign, real* weight);
+  // g [m, d] += W x, with W [m, n], n up to kTile, and x [n, d]: pair by pair, those of weight 0 left out.
+  void (*weighted_sum)(const real* weight, int m, int n, const real* x, int64_t d, real* g);
   // out [d, n] = x [n, d] transposed, n a multiple of 16.
   void (*transpose)(const real* x, int64_t n, int64_t d, real* out);
   // Sum of squares of x [d].

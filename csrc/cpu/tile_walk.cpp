@@ -21,6 +21,7 @@
 // 3. Add the masked sums M X^ to the panels' gradients: nothing for an empty tile; pair by pair for few hard
 //    pairs; by table look-up for many; and where few are not hard, the panel's column sum less those. A row that
 //    differs from its tile in that takes its own hard pairs: no row's gradient is a small difference of large sums.
+//    With squared penalties the masks become weights: a matrix product, or pair by pair for few hard pairs.
 // 4. Scale by the counts, project off the unit sphere's normal, undo the sort.
 // Panels take their sums in a fixed order (`Turn`), so the result does not depend on timing.
 
@@ -28,14 +29,15 @@ namespace tcm::cpu {
 namespace {
 
 constexpr int kGroup = 2;       // panels a side of one matrix product
-constexpr int kDensePairs = 8;  // pairs of a dense sum that cost as much as one of a sparse sum (measured: 7)
+constexpr int kDensePairs = 8;     // pairs of a dense sum that cost as much as one of a sparse sum (measured: 7)
+constexpr int kWeightedPairs = 4;  // the same where pairs have weights (measured: 4)
 
 // Rows or columns with the sums of their gradient.
 template <class real>
 struct EmbeddingSums : Embeddings<real> {
   Array<real> panel_sum;         // [panels, d] sum of x^ over each panel
   bool wants_gradient = false;
-  Array<real> sum[2];            // [size, d] masked sums over hard positives, hard negatives
+  Array<real> sum[2];            // [panels * tile, d] masked or weighted sums over hard positives, hard negatives
   Array<real> shared[2];         // [panels, d] what every row of a panel gets besides, but for those set apart
   std::vector<char> apart[2];    // [size] rows set apart
   std::vector<char> touched[2];  // [panels] whether sum or shared are more than zero
@@ -94,6 +96,7 @@ class Walk {
     Array<real> s;   // [kGroup tile, kGroup tile]
     uint64_t mask[kTile * kWords] = {}, transposed[kTile * kWords] = {};  // words past the tile stay 0
     uint64_t missing[kTile * kWords], hard[kTile * kWords];               // see add_most
+    Array<real> weight, transposed_weight;                                // [tile, tile] see make_weights
   };
 
   EmbeddingSums<real>& columns() { return symmetric_ ? rows_ : other_; }
@@ -113,7 +116,7 @@ class Walk {
     for (int side : {kPlus, kMinus}) {
       e.touched[side].resize(e.panels);
       if (!wants_gradient) continue;
-      e.sum[side].allocate(e.size * e.d), e.shared[side].allocate(e.panels * e.d), e.apart[side].resize(e.size);
+      e.sum[side].allocate(e.panels * e.tile * e.d), e.shared[side].allocate(e.panels * e.d), e.apart[side].resize(e.size);
     }
     parallel(e.panels, [&](int64_t from, int64_t to) {
       for (int64_t panel = from; panel < to; ++panel) {
@@ -162,7 +165,9 @@ class Walk {
     parallel(host_.threads, [&](int64_t from, int64_t to) {
       for (int64_t worker = from; worker < to; ++worker) try {
           Scratch scratch;
-          scratch.s.allocate(kGroup * kGroup * rows_.tile * rows_.tile);
+          int tile = rows_.tile;
+          scratch.s.allocate(kGroup * kGroup * tile * tile);
+          if (p_.squared) scratch.weight.allocate(tile * tile), scratch.transposed_weight.allocate(tile * tile);
           for (int64_t t; !failed_ && (t = next++) < longer * shorter;) {
             int64_t r = t / shorter, a = t % shorter, b = (symmetric_ ? r - a + longer : a + r) % longer;
             if (symmetric_ && a > b) continue;
@@ -222,14 +227,15 @@ class Walk {
 
   // Counts a tile's hard pairs and sums their excess.
   void scan(Tile& t) {
+    auto scan_row = p_.squared ? loops_.scan_squared : loops_.scan_row;
     for (int row = 0; row < t.m; ++row) {
       real* s = t.s + row * t.stride;
       int64_t own = own_.empty() ? -1 : own_[rows_.begin(t.i) + row] - columns().begin(t.j);
       if (0 <= own && own < t.n) s[own] = std::numeric_limits<real>::quiet_NaN();  // never hard
       auto [start, a, b] = segments(t, row);
-      Penalty plus = loops_.scan_row(s + a, b - a, margin(kPlus), -1);
-      Penalty minus = loops_.scan_row(s + start, a - start, margin(kMinus), 1);
-      add(minus, loops_.scan_row(s + b, t.n - b, margin(kMinus), 1));
+      Penalty plus = scan_row(s + a, b - a, margin(kPlus), -1);
+      Penalty minus = scan_row(s + start, a - start, margin(kMinus), 1);
+      add(minus, scan_row(s + b, t.n - b, margin(kMinus), 1));
       t.any[kPlus][row] = plus.count > 0, t.any[kMinus][row] = minus.count > 0;
       add(t.penalty[kPlus], plus), add(t.penalty[kMinus], minus);
     }
@@ -244,6 +250,14 @@ class Walk {
       bool to_rows = rows_.wants_gradient, to_columns = !diagonal && columns().wants_gradient;
       if (count == 0 || !(to_rows || to_columns)) continue;
       if (diagonal) count *= 2;
+      if (p_.squared) {
+        make_weights(t, side, scratch);
+        if (to_rows) add_weighted(rows_, t.i, columns(), t.j, side, count, scratch.weight.get());
+        if (!to_columns) continue;
+        loops_.transpose(scratch.weight.get(), rows_.tile, rows_.tile, scratch.transposed_weight.get());
+        add_weighted(columns(), t.j, rows_, t.i, side, count, scratch.transposed_weight.get());
+        continue;
+      }
       bool most = kDensePairs * (t.m * t.n - count) < t.m * t.n;
       int64_t listed = most ? t.m * t.n - count : count;
       if (listed > 0) make_mask(t, side, most, scratch);
@@ -332,13 +346,47 @@ class Walk {
     return {start, std::clamp<int64_t>(first_[k] - begin, start, t.n), std::clamp<int64_t>(last_[k] - begin, start, t.n)};
   }
 
+  // scratch.weight [tile, tile]: twice the excess of the tile's hard pairs of one side, 0 for all others.
+  void make_weights(const Tile& t, int side, Scratch& scratch) {
+    int tile = rows_.tile;
+    real *weight = scratch.weight.get(), *transposed = scratch.transposed_weight.get();
+    std::fill_n(weight, tile * tile, real{0});
+    for (int row = 0; row < t.m; ++row) {
+      if (!t.any[side][row]) continue;
+      const real* s = t.s + row * t.stride;
+      auto weigh = [&](int from, int to) {
+        loops_.weigh_row(s + from, to - from, margin(side), side == kPlus ? -1 : 1, weight + row * tile + from);
+      };
+      auto [start, a, b] = segments(t, row);
+      if (side == kPlus) weigh(a, b);
+      if (side == kMinus) weigh(start, a), weigh(b, t.n);
+    }
+    if (!symmetric_ || t.i != t.j) return;  // else only the upper triangle is there
+    loops_.transpose(weight, tile, tile, transposed);
+    for (int k = 0; k < tile * tile; ++k) weight[k] += transposed[k];
+  }
+
+  // Adds W X^ to one side's sums of panel `i` of `to`, X^ being panel `j` of `from` and W having `count` hard pairs.
+  void add_weighted(EmbeddingSums<real>& to, int64_t i, const EmbeddingSums<real>& from, int64_t j, int side, int64_t count,
+                    const real* weight) {
+    int m = to.rows(i), n = from.rows(j), tile = to.tile;
+    real* sum = to.sum[side].get() + to.begin(i) * p_.d;
+    to.touched[side][i] = 1;
+    if (kWeightedPairs * count < m * n) {
+      loops_.weighted_sum(weight, m, tile, from.unit_at(j), p_.d, sum);
+    } else {
+      host_.add_product(weight, tile, tile, from.unit_at(j), p_.d, sum);
+    }
+  }
+
   void wait(const Turn& t) const {
     while (t.turn->load(std::memory_order_acquire) != t.mine && !failed_) std::this_thread::yield();
   }
 
   static void add(Penalty& total, const Penalty& part) { total.count += part.count, total.sum += part.sum; }
   // Beyond 2 a margin makes all pairs hard or none, however far: the sums stay small and precise, see finish().
-  real margin(int side) const { return static_cast<real>(std::clamp(p_.margin[side], -2.0, 2.0)); }
+  double near_margin(int side) const { return p_.squared ? p_.margin[side] : std::clamp(p_.margin[side], -2.0, 2.0); }
+  real margin(int side) const { return static_cast<real>(near_margin(side)); }
 
   // Step 4.
   void finish() {
@@ -348,7 +396,7 @@ class Walk {
     for (int side : {kPlus, kMinus}) {
       Penalty total;
       for (size_t k = side; k < panel_penalty_.size(); k += 2) add(total, panel_penalty_[k]);
-      double beyond = p_.margin[side] - std::clamp(p_.margin[side], -2.0, 2.0);
+      double beyond = p_.margin[side] - near_margin(side);
       total.sum += (side == kPlus ? beyond : -beyond) * total.count;
       weight[side] = !finite ? kNan : total.count ? p_.lambda[side] / total.count : 0;
       loss += weight[side] * total.sum;

@@ -20,7 +20,7 @@ using tcm::kPlus;
 
 struct Case {
   int64_t n, m, d, classes, row_offset;
-  bool symmetric, grad_x, grad_ref, per_side, transposed;
+  bool symmetric, grad_x, grad_ref, squared, per_side, transposed;
   double margin[2], cone;
   int threads;
 };
@@ -57,6 +57,14 @@ void transposed_product(const real* a, int64_t m, const real* b, int64_t n, int6
 }
 
 template <class real>
+void add_product(const real* a, int64_t m, int64_t n, const real* b, int64_t d, real* c) {
+  if (m % 64 || n % 64) std::printf("%ld x %ld are not multiples of 64\n", m, n), std::exit(1);
+  for (int64_t i = 0; i < m; ++i)
+    for (int64_t j = 0; j < n; ++j)
+      for (int64_t k = 0; k < d; ++k) c[i * d + k] += a[i * n + j] * b[j * d + k];
+}
+
+template <class real>
 tcm::cpu::Host<real> host(int threads, bool transposed) {
   return {threads,
           [threads](int64_t size, const std::function<void(int64_t, int64_t)>& body) {
@@ -68,7 +76,7 @@ tcm::cpu::Host<real> host(int threads, bool transposed) {
               });
             for (auto& thread : pool) thread.join();
           },
-          transposed ? transposed_product<real> : product<real>, transposed};
+          transposed ? transposed_product<real> : product<real>, transposed, add_product<real>};
 }
 
 // The definition, pair by pair, in double; the gradients one after the other with `per_side`. False if a pair is as near to a margin as rounding reaches.
@@ -87,9 +95,9 @@ bool oracle(const tcm::Problem<real>& p, bool per_side, Answer* out) {
   int64_t offset = p.symmetric ? 0 : p.row_offset;
   auto u = unit(p.x, p.n), v = p.symmetric ? u : unit(p.ref_x, p.m);
   std::vector<double> gu[2], gv[2];
-  std::vector<int64_t> row_pairs[2], column_pairs[2];
+  std::vector<double> row_reach[2], column_reach[2];  // sum of the weights of a row's hard pairs, and of their errors
   for (int side : {kPlus, kMinus}) {
-    row_pairs[side].assign(p.n, 0), column_pairs[side].assign(p.m, 0);
+    row_reach[side].assign(p.n, 0), column_reach[side].assign(p.m, 0);
     gu[side].assign(p.n * p.d, 0), gv[side].assign(p.m * p.d, 0);
     out->penalty[side] = 0, out->count[side] = 0;
   }
@@ -102,9 +110,11 @@ bool oracle(const tcm::Problem<real>& p, bool per_side, Answer* out) {
       double excess = side == kPlus ? p.margin[kPlus] - s : s - p.margin[kMinus];
       if (std::abs(excess) < 32 * std::numeric_limits<real>::epsilon()) return false;
       if (excess < 0) continue;
-      out->penalty[side] += excess, out->count[side] += 1;
-      row_pairs[side][i] += 1, column_pairs[side][j] += 1;
-      for (int64_t k = 0; k < p.d; ++k) gu[side][i * p.d + k] += v[j * p.d + k], gv[side][j * p.d + k] += u[i * p.d + k];
+      double slope = p.squared ? 2 * excess : 1, reach = p.squared ? slope + 1 : 1;
+      out->penalty[side] += p.squared ? excess * excess : excess, out->count[side] += 1;
+      row_reach[side][i] += reach, column_reach[side][j] += reach;
+      for (int64_t k = 0; k < p.d; ++k)
+        gu[side][i * p.d + k] += slope * v[j * p.d + k], gv[side][j * p.d + k] += slope * u[i * p.d + k];
     }
   std::array<double, 2> weights;
   out->loss = 0;
@@ -112,7 +122,7 @@ bool oracle(const tcm::Problem<real>& p, bool per_side, Answer* out) {
     weights[side] = p.lambda[side] / std::max<int64_t>(out->count[side], 1);
     out->loss += weights[side] * out->penalty[side];
   }
-  auto gradient = [&](const real* x, const std::vector<double>& unit, std::vector<double>* g, std::vector<int64_t>* pairs,
+  auto gradient = [&](const real* x, const std::vector<double>& unit, std::vector<double>* g, std::vector<double>* sizes,
                       int64_t n, std::array<double, 2> weight, Gradient* out) {
     size_t begin = out->value.size();
     out->value.resize(begin + n * p.d), out->reach.resize(begin + n * p.d);
@@ -125,26 +135,26 @@ bool oracle(const tcm::Problem<real>& p, bool per_side, Answer* out) {
       }
       for (int64_t k = 0; k < p.d; ++k) {
         grad[k] = norm == 0 ? 0 : (grad[k] - along * unit[i * p.d + k]) / std::max(norm, tcm::kEps);
-        reach[k] = (weight[kMinus] * pairs[kMinus][i] + weight[kPlus] * pairs[kPlus][i]) / std::max(norm, tcm::kEps);
+        reach[k] = (weight[kMinus] * sizes[kMinus][i] + weight[kPlus] * sizes[kPlus][i]) / std::max(norm, tcm::kEps);
       }
     }
   };
   if (p.symmetric)
     for (int side : {kPlus, kMinus}) {
       for (size_t k = 0; k < gu[side].size(); ++k) gu[side][k] += gv[side][k];
-      for (int64_t i = 0; i < p.n; ++i) row_pairs[side][i] *= 2;
+      for (int64_t i = 0; i < p.n; ++i) row_reach[side][i] *= 2;
     }
   using Weights = std::vector<std::array<double, 2>>;
   for (auto& weight : per_side ? Weights{{1, 0}, {0, 1}} : Weights{weights}) {
-    gradient(p.x, u, gu, row_pairs, p.n, weight, &out->grad_x);
-    if (!p.symmetric) gradient(p.ref_x, v, gv, column_pairs, p.m, weight, &out->grad_ref);
+    gradient(p.x, u, gu, row_reach, p.n, weight, &out->grad_x);
+    if (!p.symmetric) gradient(p.ref_x, v, gv, column_reach, p.m, weight, &out->grad_ref);
   }
   return true;
 }
 
 void fail(const Case& c, const char* what, double got, double wanted) {
-  std::printf("%s: got %.17g, wanted %.17g (n %ld m %ld d %ld classes %ld offset %ld symmetric %d threads %d margins %g %g)\n",
-              what, got, wanted, c.n, c.m, c.d, c.classes, c.row_offset, c.symmetric, c.threads, c.margin[kPlus],
+  std::printf("%s: got %.17g, wanted %.17g (n %ld m %ld d %ld classes %ld offset %ld symmetric %d squared %d per_side %d threads %d margins %g %g)\n",
+              what, got, wanted, c.n, c.m, c.d, c.classes, c.row_offset, c.symmetric, c.squared, c.per_side, c.threads, c.margin[kPlus],
               c.margin[kMinus]);
   std::exit(1);
 }
@@ -176,7 +186,7 @@ bool check(const Case& c, std::mt19937_64& random) {
   std::vector<real> x, ref_x;
   std::vector<int64_t> y, ref_y;
   draw(c.n, &x, &y), draw(c.m, &ref_x, &ref_y);
-  tcm::Problem<real> problem{c.symmetric, c.n, c.symmetric ? c.n : c.m, c.d, x.data(), y.data(), ref_x.data(), ref_y.data(), c.row_offset, {c.margin[0], c.margin[1]}, {1.5, 0.5}};
+  tcm::Problem<real> problem{c.symmetric, c.n, c.symmetric ? c.n : c.m, c.d, x.data(), y.data(), ref_x.data(), ref_y.data(), c.row_offset, {c.margin[0], c.margin[1]}, {1.5, 0.5}, c.squared};
   Answer wanted;
   if (!oracle(problem, c.per_side, &wanted)) return false;
   std::vector<real> first;
@@ -192,9 +202,9 @@ bool check(const Case& c, std::mt19937_64& random) {
       tcm::cpu::tcm_loss(problem, result, host<real>(c.threads, c.transposed), static_cast<tcm::cpu::Isa>(isa));
       for (int side : {kPlus, kMinus}) {
         if (count[side] != wanted.count[side]) fail(c, "count", count[side], wanted.count[side]);
-        compare(c, "penalty", static_cast<real>(penalty[side]), wanted.penalty[side], 3.0 * wanted.count[side]);
+        compare(c, "penalty", static_cast<real>(penalty[side]), wanted.penalty[side], (c.squared ? 12 : 3) * wanted.count[side]);
       }
-      compare(c, "loss", loss, wanted.loss, 6);
+      compare(c, "loss", loss, wanted.loss, c.squared ? 24 : 6);
       compare(c, "grad_x", grad_x, wanted.grad_x);
       compare(c, "grad_ref", grad_ref, wanted.grad_ref);
       grad_x.insert(grad_x.end(), grad_ref.begin(), grad_ref.end());
@@ -325,7 +335,7 @@ int main(int argc, char** argv) {
     c.row_offset = !c.symmetric && c.m >= c.n && random() % 2 ? static_cast<int64_t>(random() % (c.m - c.n + 1)) : -1;
     c.margin[kPlus] = pick(margins), c.margin[kMinus] = pick(margins);
     c.cone = pick((const double[]){0, 0, 0.3, 1, 4});
-    c.per_side = random() % 2, c.transposed = random() % 2;
+    c.squared = random() % 2, c.per_side = random() % 2, c.transposed = random() % 2;
     c.threads = pick((const int[]){1, 2, 3, 5});
     done += random() % 2 ? check<float>(c, random) : check<double>(c, random);
     if (random() % 4 == 0) random() % 2 ? check_counts<float>(random) : check_counts<double>(random);
