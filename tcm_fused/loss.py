@@ -214,7 +214,8 @@ def _tcm(
     rows, columns = check_sets(embeddings, labels, ref_emb, ref_labels, row_offset, groups, ref_groups)
     if groups is None and options.reduction == "violating":
         ref_x, ref_y, _ = columns or (None, None, None)
-        return _run(options, rows.x, rows.y, ref_x, ref_y, row_offset, per_side=False)
+        fp16 = _one_fp16_product(rows.x, options.precision)
+        return _run(options, rows.x, rows.y, ref_x, ref_y, row_offset, fp16=fp16, per_side=False)
     sums = sums_of(rows, columns, row_offset, options)
     loss = sums.loss(options.lambda_plus, options.lambda_minus).to(loss_dtype(rows.x))
     return loss, sums.penalty.detach(), sums.hard
@@ -242,6 +243,7 @@ def check_sets(
     elif row_offset not in (None, 0):
         raise ValueError(f"row_offset={row_offset} needs ref_emb; without it the rows are the columns, from 0 on")
     _check_groups(embeddings, ref_emb, row_offset, groups, ref_groups)
+    groups, ref_groups = (None if t is None else t.long() for t in (groups, ref_groups))
     if not torch.compiler.is_compiling():
         _check_differentiation(embeddings, ref_emb)
     if ref_emb is None or ref_labels is None:
@@ -255,11 +257,12 @@ def check_sets(
 
 def sums_of(rows: Rows, columns: Rows | None, row_offset: int | None, options: Options) -> PairSums:
     """The sums that the loss of `rows` and `columns` is made of; of checked arguments."""
+    fp16 = _one_fp16_product(rows.x, options.precision)  # not of parts, which may come in another dtype
 
     def penalties(
         x: Tensor, y: Tensor, ref_x: Tensor | None, ref_y: Tensor | None, row_offset: int | None
     ) -> tuple[Tensor, Tensor]:
-        _, penalty, count = _run(options, x, y, ref_x, ref_y, row_offset, per_side=True)
+        _, penalty, count = _run(options, x, y, ref_x, ref_y, row_offset, fp16=fp16, per_side=True)
         return penalty, count
 
     return pair_sums(penalties, rows, columns, row_offset, options.reduction, options.group_pairs)
@@ -273,6 +276,7 @@ def _run(
     ref_y: Tensor | None,
     row_offset: int | None,
     *,
+    fp16: bool,
     per_side: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, penalty and count of the chosen operator; with `per_side` the penalty is what has a gradient."""
@@ -290,7 +294,7 @@ def _run(
         float(options.lambda_plus),
         float(options.lambda_minus),
         squared,
-        _one_fp16_product(x, options.precision),
+        fp16,
         per_side,
         grad and x.requires_grad,
         grad and ref_x is not None and ref_x.requires_grad,
@@ -427,11 +431,7 @@ def _check_differentiation(*embeddings: Tensor | None) -> None:
 def _check_set(name: str, x: Any, labels_name: str, labels: Any) -> None:
     """x [N, D] floating, labels [N] of integers, on one device."""
     for argument, value in ((name, x), (labels_name, labels)):
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{argument} must be a torch.Tensor, got {type(value).__name__}")
-        if value.layout != torch.strided or value.is_nested:
-            layout = "nested" if value.is_nested else value.layout
-            raise TypeError(f"{argument} must be a dense tensor, got {layout}; use {argument}.to_dense() or padding")
+        _check_tensor(argument, value)
     if x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
     if labels.is_floating_point() or labels.is_complex():
@@ -444,6 +444,14 @@ def _check_set(name: str, x: Any, labels_name: str, labels: Any) -> None:
         )
     if labels.device != x.device:
         raise ValueError(f"{labels_name} are on {labels.device}, {name} on {x.device}; move them to one device")
+
+
+def _check_tensor(name: str, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if value.layout != torch.strided or value.is_nested:
+        layout = "nested" if value.is_nested else value.layout
+        raise TypeError(f"{name} must be a dense tensor, got {layout}; use {name}.to_dense() or padding")
 
 
 def _check_reference(embeddings: Tensor, ref_emb: Tensor, row_offset: Any) -> None:
@@ -476,9 +484,9 @@ def _check_groups(embeddings: Tensor, ref_emb: Any, row_offset: Any, groups: Any
     for name, value, x in (("groups", groups, embeddings), ("ref_groups", ref_groups, ref_emb)):
         if value is None:
             continue
-        if not isinstance(value, Tensor) or value.is_floating_point() or value.is_complex():
-            got = value.dtype if isinstance(value, Tensor) else type(value).__name__
-            raise TypeError(f"{name} must be a torch.Tensor of an integer dtype, got {got}")
+        _check_tensor(name, value)
+        if value.is_floating_point() or value.is_complex():
+            raise TypeError(f"{name} must have an integer dtype, got {value.dtype}; use {name}.long()")
         if value.shape != x.shape[:1]:
             raise ValueError(f"{name} must have shape [{x.shape[0]}], one group for each row, got {list(value.shape)}")
         if value.device != x.device:

@@ -106,6 +106,21 @@ class _OnceDifferentiable(torch.autograd.Function):
         )
 
 
+class WithGradient(torch.autograd.Function):
+    """`value` [2] or [] with `grad` [2, N, D] or [N, D], found beside it, as its gradient by x [N, D]."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, value: Tensor, grad: Tensor) -> Tensor:
+        ctx.save_for_backward(grad)
+        ctx.x = x  # see `_setup_context`
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> Any:
+        scale = _OnceDifferentiable.apply if torch.is_grad_enabled() else _scale
+        return scale(*ctx.saved_tensors, *upstream, ctx.x).to(ctx.x.dtype), None, None
+
+
 def _run_triton(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     from tcm_fused.triton_loss import tcm_triton  # only here: Triton is optional, and takes a second to import
 
@@ -156,6 +171,16 @@ def constant_when_compiled(function: F) -> F:
     This is what `torch.compiler.assume_constant_result` does, which imports the compiler first: a second, and Triton.
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+def eager_when_compiled(function: F) -> F:
+    """torch.compile runs `function` as it is, between two graphs; with fullgraph=True it raises.
+
+    This is what `torch.compiler.disable` does, which imports the compiler first.
+    """
+    function._torchdynamo_disable = True  # type: ignore[attr-defined]
+    function._torchdynamo_disable_msg = "the groups are read on the host"  # type: ignore[attr-defined]
     return function
 
 
