@@ -9,8 +9,8 @@ return the gradient with the loss (one pass over the pairs), so that backward is
 import sys
 import warnings
 from collections.abc import Callable
-from functools import cache
-from typing import Any, TypeVar
+from functools import cache, wraps
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -179,9 +179,17 @@ def eager_when_compiled(function: F) -> F:
 
     This is what `torch.compiler.disable` does, which imports the compiler first.
     """
-    function._torchdynamo_disable = True  # type: ignore[attr-defined]
-    function._torchdynamo_disable_msg = "the groups are read on the host"  # type: ignore[attr-defined]
-    return function
+    reason = "the groups are read on the host"
+
+    @wraps(function)
+    def eager(*arguments: Any) -> Any:
+        if "torch._dynamo" in sys.modules:  # else nothing is compiled
+            return torch.compiler.disable(function, reason=reason)(*arguments)
+        return function(*arguments)
+
+    eager._torchdynamo_disable = True  # type: ignore[attr-defined]
+    eager._torchdynamo_disable_msg = reason  # type: ignore[attr-defined]
+    return cast(F, eager)
 
 
 def build_info() -> dict[str, Any] | None:

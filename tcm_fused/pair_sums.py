@@ -9,8 +9,11 @@ from torch import Tensor
 from tcm_fused import ops
 from tcm_fused.reference import loss_dtype, wide_dtype
 
-# x [N, D], y [N], ref_x [M, D] or None, ref_y [M] or None, row_offset -> penalty [2], differentiable, and count [2]
-PairOperator = Callable[[Tensor, Tensor, Tensor | None, Tensor | None, int | None], tuple[Tensor, Tensor]]
+# x [N, D], y [N], ref_x [M, D] or None, ref_y [M] or None, row_offset, whether gradients by x and by ref_x are wanted
+# -> penalty [2], differentiable, count [2], and its gradients [2, N, D] and [2, M, D]
+PairOperator = Callable[
+    [Tensor, Tensor, Tensor | None, Tensor | None, int | None, bool, bool], tuple[Tensor, Tensor, Tensor, Tensor]
+]
 
 
 class Rows(NamedTuple):
@@ -39,7 +42,7 @@ def pair_sums(
 ) -> PairSums:
     """The sums over all pairs of `rows` with `columns` (None: with the rows), or over those that `groups` leave."""
     if rows.groups is None:
-        return _sums(operator, rows, columns, row_offset, reduction)
+        return _sums(operator, rows, columns, row_offset, reduction)[0]
     return _grouped(operator, rows, columns, row_offset, reduction, group_pairs)
 
 
@@ -60,14 +63,15 @@ def _grouped(
     none = torch.zeros(2, dtype=torch.int64, device=rows.x.device)
     total = PairSums(none.to(wide_dtype(rows.x)), none, none)
     for i, j, offset in (_within if group_pairs == "within" else _across)(rows, columns, row_offset):
-        row_part = _take(rows, i, grad_rows)
-        column_part = None if j is None else _take(columns or rows, j, grad_columns)
-        part = _sums(operator, row_part, column_part, offset, reduction)
-        places = [(row_part.x, i, grad_rows)]
-        if column_part is not None and j is not None:
-            places.append((column_part.x, j, grad_columns))
-        _add_gradients(part.penalty, places, both_orders)
-        total = add([total, part._replace(penalty=part.penalty.detach())])
+        row_part = _take(rows, i)
+        column_part = None if j is None else _take(columns or rows, j)
+        wants = grad_rows is not None, grad_columns is not None and j is not None
+        part, of_rows, of_columns = _sums(operator, row_part, column_part, offset, reduction, wants)
+        if grad_rows is not None:
+            grad_rows.index_add_(1, i, of_rows, alpha=both_orders)
+        if grad_columns is not None and j is not None:
+            grad_columns.index_add_(1, j, of_columns, alpha=both_orders)
+        total = add([total, part])
     penalty, hard, divisor = (both_orders * sums for sums in total)
 
     sets = [(rows, grad_rows), *([] if columns is None else [(columns, grad_columns)])]
@@ -84,29 +88,33 @@ def _grouped(
 
 def _room(x: Tensor) -> Tensor | None:
     """Zeros [2, N, D] for the gradients of the two penalties by x [N, D], if they are wanted."""
-    wanted = torch.is_grad_enabled() and x.requires_grad
-    return torch.zeros((2, *x.shape), dtype=loss_dtype(x), device=x.device) if wanted else None
+    return torch.zeros((2, *x.shape), dtype=loss_dtype(x), device=x.device) if wants_gradient(x) else None
 
 
-def _take(rows: Rows, index: Tensor, grad: Tensor | None) -> Rows:
-    """Some of `rows`, where a graph of their own begins: in the dtype of the loss, so that gradients add up in it."""
-    x = rows.x.detach()[index].to(loss_dtype(rows.x)).requires_grad_(grad is not None)
-    return Rows(x, rows.y[index], None)
+def wants_gradient(x: Tensor) -> bool:
+    return torch.is_grad_enabled() and x.requires_grad
 
 
-def _add_gradients(penalty: Tensor, places: list[tuple[Tensor, Tensor, Tensor | None]], factor: int) -> None:
-    """For each (x, index, grad): grad [2, N, D] at `index` += factor * the gradients by x of the two penalties."""
-    wanted = [(x, index, grad) for x, index, grad in places if grad is not None]
-    for side in (0, 1) if wanted else ():
-        by_side = torch.autograd.grad(penalty[side], [x for x, _, _ in wanted], retain_graph=side == 0)
-        for (_, index, grad), values in zip(wanted, by_side, strict=True):
-            grad[side].index_add_(0, index, values, alpha=factor)
+def _take(rows: Rows, index: Tensor) -> Rows:
+    """Some of `rows`, as constants in the dtype of the loss: so their gradients are, and add up in it."""
+    return Rows(rows.x.detach()[index].to(loss_dtype(rows.x)), rows.y[index], None)
 
 
-def _sums(operator: PairOperator, rows: Rows, columns: Rows | None, row_offset: int | None, reduction: str) -> PairSums:
+def _sums(
+    operator: PairOperator,
+    rows: Rows,
+    columns: Rows | None,
+    row_offset: int | None,
+    reduction: str,
+    wants: tuple[bool, bool] | None = None,
+) -> tuple[PairSums, Tensor, Tensor]:
+    """The sums of one call, and the gradients [2, N, D] and [2, M, D] that come with it."""
     ref_x, ref_y, _ = columns or (None, None, None)
-    penalty, hard = operator(rows.x, rows.y, ref_x, ref_y, row_offset)
-    return PairSums(penalty, hard, hard if reduction == "violating" else count_pairs(rows.y, ref_y, row_offset))
+    if wants is None:
+        wants = wants_gradient(rows.x), ref_x is not None and wants_gradient(ref_x)
+    penalty, hard, grad_x, grad_ref = operator(rows.x, rows.y, ref_x, ref_y, row_offset, *wants)
+    divisor = hard if reduction == "violating" else count_pairs(rows.y, ref_y, row_offset)
+    return PairSums(penalty, hard, divisor), grad_x, grad_ref
 
 
 def count_pairs(y: Tensor, ref_y: Tensor | None, row_offset: int | None) -> Tensor:

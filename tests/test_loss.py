@@ -114,11 +114,12 @@ def test_random_small_batches(backend: str, data: st.DataObject) -> None:
         y = data.draw(st.lists(label, min_size=rows, max_size=rows))
         sets += [torch.tensor(x, dtype=torch.float64).reshape(rows, d), torch.tensor(y, dtype=torch.int64)]
     margin = st.integers(-15, 15).map(lambda k: k / 10 + 0.03)
-    call = data.draw(options())
+    call: dict[str, Any] = data.draw(options())
     if data.draw(st.booleans(), label="groups"):
         names = ("groups", "ref_groups")[: len(sets) // 2]
-        for name, y in zip(names, sets[1::2], strict=True):
-            call[name] = torch.tensor(data.draw(st.lists(label, min_size=len(y), max_size=len(y))), dtype=torch.int64)
+        for name, labels in zip(names, sets[1::2], strict=True):
+            drawn = data.draw(st.lists(label, min_size=len(labels), max_size=len(labels)))
+            call[name] = torch.tensor(drawn, dtype=torch.int64)
         call["group_pairs"] = data.draw(st.sampled_from(["within", "across"]))
     check(backend, *sets, margin_plus=data.draw(margin), margin_minus=data.draw(margin), **call)
 
@@ -680,12 +681,12 @@ def test_group_dtypes_and_layouts(backend: str, group_pairs: str, dtype: torch.d
     plain: dict[str, Any] = {name: value.long() for name, value in cast.items()}
     wide: dict[str, Any] = {name: torch.stack([value, value], 1)[:, 0] for name, value in cast.items()}
     call: dict[str, Any] = {"row_offset": 100, "margin_minus": 0.1, "reduction": "all", "group_pairs": group_pairs}
-    expected = check(backend, *sets, **plain, **call)
+    expected = check(backend, *sets, **{**plain, **call})
     x, y, ref_x, ref_y = sets
     strided = (x, torch.stack([y, y], 1)[:, 1], ref_x, torch.stack([ref_y, ref_y], 1)[:, 1])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for result in (run(backend, *strided, **cast, **call), run(backend, *strided, **wide, **call)):
+        for result in (run(backend, *strided, **{**cast, **call}), run(backend, *strided, **{**wide, **call})):
             assert result.loss == expected.loss
             np.testing.assert_array_equal(result.grad_x, expected.grad_x)
             np.testing.assert_array_equal(result.grad_ref, expected.grad_ref)
@@ -738,7 +739,7 @@ def test_groups_of_a_bank_add_up(backend: str) -> None:
     """Within and across together are all pairs."""
     sets, groups = grouped("row_offset", "four", torch.float64)
     call: dict[str, Any] = {"margin_minus": 0.1, "reduction": "all", "penalty": "squared"}
-    parts = [run(backend, *sets, **groups, **call, group_pairs=pairs) for pairs in ("within", "across")]
+    parts = [run(backend, *sets, **{**groups, **call}, group_pairs=pairs) for pairs in ("within", "across")]
     plain = run(backend, *sets, **call, row_offset=100)
     assert (parts[0].count + parts[1].count).tolist() == plain.count.tolist()
     penalty = sum(part.count * part.violation for part in parts)
