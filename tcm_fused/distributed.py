@@ -163,7 +163,7 @@ reduction='violating', group_pairs='within', precision='auto', backend='auto', g
         # All rows' gradients are NaN then, those too that were never with the one that is not finite (in no group).
         weight = torch.where(total.penalty.isnan().any(), torch.nan, weight)
         loss = total.loss(options.lambda_plus, options.lambda_minus).to(loss_dtype(rows.x))
-        return _WithGradient.apply(complete, loss, weight), columns
+        return ops.WithGradient.apply(complete, loss, weight), columns
 
     def _terms(self, rows: Rows, bank: Rows | None) -> str:
         """What all ranks must agree on."""
@@ -176,21 +176,6 @@ reduction='violating', group_pairs='within', precision='auto', backend='auto', g
             f"{0 if bank is None else len(bank.y)} rows of a memory, "
             f"{type(self).__name__}({', '.join(map(repr, numbers))}, {self.grad_reduction!r}, ring={self.ring!r})"
         )
-
-
-class _WithGradient(torch.autograd.Function):
-    """`value` with the gradient `upstream * grad` by x: found elsewhere, of other shape or of other ranks' values."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, value: Tensor, grad: Tensor) -> Tensor:
-        ctx.save_for_backward(grad)
-        ctx.x = x  # not saved as above: its values are not read
-        return value.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> Any:
-        scale = ops._OnceDifferentiable.apply if torch.is_grad_enabled() else ops._scale
-        return scale(*ctx.saved_tensors, *upstream, ctx.x).to(ctx.x.dtype), None, None
 
 
 def _member_of(group: "dist.ProcessGroup | None") -> "dist.ProcessGroup":
@@ -314,7 +299,7 @@ def _ring_sums(rows: Rows, n: int, group: "dist.ProcessGroup", options: Options)
         parts.append(part._replace(penalty=part.penalty.detach()))
         held = arriving
     total = add(parts)
-    return total._replace(penalty=_WithGradient.apply(rows.x, total.penalty, grad)) if wanted else total
+    return total._replace(penalty=ops.WithGradient.apply(rows.x, total.penalty, grad)) if wanted else total
 
 
 @contextlib.contextmanager

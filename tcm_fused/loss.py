@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from tcm_fused import ops
-from tcm_fused.pair_sums import PairSums, Rows, add, pair_sums
+from tcm_fused.pair_sums import PairSums, Rows, add, pair_sums, wants_gradient
 from tcm_fused.reference import loss_dtype
 
 _PRECISIONS = ("auto", "fp32", "fp16")
@@ -122,7 +122,10 @@ def tcm_loss(
         lambda_minus: weight of the negatives' term, at least 0.
         row_offset: the column of `ref_emb` that is row 0 itself: pairs (i, row_offset + i) are left out. None:
             no row is among the columns.
-        penalty: "hinge", as above, or "squared": each violation in the sums is squared.
+        penalty: "hinge", as above, or "squared": each violation in the sums is squared. Its gradient weighs a pair by
+            twice the violation, where that of the hinge has an exact 1: the weight is off by up to twice the error of
+            the similarity, however small the violation (in float32 at D = 512 that error is at most 3e-7, measured:
+            a violation of 1e-5 is right to 3 %, one of 0.1 to 3e-6). Margins beyond 1e19 overflow float32.
         reduction: what the sums are divided by: "violating", the hard pairs of the side as above, or "all", all pairs
             of the side, so that a side's share falls with the number of its hard pairs.
         groups: [N], any integer dtype, for example the sensor or the source of each row: only pairs within a group, or
@@ -215,7 +218,10 @@ def _tcm(
     rows, columns = check_sets(embeddings, labels, ref_emb, ref_labels, row_offset, groups, ref_groups)
     if groups is None and options.reduction == "violating":
         ref_x, ref_y, _ = columns or (None, None, None)
-        return _run(options, rows.x, rows.y, ref_x, ref_y, row_offset, per_side=False)
+        fp16 = _one_fp16_product(rows.x, options.precision)
+        wants = (wants_gradient(rows.x), ref_x is not None and wants_gradient(ref_x))
+        loss, _, _, penalty, count = _run(options, rows.x, rows.y, ref_x, ref_y, row_offset, fp16, False, *wants)
+        return loss, penalty, count
     sums = sums_of(rows, columns, row_offset, options)
     loss = sums.loss(options.lambda_plus, options.lambda_minus).to(loss_dtype(rows.x))
     return loss, sums.penalty.detach(), sums.hard
@@ -243,6 +249,7 @@ def check_sets(
     elif row_offset not in (None, 0):
         raise ValueError(f"row_offset={row_offset} needs ref_emb; without it the rows are the columns, from 0 on")
     _check_groups(embeddings, ref_emb, row_offset, groups, ref_groups)
+    groups, ref_groups = (None if t is None else t.long() for t in (groups, ref_groups))
     if not torch.compiler.is_compiling():
         _check_differentiation(embeddings, ref_emb)
     if ref_emb is None or ref_labels is None:
@@ -256,12 +263,13 @@ def check_sets(
 
 def sums_of(rows: Rows, columns: Rows | None, row_offset: int | None, options: Options) -> PairSums:
     """The sums that the loss of `rows` and `columns` is made of; of checked arguments."""
+    fp16 = _one_fp16_product(rows.x, options.precision)  # not of parts, which may come in another dtype
 
     def penalties(
-        x: Tensor, y: Tensor, ref_x: Tensor | None, ref_y: Tensor | None, row_offset: int | None
-    ) -> tuple[Tensor, Tensor]:
-        _, penalty, count = _run(options, x, y, ref_x, ref_y, row_offset, per_side=True)
-        return penalty, count
+        x: Tensor, y: Tensor, ref_x: Tensor | None, ref_y: Tensor | None, row_offset: int | None, *wants: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        _, grad_x, grad_ref, penalty, count = _run(options, x, y, ref_x, ref_y, row_offset, fp16, True, *wants)
+        return penalty, count, grad_x, grad_ref
 
     return pair_sums(penalties, rows, columns, row_offset, options.reduction, options.group_pairs)
 
@@ -273,14 +281,15 @@ def _run(
     ref_x: Tensor | None,
     ref_y: Tensor | None,
     row_offset: int | None,
-    *,
+    fp16: bool,
     per_side: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, penalty and count of the chosen operator; with `per_side` the penalty is what has a gradient."""
+    grad_x: bool,
+    grad_ref: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What the chosen operator returns."""
     squared = options.penalty == "squared"
     operator = ops.OPERATORS[ops.choose(options.backend, x.device.type, x.dtype, squared)]
-    grad = torch.is_grad_enabled()
-    loss, _, _, penalty, count = operator(
+    results: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = operator(
         x,
         y,
         ref_x,
@@ -291,12 +300,12 @@ def _run(
         float(options.lambda_plus),
         float(options.lambda_minus),
         squared,
-        _one_fp16_product(x, options.precision),
+        fp16,
         per_side,
-        grad and x.requires_grad,
-        grad and ref_x is not None and ref_x.requires_grad,
+        grad_x,
+        grad_ref,
     )
-    return loss, penalty, count
+    return results
 
 
 class TCMLoss(nn.Module):
@@ -450,11 +459,7 @@ def _check_differentiation(*embeddings: Tensor | None) -> None:
 def _check_set(name: str, x: Any, labels_name: str, labels: Any) -> None:
     """x [N, D] floating, labels [N] of integers, on one device."""
     for argument, value in ((name, x), (labels_name, labels)):
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{argument} must be a torch.Tensor, got {type(value).__name__}")
-        if value.layout != torch.strided or value.is_nested:
-            layout = "nested" if value.is_nested else value.layout
-            raise TypeError(f"{argument} must be a dense tensor, got {layout}; use {argument}.to_dense() or padding")
+        _check_tensor(argument, value)
     if x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
     if labels.is_floating_point() or labels.is_complex():
@@ -467,6 +472,14 @@ def _check_set(name: str, x: Any, labels_name: str, labels: Any) -> None:
         )
     if labels.device != x.device:
         raise ValueError(f"{labels_name} are on {labels.device}, {name} on {x.device}; move them to one device")
+
+
+def _check_tensor(name: str, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if value.layout != torch.strided or value.is_nested:
+        layout = "nested" if value.is_nested else value.layout
+        raise TypeError(f"{name} must be a dense tensor, got {layout}; use {name}.to_dense() or padding")
 
 
 def _check_reference(embeddings: Tensor, ref_emb: Tensor, row_offset: Any) -> None:
@@ -499,13 +512,14 @@ def _check_groups(embeddings: Tensor, ref_emb: Any, row_offset: Any, groups: Any
     for name, value, x in (("groups", groups, embeddings), ("ref_groups", ref_groups, ref_emb)):
         if value is None:
             continue
-        if not isinstance(value, Tensor) or value.is_floating_point() or value.is_complex():
-            got = value.dtype if isinstance(value, Tensor) else type(value).__name__
-            raise TypeError(f"{name} must be a torch.Tensor of an integer dtype, got {got}")
+        _check_tensor(name, value)
+        if value.is_floating_point() or value.is_complex():
+            raise TypeError(f"{name} must have an integer dtype, got {value.dtype}; use {name}.long()")
         if value.shape != x.shape[:1]:
             raise ValueError(f"{name} must have shape [{x.shape[0]}], one group for each row, got {list(value.shape)}")
         if value.device != x.device:
-            raise ValueError(f"{name} are on {value.device}, embeddings on {x.device}; move them to one device")
+            of = "embeddings" if name == "groups" else "ref_emb"
+            raise ValueError(f"{name} are on {value.device}, {of} on {x.device}; move them to one device")
     if ref_groups is not None and row_offset is not None:
         own = ref_groups[row_offset : row_offset + len(groups)]
         if not torch.equal(own.long(), groups.long()):

@@ -9,8 +9,8 @@ return the gradient with the loss (one pass over the pairs), so that backward is
 import sys
 import warnings
 from collections.abc import Callable
-from functools import cache
-from typing import Any, TypeVar
+from functools import cache, wraps
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -106,6 +106,21 @@ class _OnceDifferentiable(torch.autograd.Function):
         )
 
 
+class WithGradient(torch.autograd.Function):
+    """`value` [] with `grad`, found beside it, as its gradient by x; or value [2] with grad [2, N, D] by x [N, D]."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, value: Tensor, grad: Tensor) -> Tensor:
+        ctx.save_for_backward(grad)
+        ctx.x = x  # see `_setup_context`
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> Any:
+        scale = _OnceDifferentiable.apply if torch.is_grad_enabled() else _scale
+        return scale(*ctx.saved_tensors, *upstream, ctx.x).to(ctx.x.dtype), None, None
+
+
 def _run_triton(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     from tcm_fused.triton_loss import tcm_triton  # only here: Triton is optional, and takes a second to import
 
@@ -157,6 +172,24 @@ def constant_when_compiled(function: F) -> F:
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
+
+
+def eager_when_compiled(function: F) -> F:
+    """torch.compile runs `function` as it is, between two graphs; with fullgraph=True it raises.
+
+    This is what `torch.compiler.disable` does, which imports the compiler first.
+    """
+    reason = "the groups are read on the host"
+
+    @wraps(function)
+    def eager(*arguments: Any) -> Any:
+        if "torch._dynamo" in sys.modules:  # else nothing is compiled
+            return torch.compiler.disable(function, reason=reason)(*arguments)
+        return function(*arguments)
+
+    eager._torchdynamo_disable = True  # type: ignore[attr-defined]
+    eager._torchdynamo_disable_msg = reason  # type: ignore[attr-defined]
+    return cast(F, eager)
 
 
 def build_info() -> dict[str, Any] | None:

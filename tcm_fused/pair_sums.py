@@ -6,10 +6,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tcm_fused.reference import wide_dtype
+from tcm_fused import ops
+from tcm_fused.reference import loss_dtype, wide_dtype
 
-# x [N, D], y [N], ref_x [M, D] or None, ref_y [M] or None, row_offset -> penalty [2], differentiable, and count [2]
-PairOperator = Callable[[Tensor, Tensor, Tensor | None, Tensor | None, int | None], tuple[Tensor, Tensor]]
+# x [N, D], y [N], ref_x [M, D] or None, ref_y [M] or None, row_offset, whether gradients by x and by ref_x are wanted
+# -> penalty [2], differentiable, count [2], and its gradients [2, N, D] and [2, M, D]
+PairOperator = Callable[
+    [Tensor, Tensor, Tensor | None, Tensor | None, int | None, bool, bool], tuple[Tensor, Tensor, Tensor, Tensor]
+]
 
 
 class Rows(NamedTuple):
@@ -17,7 +21,7 @@ class Rows(NamedTuple):
 
     x: Tensor  # [N, D]
     y: Tensor  # [N] int64
-    groups: Tensor | None  # [N] of integers
+    groups: Tensor | None  # [N] int64
 
 
 class PairSums(NamedTuple):
@@ -38,17 +42,8 @@ def pair_sums(
 ) -> PairSums:
     """The sums over all pairs of `rows` with `columns` (None: with the rows), or over those that `groups` leave."""
     if rows.groups is None:
-        return _sums(operator, rows, columns, row_offset, reduction)
-    split = _within if group_pairs == "within" else _across
-    parts = [_sums(operator, r, c, offset, reduction) for r, c, offset in split(rows, columns, row_offset)]
-    both_orders = 2 if columns is None and group_pairs == "across" else 1
-    finite = torch.stack([x[y >= 0].isfinite().all() for x, y, _ in (rows, columns or rows)]).all()
-    if not parts:
-        none = torch.zeros(2, dtype=torch.int64, device=rows.x.device)
-        parts = [PairSums((rows.x.sum() * 0).to(wide_dtype(rows.x)).expand(2), none, none)]
-    penalty, hard, divisor = (both_orders * part for part in add(parts))
-    # A factor, not a choice: so that all gradients are NaN too.
-    return PairSums(penalty * torch.where(finite, 1.0, torch.nan), hard, divisor)
+        return _sums(operator, rows, columns, row_offset, reduction)[0]
+    return _grouped(operator, rows, columns, row_offset, reduction, group_pairs)
 
 
 def add(parts: Sequence[PairSums]) -> PairSums:
@@ -57,16 +52,76 @@ def add(parts: Sequence[PairSums]) -> PairSums:
     return PairSums(penalty, hard, divisor)
 
 
-def _sums(operator: PairOperator, rows: Rows, columns: Rows | None, row_offset: int | None, reduction: str) -> PairSums:
+@ops.eager_when_compiled
+def _grouped(
+    operator: PairOperator, rows: Rows, columns: Rows | None, row_offset: int | None, reduction: str, group_pairs: str
+) -> PairSums:
+    """Group by group, with the gradients of all parts added up at once: autograd would keep all columns of each."""
+    grad_rows = _room(rows.x)
+    grad_columns = grad_rows if columns is None else _room(columns.x)
+    both_orders = 2 if columns is None and group_pairs == "across" else 1
+    none = torch.zeros(2, dtype=torch.int64, device=rows.x.device)
+    total = PairSums(none.to(wide_dtype(rows.x)), none, none)
+    for i, j, offset in (_within if group_pairs == "within" else _across)(rows, columns, row_offset):
+        row_part = _take(rows, i)
+        column_part = None if j is None else _take(columns or rows, j)
+        wants = grad_rows is not None, grad_columns is not None and j is not None
+        part, of_rows, of_columns = _sums(operator, row_part, column_part, offset, reduction, wants)
+        if grad_rows is not None:
+            grad_rows.index_add_(1, i, of_rows, alpha=both_orders)
+        if grad_columns is not None and j is not None:
+            grad_columns.index_add_(1, j, of_columns, alpha=both_orders)
+        total = add([total, part])
+    penalty, hard, divisor = (both_orders * sums for sums in total)
+
+    sets = [(rows, grad_rows), *([] if columns is None else [(columns, grad_columns)])]
+    if not all(bool(x[y >= 0].isfinite().all()) for (x, y, _), _ in sets):  # also of a row that no part had
+        penalty = torch.full_like(penalty, torch.nan)
+        for (_, y, _), grad in sets:
+            if grad is not None:
+                grad[:, y >= 0] = torch.nan
+    for (x, _, _), grad in sets:
+        if grad is not None:
+            penalty = penalty + ops.WithGradient.apply(x, torch.zeros_like(penalty), grad)
+    return PairSums(penalty, hard, divisor)
+
+
+def _room(x: Tensor) -> Tensor | None:
+    """Zeros [2, N, D] for the gradients of the two penalties by x [N, D], if they are wanted."""
+    return torch.zeros((2, *x.shape), dtype=loss_dtype(x), device=x.device) if wants_gradient(x) else None
+
+
+def wants_gradient(x: Tensor) -> bool:
+    return torch.is_grad_enabled() and x.requires_grad
+
+
+def _take(rows: Rows, index: Tensor) -> Rows:
+    """Some of `rows`, as constants in the dtype of the loss: so their gradients are, and add up in it."""
+    return Rows(rows.x.detach()[index].to(loss_dtype(rows.x)), rows.y[index], None)
+
+
+def _sums(
+    operator: PairOperator,
+    rows: Rows,
+    columns: Rows | None,
+    row_offset: int | None,
+    reduction: str,
+    wants: tuple[bool, bool] | None = None,
+) -> tuple[PairSums, Tensor, Tensor]:
+    """The sums of one call, and the gradients [2, N, D] and [2, M, D] that come with it."""
     ref_x, ref_y, _ = columns or (None, None, None)
-    penalty, hard = operator(rows.x, rows.y, ref_x, ref_y, row_offset)
-    return PairSums(penalty, hard, hard if reduction == "violating" else count_pairs(rows.y, ref_y, row_offset))
+    if wants is None:
+        wants = wants_gradient(rows.x), ref_x is not None and wants_gradient(ref_x)
+    penalty, hard, grad_x, grad_ref = operator(rows.x, rows.y, ref_x, ref_y, row_offset, *wants)
+    divisor = hard if reduction == "violating" else count_pairs(rows.y, ref_y, row_offset)
+    return PairSums(penalty, hard, divisor), grad_x, grad_ref
 
 
 def count_pairs(y: Tensor, ref_y: Tensor | None, row_offset: int | None) -> Tensor:
     """[2] int64: positive and negative pairs, hard or not; no wait for the device."""
     if ref_y is None:
         ref_y, row_offset = y, 0
+    y, ref_y = y.contiguous(), ref_y.contiguous()
     takes_part = y >= 0
     ordered = ref_y.sort().values
     same = torch.searchsorted(ordered, y, right=True) - torch.searchsorted(ordered, y)
@@ -79,9 +134,12 @@ def count_pairs(y: Tensor, ref_y: Tensor | None, row_offset: int | None) -> Tens
     return torch.stack([positives, pairs - positives])
 
 
-def _within(rows: Rows, columns: Rows | None, row_offset: int | None) -> Iterator[tuple[Rows, Rows | None, int | None]]:
-    """Each group's rows with its own columns, those that are its rows first."""
-    row_parts = _by_group(rows, torch.arange(len(rows.y), device=rows.y.device))
+def _within(
+    rows: Rows, columns: Rows | None, row_offset: int | None
+) -> Iterator[tuple[Tensor, Tensor | None, int | None]]:
+    """Indices of each group's rows and of its columns (None: its rows), those columns first that are rows."""
+    index = torch.arange(len(rows.y), device=rows.y.device)
+    row_parts = _by_group(rows, index)
     if columns is None:
         yield from ((part, None, None) for part in row_parts.values())
         return
@@ -95,23 +153,20 @@ def _within(rows: Rows, columns: Rows | None, row_offset: int | None) -> Iterato
             yield part, column_parts[group], None if row_offset is None else 0
 
 
-def _across(rows: Rows, columns: Rows | None, row_offset: int | None) -> Iterator[tuple[Rows, Rows | None, int | None]]:
-    """Each group's rows with the columns of all other groups; where the rows are the columns, of later groups.
+def _across(rows: Rows, columns: Rows | None, row_offset: int | None) -> Iterator[tuple[Tensor, Tensor, None]]:
+    """Indices of each group's rows and of the columns of all others; where the rows are the columns, of later ones.
 
     A row and the column that is the row itself are of one group, so never paired.
     """
+    groups = (columns or rows).groups
+    assert groups is not None
     for group, part in _by_group(rows, torch.arange(len(rows.y), device=rows.y.device)).items():
-        x, y, groups = columns or rows
-        assert groups is not None
-        index = (groups > group if columns is None else groups != group).nonzero().flatten()
-        yield part, Rows(x[index], y[index], None), None
+        yield part, (groups > group if columns is None else groups != group).nonzero().flatten(), None
 
 
-def _by_group(rows: Rows, index: Tensor) -> dict[int, Rows]:
-    """`rows[index]` cut into groups, in ascending order; the order within a group stays."""
+def _by_group(rows: Rows, index: Tensor) -> dict[int, Tensor]:
+    """`index` cut into that of each group, in ascending order; the order within a group stays."""
     assert rows.groups is not None
     groups, order = rows.groups[index].sort(stable=True)
     values, sizes = torch.unique_consecutive(groups, return_counts=True)
-    index, sizes = index[order], sizes.tolist()
-    parts = zip(rows.x[index].split(sizes), rows.y[index].split(sizes), strict=True)
-    return {group: Rows(x, y, None) for group, (x, y) in zip(values.tolist(), parts, strict=True)}
+    return dict(zip(values.tolist(), index[order].split(sizes.tolist()), strict=True))

@@ -31,7 +31,7 @@ class Result:
 
     loss: float
     count: Array  # [2] int64, n+ and n-
-    violation: Array  # [2] mean of m+ - s and of s - m- over the hard pairs
+    violation: Array  # [2] mean of m+ - s and of s - m-, or of their squares, over the hard pairs
     grad_x: Gradient  # [N, D]
     grad_ref: Gradient  # [M, D]
 
@@ -51,10 +51,16 @@ class Oracle:
         lambda_plus: float = 1.0,
         lambda_minus: float = 1.0,
         row_offset: int | None = None,
+        penalty: str = "hinge",
+        reduction: str = "violating",
+        groups: Array | None = None,
+        ref_groups: Array | None = None,
+        group_pairs: str = "within",
     ) -> None:
         self.symmetric = ref_x is None
         if ref_x is None or ref_y is None:
-            ref_x, ref_y, row_offset = x, y, 0
+            ref_x, ref_y, row_offset, ref_groups = x, y, 0, groups
+        self.squared = penalty == "squared"
         self.margin = np.array([margin_plus, margin_minus])
         self.weight = np.array([lambda_plus, lambda_minus])
         self.norm, self.x_hat = _normalise(x, y)
@@ -65,8 +71,11 @@ class Oracle:
         if row_offset is not None:
             rows = np.arange(len(y))
             valid[rows, rows + row_offset] = False
+        if groups is not None and ref_groups is not None:
+            valid &= (groups[:, None] == ref_groups) == (group_pairs == "within")
         same = y[:, None] == ref_y
         self.pair: Masks = (valid & same, valid & ~same)
+        self.divisor = np.array([pair.sum() for pair in self.pair]) if reduction == "all" else None
 
     @property
     def factor(self) -> int:
@@ -77,19 +86,30 @@ class Oracle:
         """M+ and M-, exactly by the definition."""
         return (self.pair[0] & (self.gap[0] >= 0), self.pair[1] & (self.gap[1] >= 0))
 
+    def weights(self, count: Array) -> Array:
+        """[2] lambda over what the penalties are divided by."""
+        result: Array = self.weight / np.maximum(count if self.divisor is None else self.divisor, 1)
+        return result
+
+    def slopes(self, masks: Masks) -> Masks:
+        """[N, M] of each side: derivative of each pair's penalty by its violation."""
+        if not self.squared:
+            return masks
+        return (2 * np.where(masks[0], self.gap[0], 0.0), 2 * np.where(masks[1], self.gap[1], 0.0))
+
     def evaluate(self, masks: Masks, count: Array | None = None) -> Result:
         """Loss and gradients where `masks` are the hard pairs; `count` replaces n+ and n- as divisors."""
         if count is None:
             count = np.array([mask.sum() for mask in masks])
-        violation = np.array([gap[mask].sum() for gap, mask in zip(self.gap, masks, strict=True)])
-        violation /= np.maximum(count, 1)
-        w = self.weight / np.maximum(count, 1)
-        g = self.factor * (w[1] * (masks[1] @ self.ref_hat) - w[0] * (masks[0] @ self.ref_hat))
-        g_ref = w[1] * (masks[1].T @ self.x_hat) - w[0] * (masks[0].T @ self.x_hat)
+        power = 2 if self.squared else 1
+        penalty = np.array([(gap[mask] ** power).sum() for gap, mask in zip(self.gap, masks, strict=True)])
+        w, slope = self.weights(count), self.slopes(masks)
+        g = self.factor * (w[1] * (slope[1] @ self.ref_hat) - w[0] * (slope[0] @ self.ref_hat))
+        g_ref = w[1] * (slope[1].T @ self.x_hat) - w[0] * (slope[0].T @ self.x_hat)
         return Result(
-            loss=float(self.weight @ violation),
+            loss=float(w @ penalty),
             count=count,
-            violation=violation,
+            violation=penalty / np.maximum(count, 1),
             grad_x=_project(g, self.x_hat, self.norm),
             grad_ref=None if self.symmetric else _project(g_ref, self.ref_hat, self.ref_norm),
         )
@@ -184,26 +204,50 @@ def compare(
     )
     expected = oracle.evaluate((sure[0], sure[1]), count)
 
-    # Of a mean violation: each pair's similarity error, and from a flipped pair at most twice the band.
+    # Of a mean violation: each pair's similarity error, and from a flipped pair at most twice the band. Of a square:
+    # twice the violation times its error, and the square of that; the squaring rounds once more.
     error = np.abs(result.violation - expected.violation)
     widest = np.array([max(band.max(initial=0), 0) for band in bands])
-    allowed = s_error.max(initial=0) + 2 * widest * flips / np.maximum(count, 1)
-    allowed += 4 * unit * (np.abs(oracle.margin) + np.abs(expected.violation))
+    of_pair = s_error.max(initial=0) + 4 * unit * np.abs(oracle.margin)
+    of_flip = 2 * widest
+    if oracle.squared:
+        mean = np.array([gap[mask].sum() for gap, mask in zip(oracle.gap, sure, strict=True)]) / np.maximum(count, 1)
+        of_pair = 2 * mean * of_pair + of_pair**2 + 4 * unit * expected.violation
+        of_flip = of_flip**2
+    allowed = of_pair + of_flip * flips / np.maximum(count, 1) + 4 * unit * np.abs(expected.violation)
     allowed *= count > 0
     assert (error <= allowed).all(), f"violations {result.violation} are not {expected.violation} +- {allowed}"
-    allowed_loss = oracle.weight @ allowed + 4 * unit * abs(expected.loss)
+    w = oracle.weights(count)
+    allowed_loss = (w * np.maximum(count, 1)) @ allowed + 4 * unit * abs(expected.loss)
     assert abs(result.loss - expected.loss) <= allowed_loss, (
         f"loss {result.loss} is not {expected.loss} +- {allowed_loss}"
     )
 
-    w = oracle.weight / np.maximum(count, 1)
-    if result.grad_x is not None:
-        sums = [
-            _Sum(oracle.factor * w[k], sure[k] @ oracle.ref_hat, sure[k].sum(1), near[k].sum(1), fp16) for k in (0, 1)
+    slope = oracle.slopes((sure[0], sure[1]))
+    off = [s_error.max(initial=0) + abs(margin) * unit for margin in oracle.margin]  # of a violation
+
+    def sums_of(factor: int, hat: Array, *masks: list[Array]) -> list["_Sum"]:
+        hard, weight, flips = masks
+        return [
+            _Sum(
+                w=factor * w[k],
+                g=weight[k] @ hat,
+                n=hard[k].sum(1),
+                spread=np.sqrt((weight[k].astype(np.float64) ** 2).sum(1)),
+                alike=np.linalg.norm(hard[k] @ hat, axis=1),
+                slope_error=2 * off[k] if oracle.squared else 0.0,
+                flips=(4 * widest[k] if oracle.squared else 1.0) * flips[k].sum(1),
+                fp16=fp16,
+            )
+            for k in (0, 1)
         ]
+
+    if result.grad_x is not None:
+        sums = sums_of(oracle.factor, oracle.ref_hat, sure, list(slope), near)
         _compare_gradient("grad_x", result.grad_x, expected.grad_x, sums, oracle.norm[:, 0], dtype)
     if result.grad_ref is not None:
-        sums = [_Sum(w[k], sure[k].T @ oracle.x_hat, sure[k].sum(0), near[k].sum(0), fp16) for k in (0, 1)]
+        transposed = [[t.T for t in masks] for masks in (sure, slope, near)]
+        sums = sums_of(1, oracle.x_hat, *transposed)
         _compare_gradient("grad_ref", result.grad_ref, expected.grad_ref, sums, oracle.ref_norm[:, 0], dtype)
     return int(flips.sum())
 
@@ -226,22 +270,28 @@ class _Sum:
     """One side's part in the gradient of all rows."""
 
     w: float
-    g: Array  # [N, D] sum of unit vectors over the row's hard pairs
+    g: Array  # [N, D] sum of unit vectors over the row's hard pairs, each times the slope of its penalty
     n: Array  # [N] how many
-    flips: Array  # [N] how many more may be hard
+    spread: Array  # [N] root of the sum of squared slopes: the size of g if the vectors point anywhere
+    alike: Array  # [N] norm of the sum without the slopes: n if the vectors all point the same way
+    slope_error: float  # largest error of a slope
+    flips: Array  # [N] what pairs that may be hard as well may add
     fp16: bool  # the unit vectors were rounded to fp16
 
     def error(self, unit: float) -> Array:
         """Allowed error of w * g [N], in the 2-norm.
 
         16 roundings for the factors, 4 sqrt(D) for the projection, and those of the sum: n of them at partial sums of
-        up to max(|g|, sqrt(n)), a random walk, or a drift of unit / 2 a term where all terms are alike (|g| = n).
-        In fp16 each unit vector is off by 2^-11: that adds up like a random walk too, or as the vectors do if alike.
+        up to max(|g|, spread), a random walk, or a drift of unit / 2 a term where all terms are alike. In fp16 each
+        unit vector is off by 2^-11: that adds up like a random walk too, or as the vectors do if alike. So does the
+        error of a slope, which is that of the similarity: where squares make up the penalty a small violation is off
+        by as much as a large one.
         """
         size = np.linalg.norm(self.g, axis=1)
-        roundings = 16 + 4 * self.g.shape[1] ** 0.5 + 2 * self.n**0.5 + size / 2
-        in_fp16 = 2**-11 * (size + 3 * self.n**0.5) if self.fp16 else 0.0
-        error: Array = self.w * (roundings * unit * np.maximum(size, self.n**0.5) + in_fp16 + self.flips)
+        roundings = 16 + 4 * self.g.shape[1] ** 0.5 + 2 * self.n**0.5 + self.alike / 2
+        in_fp16 = 2**-11 * (size + 3 * self.spread) if self.fp16 else 0.0
+        of_slopes = self.slope_error * (self.alike + self.n**0.5)
+        error: Array = self.w * (roundings * unit * np.maximum(size, self.spread) + in_fp16 + of_slopes + self.flips)
         return error
 
 
@@ -284,6 +334,7 @@ def run(
     if runs_on_gpu(backend):
         x, y = on_gpu(x), on_gpu(y)
         ref_x, ref_y = (None if t is None else on_gpu(t) for t in (ref_x, ref_y))
+        options = {name: on_gpu(value) if isinstance(value, Tensor) else value for name, value in options.items()}
     x = x.detach().requires_grad_(grad_x)
     ref_x = None if ref_x is None else ref_x.detach().requires_grad_(grad_ref)
     loss, stats = tcm_loss(x, y, ref_x, ref_y, backend=backend, return_stats=True, **options)
@@ -362,6 +413,7 @@ def _gradient_of(leaf: Tensor) -> Gradient:
 def oracle_of(x: Tensor, y: Tensor, ref_x: Tensor | None = None, ref_y: Tensor | None = None, **options: Any) -> Oracle:
     """The oracle of tensors: their values as they are, in fp64."""
     reference = () if ref_x is None or ref_y is None else (as_array(ref_x), as_array(ref_y))
+    options = {name: as_array(value) if isinstance(value, Tensor) else value for name, value in options.items()}
     return Oracle(as_array(x), as_array(y), *reference, **options)
 
 

@@ -9,12 +9,19 @@ import torch
 from batches import batch, embeddings, margins
 from oracle import Result, check, compare, oracle_of, run
 from torch import Tensor
+from torch._dynamo.exc import Unsupported
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from tcm_fused import TCMLoss, ops, tcm_loss
 from tcm_fused.reference import tcm_reference
 
 FORMS = ("symmetric", "reference set", "row_offset")
+OPTIONS: dict[str, dict[str, Any]] = {
+    "squared": {"penalty": "squared"},
+    "all": {"reduction": "all"},
+    "within": {"group_pairs": "within"},
+    "across": {"group_pairs": "across", "penalty": "squared", "reduction": "all"},
+}
 
 
 def make(form: str, n: int, m: int, d: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> dict[str, Any]:
@@ -84,6 +91,49 @@ def test_gradcheck(backend: str, form: str, n: int, m: int, d: int) -> None:
         return value
 
     assert torch.autograd.gradcheck(loss, tuple(leaves(call)), eps=1e-6, atol=1e-8, rtol=1e-6)
+
+
+def with_options(call: dict[str, Any], name: str) -> dict[str, Any]:
+    """`call` with one of OPTIONS; where there are groups, three."""
+    call = {**call, **OPTIONS[name]}
+    if "group_pairs" in call:
+        m = len(call.get("ref_labels", call["labels"]))
+        offset = call.get("row_offset") or 0
+        groups = torch.arange(m) % 3
+        call["groups"] = groups[offset : offset + len(call["labels"])]
+        if "ref_emb" in call:
+            call["ref_groups"] = groups
+    return call
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options_in_autograd(backend: str, name: str, form: str) -> None:
+    """Finite differences in fp64; two backward passes, a factor, no second derivative, none where none is due."""
+    call = with_options(far_from_the_margins(form, 12, 14, 5), name)
+
+    def loss(x: Tensor, ref_x: Tensor | None = None) -> Tensor:
+        changed = {"embeddings": x} if ref_x is None else {"embeddings": x, "ref_emb": ref_x}
+        arguments: dict[str, Any] = {**call, **changed}
+        value: Tensor = tcm_loss(**arguments, backend=backend)
+        return value
+
+    assert not loss(call["embeddings"], call.get("ref_emb")).requires_grad
+    inputs = tuple(leaves(call))
+    assert torch.autograd.gradcheck(loss, inputs, eps=1e-6, atol=1e-8, rtol=1e-6, fast_mode=True)
+    value = loss(*inputs)
+    first = torch.autograd.grad(value, inputs, retain_graph=True)
+    again = torch.autograd.grad(-2 * value, inputs, create_graph=True)
+    for grad, twice in zip(first, again, strict=True):
+        assert torch.equal(-2 * grad, twice)
+        assert grad.abs().sum() > 0
+    with pytest.raises(RuntimeError, match=r"tcm_loss has no second derivative"):
+        torch.stack([grad.square().sum() for grad in again]).sum().backward()
+    for context in (torch.no_grad(), torch.inference_mode()):
+        with context:
+            constant = loss(*inputs)
+        assert not constant.requires_grad
+        assert torch.equal(constant, value)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -187,15 +237,18 @@ def test_gradient_of_a_function_of_the_loss(backend: str, form: str) -> None:
         torch.testing.assert_close(grad, 2 * loss.detach() * expected, rtol=1e-6, atol=0)
 
 
-def test_loss_scaling_keeps_small_fp16_gradients(backend: str) -> None:
+@pytest.mark.parametrize("name", [None, *OPTIONS])
+def test_loss_scaling_keeps_small_fp16_gradients(backend: str, name: str | None) -> None:
     """A gradient too small for fp16 is multiplied by the loss scale before it is rounded to fp16."""
     rng = np.random.default_rng(4)
     x = torch.from_numpy(rng.standard_normal((200, 16)) * 2000).half()
     y = torch.from_numpy(rng.integers(5, size=200))
-    expected = run(backend, x.float(), y, margin_minus=0.0).grad_x
+    call: dict[str, Any] = {} if name is None else with_options({"labels": y}, name)
+    call = {"margin_minus": 0.0, **{key: value for key, value in call.items() if key != "labels"}}
+    expected = run(backend, x.float(), y, **call).grad_x
     assert np.abs(expected).max() < 1e-6
     x.requires_grad_()
-    torch.autograd.backward(tcm_loss(x, y, margin_minus=0.0, backend=backend) * 2.0**18)
+    torch.autograd.backward(tcm_loss(x, y, **call, backend=backend) * 2.0**18)
     assert x.grad is not None
     np.testing.assert_allclose(x.grad.double().numpy(), expected * 2.0**18, rtol=1e-3, atol=1e-6)
 
@@ -363,6 +416,35 @@ def test_compile(backend: str, form: str, compiler: str) -> None:
     loss = torch.compile(step, fullgraph=True, backend=compiler)(weight, call)
     torch.testing.assert_close(loss, step(weight, call), rtol=1e-13, atol=0)
     torch.testing.assert_close(torch.autograd.grad(loss, inputs), eager, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.usefixtures("dynamo")
+@pytest.mark.parametrize("name", ["squared", "all"])
+@pytest.mark.parametrize("form", FORMS)
+def test_compile_with_options(backend: str, form: str, name: str) -> None:
+    """One graph as well, forward and backward."""
+    call = with_options(make(form, 70, 90, 5), name)
+    inputs = leaves(call)
+    loss = torch.compile(tcm_loss, fullgraph=True, backend="aot_eager")(**call, backend=backend)
+    eager = tcm_loss(**call, backend=backend)
+    torch.testing.assert_close(loss, eager, rtol=1e-13, atol=0)
+    expected = torch.autograd.grad(eager, inputs)
+    torch.testing.assert_close(torch.autograd.grad(loss, inputs), expected, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.usefixtures("dynamo")
+@pytest.mark.parametrize("form", FORMS)
+def test_compile_with_groups(backend: str, form: str) -> None:
+    """They are read on the host: between two graphs, and refused where only one is allowed."""
+    call = with_options(make(form, 70, 90, 5), "across")
+    inputs = leaves(call)
+    expected = torch.autograd.grad(tcm_loss(**call, backend=backend), inputs)
+    loss = torch.compile(tcm_loss, backend="aot_eager")(**call, backend=backend)
+    torch.testing.assert_close(torch.autograd.grad(loss, inputs), expected, rtol=1e-10, atol=1e-13)
+    torch._dynamo.reset()
+    reason = "(?i)data.dependent" if form == "row_offset" else "the groups are read on the host"
+    with pytest.raises(Unsupported, match=reason):
+        torch.compile(tcm_loss, fullgraph=True, backend="aot_eager")(**call, backend=backend)
 
 
 @pytest.mark.usefixtures("dynamo")

@@ -200,7 +200,20 @@ def test_unknown_precision(value: Any) -> None:
     refuse(ValueError, f"precision={value!r}", "'auto'", "'fp32'", "'fp16'", precision=value)
 
 
-@pytest.mark.parametrize("name", ["backend", "precision"])
+@pytest.mark.parametrize(
+    ("name", "choices"),
+    [
+        ("penalty", ("'hinge'", "'squared'")),
+        ("reduction", ("'violating'", "'all'")),
+        ("group_pairs", ("'within'", "'across'")),
+    ],
+)
+@pytest.mark.parametrize("value", ["Hinge", "mean", "", 2, ["all"]])
+def test_unknown_option(name: str, choices: tuple[str, ...], value: Any) -> None:
+    refuse(ValueError, f"{name}={value!r} is not known", *choices, **{name: value})
+
+
+@pytest.mark.parametrize("name", ["backend", "precision", "penalty", "reduction", "group_pairs"])
 def test_none_is_not_a_choice(name: str) -> None:
     call: dict[str, Any] = {**arguments(), name: None}
     with pytest.raises(ValueError, match=f"{name}=None is not known"):
@@ -217,6 +230,52 @@ def test_backend_that_cannot_run_here(name: str) -> None:
     elsewhere = {key: value.to("meta") for key, value in arguments().items()}
     device = "cpu" if name == "triton" else name  # it is in its interpreter
     refuse(RuntimeError, f"backend={name!r} needs tensors on device '{device}'", "'meta'", backend=name, **elsewhere)
+
+
+@pytest.mark.parametrize("name", ["cuda", "triton"])
+def test_squares_where_there_are_none(name: str) -> None:
+    reason = ops.why_unavailable(name)
+    parts = ["squared", "backend='torch'", "penalty='hinge'"] if reason is None else [reason]
+    refuse(RuntimeError, f"backend={name!r}", *parts, backend=name, penalty="squared")
+
+
+# Groups.
+
+
+def grouped(**changed: Any) -> dict[str, Any]:
+    return {"groups": torch.arange(N), "ref_groups": torch.arange(M), **changed}
+
+
+@pytest.mark.parametrize("name", ["groups", "ref_groups"])
+def test_groups_are_integers(name: str) -> None:
+    value: Any
+    for value in ([0] * N, np.zeros(N, dtype=np.int64), "text"):
+        refuse(TypeError, f"{name} must be a torch.Tensor", type(value).__name__, **grouped(**{name: value}))
+    for dtype in (torch.float32, torch.complex64):
+        value = torch.zeros(N if name == "groups" else M, dtype=dtype)
+        refuse(TypeError, f"{name} must have an integer dtype", str(dtype), **grouped(**{name: value}))
+    value = torch.arange(N if name == "groups" else M).to_sparse()
+    refuse(TypeError, f"{name} must be a dense tensor", "sparse", **grouped(**{name: value}))
+
+
+@pytest.mark.parametrize(("name", "size", "other"), [("groups", N, "embeddings"), ("ref_groups", M, "ref_emb")])
+def test_shape_and_device_of_groups(name: str, size: int, other: str) -> None:
+    for shape in ((), (size, 1), (size - 1,), (size + 1,), (0,)):
+        value = torch.zeros(shape, dtype=torch.int64)
+        refuse(ValueError, f"{name} must have shape [{size}]", f"got {list(shape)}", **grouped(**{name: value}))
+    meta = torch.arange(size, device="meta")
+    refuse(ValueError, f"{name} are on meta", f"{other} on cpu", **grouped(**{name: meta}))
+
+
+def test_half_of_the_groups() -> None:
+    refuse(ValueError, "groups and ref_emb came without ref_groups", groups=torch.arange(N))
+    refuse(ValueError, "ref_groups came without groups and ref_emb", ref_groups=torch.arange(M))
+    refuse(ValueError, "ref_groups came without groups and ref_emb", ref_emb=None, ref_labels=None, **grouped())
+
+
+def test_a_row_is_of_one_group() -> None:
+    assert tcm_loss(**arguments(**grouped(row_offset=0))).item() == 0
+    refuse(ValueError, "row_offset=1", "ref_groups differ from groups", **grouped(row_offset=1))
 
 
 def test_missing_extension() -> None:
@@ -272,6 +331,9 @@ def test_module_refuses_a_miner() -> None:
         ("lambda_minus", float("inf"), ValueError),
         ("precision", "tf32", ValueError),
         ("backend", "gpu", ValueError),
+        ("penalty", "square", ValueError),
+        ("reduction", "mean", ValueError),
+        ("group_pairs", "both", ValueError),
     ],
 )
 def test_module_refuses_what_the_function_does(argument: str, value: Any, kind: type[Exception]) -> None:

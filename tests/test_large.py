@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -137,6 +138,26 @@ def test_positives_beyond_2_31(backend: str) -> None:
     error = np.linalg.norm(result.grad_x - expected, axis=1)
     # Summed tile by tile: 512 roundings, not the 46,403 of one running sum.
     assert (error <= 512 * UNIT * np.linalg.norm(g, axis=1) / norm[:, 0]).all()
+
+
+@pytest.mark.usefixtures("bounded_memory")
+@pytest.mark.parametrize("reference", [False, True])
+def test_memory_of_the_options(reference: bool) -> None:
+    """N = 17,011 in 100 groups: N x N floats, or what autograd would keep of each group's columns, are beyond 1 GiB."""
+    n, d = 17011, 128
+    x, y = batch(n, d, 40)
+    sets = (x, y, x, y) if reference else (x, y)
+    groups: dict[str, Any] = {"groups": torch.arange(n) % 100, "group_pairs": "across"}
+    if reference:
+        groups.update(ref_groups=groups["groups"], row_offset=0)
+    call: dict[str, Any] = {"margin_plus": 0.0, "margin_minus": 0.3, "penalty": "squared", "reduction": "all"}
+    result = run("cpu", *sets, **{**call, **groups})
+    plain = run("cpu", *sets, **call, row_offset=groups.get("row_offset"))
+    assert plain.count.min() > 10000
+    np.testing.assert_allclose(result.count / plain.count, 0.99, atol=0.005)
+    same = torch.bincount(y).square().sum().item() - n
+    all_pairs = np.array([same, n * (n - 1) - same])
+    assert plain.loss == pytest.approx((plain.violation * plain.count / all_pairs).sum(), rel=4 * UNIT)
 
 
 # Memory that was not cleared.

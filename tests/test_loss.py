@@ -1,7 +1,9 @@
 """Loss, counts and gradients of every backend against the oracle."""
 
 import copy
+import itertools
 import pickle
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -36,9 +38,18 @@ WIDTHS = (1, 2, 3, 7, 31, 33, 64, 65, 100, 257)
 # Random batches.
 
 
+def options() -> st.SearchStrategy[dict[str, Any]]:
+    return st.fixed_dictionaries(
+        {
+            "penalty": st.sampled_from(["hinge", "squared"]),
+            "reduction": st.sampled_from(["violating", "violating", "all"]),
+        }
+    )
+
+
 @st.composite
 def calls(draw: st.DrawFn) -> dict[str, Any]:
-    """Arguments of one call: form, shapes, geometry, labels, margins, weights, dtype."""
+    """Arguments of one call: form, shapes, geometry, labels, margins, weights, dtype, options."""
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1), label="seed"))
     dtype = draw(st.sampled_from([torch.float32, torch.float64, torch.float32, *DTYPES[:2]]))
     n, d, classes = (
@@ -63,6 +74,16 @@ def calls(draw: st.DrawFn) -> dict[str, Any]:
         y = np.where(rng.random(len(part)) < padding, rng.integers(-9, 0, size=len(part)), y_all[part])
         sets += [torch.from_numpy(x_all[part]).to(dtype), torch.from_numpy(y)]
     call.update(zip(("x", "y", "ref_x", "ref_y"), sets, strict=False))
+    call.update(draw(options()))
+    if draw(st.sampled_from([False, False, True])):
+        groups = rng.integers(draw(st.sampled_from([1, 2, 2, 5, 30])), size=sum(sizes))
+        call["groups"], *rest = np.split(groups, np.cumsum(sizes)[:-1])
+        if rest:
+            call["ref_groups"] = rest[0]
+        if "row_offset" in call:
+            call["ref_groups"][call["row_offset"] :][:n] = call["groups"]
+        call = {name: torch.from_numpy(value) if "groups" in name else value for name, value in call.items()}
+        call["group_pairs"] = draw(st.sampled_from(["within", "across"]))
     number = st.floats(-2, 2, allow_subnormal=False)
     if draw(st.booleans()):
         share = draw(st.sampled_from([0.0, 0.001, 0.02, 0.5, 0.98, 0.999, 1.0]))
@@ -93,7 +114,14 @@ def test_random_small_batches(backend: str, data: st.DataObject) -> None:
         y = data.draw(st.lists(label, min_size=rows, max_size=rows))
         sets += [torch.tensor(x, dtype=torch.float64).reshape(rows, d), torch.tensor(y, dtype=torch.int64)]
     margin = st.integers(-15, 15).map(lambda k: k / 10 + 0.03)
-    check(backend, *sets, margin_plus=data.draw(margin), margin_minus=data.draw(margin))
+    call: dict[str, Any] = data.draw(options())
+    if data.draw(st.booleans(), label="groups"):
+        names = ("groups", "ref_groups")[: len(sets) // 2]
+        for name, labels in zip(names, sets[1::2], strict=True):
+            drawn = data.draw(st.lists(label, min_size=len(labels), max_size=len(labels)))
+            call[name] = torch.tensor(drawn, dtype=torch.int64)
+        call["group_pairs"] = data.draw(st.sampled_from(["within", "across"]))
+    check(backend, *sets, margin_plus=data.draw(margin), margin_minus=data.draw(margin), **call)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.0005, 0.01, 0.5, 0.99, 0.9995, 1.0])
@@ -113,14 +141,29 @@ def test_densities(backend: str, kind: str, n: int, d: int, classes: int, share:
     np.testing.assert_allclose(result.count, share * pairs, rtol=0, atol=2 + near)
 
 
+@pytest.mark.parametrize("share", [0.0005, 0.1, 0.3, 0.99, 1.0])
+@pytest.mark.parametrize(("n", "d", "classes"), [(64, 7, 3), (257, 65, 6), (1030, 300, 90)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_densities_of_squares(backend: str, dtype: torch.dtype, n: int, d: int, classes: int, share: float) -> None:
+    """Tiles of few and of many weighted pairs; with a reference set too, whose last tile is ragged."""
+    rng = np.random.default_rng(n)
+    y = rng.integers(classes, size=n)
+    x, labels = torch.from_numpy(embeddings("random", y, d, rng)).to(dtype), torch.from_numpy(y)
+    call: dict[str, Any] = {**margins(oracle_of(x, labels), share), "penalty": "squared"}
+    result = check(backend, x, labels, **call)
+    assert result.count.sum() > 0
+    check(backend, x, labels, x[: n // 3], labels[: n // 3], row_offset=None, reduction="all", **call)
+
+
+@pytest.mark.parametrize("penalty", ["hinge", "squared"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("n", "d", "classes"), [(2100, 16, 30), (3000, 5, 1500)])
-def test_many_tiles(backend: str, n: int, d: int, classes: int, dtype: torch.dtype) -> None:
+def test_many_tiles(backend: str, n: int, d: int, classes: int, dtype: torch.dtype, penalty: str) -> None:
     """Enough rows for tiles of 256 and more than ten of them a side, of every kind at once."""
     rng = np.random.default_rng(n)
     y = rng.integers(classes, size=n)
     x = torch.from_numpy(embeddings("groups", y, d, rng)).to(dtype)
-    check(backend, x, torch.from_numpy(y), margin_plus=0.95, margin_minus=0.3)
+    check(backend, x, torch.from_numpy(y), margin_plus=0.95, margin_minus=0.3, penalty=penalty)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -139,8 +182,9 @@ def test_rows_without_hard_pairs_among_rows_with_all(backend: str, negatives: bo
         x[quiet] = 2 * np.eye(300)[1] + noise[quiet]
         x[quiet, 0] = 0  # s is about 0 with the others
     sets = (torch.from_numpy(x).to(dtype), labels)
-    for call in (sets, (*sets, *sets)):
-        result = check(backend, *call, margin_plus=0.68, margin_minus=0.3, row_offset=0 if len(call) == 4 else None)
+    for call, penalty in itertools.product((sets, (*sets, *sets)), ("hinge", "squared")):
+        options: dict[str, Any] = {"row_offset": 0 if len(call) == 4 else None, "penalty": penalty}
+        result = check(backend, *call, margin_plus=0.68, margin_minus=0.3, **options)
         assert not result.grad_x[quiet].any()
         assert result.grad_ref is None or not result.grad_ref[quiet].any()
         assert result.count.sum() == (n - 3) * (n - 4)
@@ -521,15 +565,18 @@ def test_padding_is_not_looked_at(backend: str, dtype: torch.dtype, value: float
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("rectangular", [False, True])
-def test_two_runs_give_the_same_bits(backend: str, rectangular: bool, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("options", [{}, {"penalty": "squared", "reduction": "all"}], ids=["plain", "squared"])
+def test_two_runs_give_the_same_bits(
+    backend: str, options: dict[str, Any], rectangular: bool, dtype: torch.dtype
+) -> None:
     """Many tiles, half of the pairs hard, other work in between."""
     sets: tuple[Tensor, ...] = batch(1500, 33, 40, dtype)
     if rectangular:
         sets = (*sets, *batch(700, 33, 40, dtype, seed=1))
-    first = run(backend, *sets, margin_plus=0.0, margin_minus=0.0)
+    first = run(backend, *sets, margin_plus=0.0, margin_minus=0.0, **options)
     for _ in range(3):
         run(backend, *batch(400, 65, 3), margin_minus=0.1)
-        again = run(backend, *sets, margin_plus=0.0, margin_minus=0.0)
+        again = run(backend, *sets, margin_plus=0.0, margin_minus=0.0, **options)
         assert again.loss == first.loss
         np.testing.assert_array_equal(again.count, first.count)
         np.testing.assert_array_equal(again.violation, first.violation)
@@ -570,6 +617,150 @@ def test_inputs_stay_as_they_are(backend: str) -> None:
         assert torch.equal(now, then)
 
 
+# Groups, and all pairs as the divisor.
+
+GROUPED_FORMS = ("symmetric", "reference set", "row_offset")
+
+
+def grouped(form: str, kind: str, dtype: torch.dtype = torch.float32) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+    """Sets with a tenth of padding, and their groups: four of uneven size, one, or one for each row."""
+    rng = np.random.default_rng(11)
+    m, n, offset = (60, 30, 20) if kind == "single" else (330, 130, 100)
+    x, y = batch(m, 9, 5, dtype)
+    y[::10] = -1
+    groups = {
+        "four": torch.from_numpy(np.minimum(rng.integers(4, size=m), rng.integers(6, size=m))) - 1,
+        "one": torch.full((m,), 7),
+        "single": torch.arange(m),
+    }[kind]
+    if form == "symmetric":
+        return (x, y), {"groups": groups}
+    part = slice(offset, offset + n)
+    call = {"groups": groups[part], "ref_groups": groups, "row_offset": offset if form == "row_offset" else None}
+    return (x[part], y[part], x, y), call
+
+
+@pytest.mark.parametrize("penalty", ["hinge", "squared"])
+@pytest.mark.parametrize("group_pairs", ["within", "across"])
+@pytest.mark.parametrize("kind", ["four", "one", "single"])
+@pytest.mark.parametrize("form", GROUPED_FORMS)
+def test_groups(backend: str, form: str, kind: str, group_pairs: str, penalty: str) -> None:
+    """Against the oracle; and where all pairs are left, or none, the loss without groups, or 0."""
+    sets, groups = grouped(form, kind)
+    call: dict[str, Any] = {"margin_minus": 0.1, "lambda_plus": 0.3, "penalty": penalty, "row_offset": None}
+    for reduction in ("violating", "all"):
+        call["reduction"] = reduction
+        result = check(backend, *sets, **{**call, **groups}, group_pairs=group_pairs)
+        if kind == "four":
+            assert result.count.min() > 0
+        elif (kind == "one") == (group_pairs == "within"):
+            # A row is the only one of its group: across groups, all pairs but those with itself.
+            offset = groups.get("row_offset")
+            if kind == "single" and form != "symmetric":
+                offset = 20
+            plain = run(backend, *sets, **{**call, "row_offset": offset})
+            assert result.count.tolist() == plain.count.tolist()
+            assert result.loss == pytest.approx(plain.loss, rel=1e-6)
+        elif form != "reference set":
+            assert result.count.tolist() == [0, 0]
+            assert result.loss == 0
+            assert not result.grad_x.any()
+
+
+@pytest.mark.parametrize("dtype", LABEL_DTYPES, ids=str)
+@pytest.mark.parametrize("group_pairs", ["within", "across"])
+def test_group_dtypes_and_layouts(backend: str, group_pairs: str, dtype: torch.dtype) -> None:
+    """Any integers, negative ones too, at any stride; labels at a stride as well."""
+    sets, groups = grouped("row_offset", "four")
+    if dtype == torch.bool:
+        values = torch.tensor([True, False, True, False])
+    else:
+        info = torch.iinfo(dtype)
+        values = torch.from_numpy(np.array([3, 0, info.max, info.min], dtype=str(dtype).removeprefix("torch.")))
+    cast: dict[str, Any] = {name: values[groups[name] + 1] for name in ("groups", "ref_groups")}
+    plain: dict[str, Any] = {name: value.long() for name, value in cast.items()}
+    wide: dict[str, Any] = {name: torch.stack([value, value], 1)[:, 0] for name, value in cast.items()}
+    call: dict[str, Any] = {"row_offset": 100, "margin_minus": 0.1, "reduction": "all", "group_pairs": group_pairs}
+    expected = check(backend, *sets, **{**plain, **call})
+    x, y, ref_x, ref_y = sets
+    strided = (x, torch.stack([y, y], 1)[:, 1], ref_x, torch.stack([ref_y, ref_y], 1)[:, 1])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for result in (run(backend, *strided, **{**cast, **call}), run(backend, *strided, **{**wide, **call})):
+            assert result.loss == expected.loss
+            np.testing.assert_array_equal(result.grad_x, expected.grad_x)
+            np.testing.assert_array_equal(result.grad_ref, expected.grad_ref)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("group_pairs", ["within", "across"])
+@pytest.mark.parametrize("form", GROUPED_FORMS)
+def test_groups_with_a_row_that_is_not_finite(backend: str, form: str, group_pairs: str, value: float) -> None:
+    """NaN for all rows that take part, those of other groups and of none too; padding is not looked at."""
+    sets, groups = grouped(form, "four")
+    if form == "reference set":
+        groups["groups"][5] = 99  # a group without columns
+    clean = run(backend, *sets, **groups, group_pairs=group_pairs, margin_minus=0.1)
+    for padding in (True, False):
+        for rows in range(0, len(sets), 2):
+            spoiled = [t.clone() for t in sets]
+            row = int((spoiled[rows + 1] < 0).nonzero()[3]) if padding else 5
+            spoiled[rows][row, 4] = value
+            result = run(backend, *spoiled, **groups, group_pairs=group_pairs, margin_minus=0.1)
+            grads = [grad for grad in (result.grad_x, result.grad_ref) if grad is not None]
+            if padding:
+                assert result.loss == clean.loss
+                np.testing.assert_array_equal(result.grad_x, clean.grad_x)
+                continue
+            assert np.isnan(result.loss)
+            assert np.isnan(result.violation).all()
+            for grad, y in zip(grads, spoiled[1::2], strict=True):
+                assert np.isnan(grad[y.numpy() >= 0]).all()
+
+
+@pytest.mark.parametrize("group_pairs", ["within", "across"])
+@pytest.mark.parametrize(("n", "m"), [(0, None), (0, 7), (7, 0), (7, 7)])
+def test_groups_without_a_pair(backend: str, n: int, m: int | None, group_pairs: str) -> None:
+    """No rows, no columns, no group in common: loss 0, gradients 0 to all that want one, alone or together."""
+    sets: tuple[Tensor, ...] = batch(n, 5, 2)
+    groups: dict[str, Any] = {"groups": torch.zeros(n, dtype=torch.int64)}
+    if m is not None:
+        sets = (*sets, *batch(m, 5, 2, seed=1))
+        groups["ref_groups"] = torch.full((m,), int(group_pairs == "within"))
+    for grad_x, grad_ref in ((True, True), (False, m is not None), (True, False)):
+        for reduction in ("violating", "all"):
+            call: dict[str, Any] = {"group_pairs": group_pairs, "reduction": reduction, **groups}
+            result = check(backend, *sets, grad_x=grad_x, grad_ref=grad_ref, margin_plus=2.0, margin_minus=-2.0, **call)
+            assert result.loss == 0
+            assert result.count.tolist() == [0, 0]
+
+
+def test_groups_of_a_bank_add_up(backend: str) -> None:
+    """Within and across together are all pairs."""
+    sets, groups = grouped("row_offset", "four", torch.float64)
+    call: dict[str, Any] = {"margin_minus": 0.1, "reduction": "all", "penalty": "squared"}
+    parts = [run(backend, *sets, **{**groups, **call}, group_pairs=pairs) for pairs in ("within", "across")]
+    plain = run(backend, *sets, **call, row_offset=100)
+    assert (parts[0].count + parts[1].count).tolist() == plain.count.tolist()
+    penalty = sum(part.count * part.violation for part in parts)
+    np.testing.assert_allclose(penalty, plain.count * plain.violation, rtol=1e-13)
+
+
+def test_all_pairs_as_divisor(backend: str) -> None:
+    """Each side's share of the loss falls with its hard pairs: by hand, and of the same gradient's direction."""
+    x = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.8, 0.6]], dtype=torch.float64)  # s01 = 0.6, s02 = 0.8, s12 = 0.96
+    y = torch.tensor([0, 0, 1])
+    options: dict[str, Any] = {"margin_plus": 0.9, "margin_minus": 0.9, "backend": backend}
+    assert tcm_loss(x, y, **options).item() == pytest.approx(0.3 + 0.06)
+    assert tcm_loss(x, y, reduction="all", **options).item() == pytest.approx(0.3 + 0.06 / 2)
+    assert tcm_loss(x, y, penalty="squared", **options).item() == pytest.approx(0.09 + 0.0036)
+    everything = tcm_loss(x, y, penalty="squared", reduction="all", lambda_minus=5.0, **options)
+    assert everything.item() == pytest.approx(0.09 + 5 * 0.0036 / 2)
+    assert tcm_loss(x, y, groups=torch.tensor([0, 1, 1]), **options).item() == pytest.approx(0.06)
+    across = tcm_loss(x, y, groups=torch.tensor([0, 1, 1]), group_pairs="across", **options)
+    assert across.item() == pytest.approx(0.3)
+
+
 # The public forms.
 
 
@@ -589,21 +780,41 @@ def test_stats(backend: str) -> None:
     assert torch.equal(alone, loss)
 
 
+def in_and_out_of_pickle(module: TCMLoss) -> TCMLoss:
+    again = pickle.loads(pickle.dumps(module))
+    assert isinstance(again, TCMLoss)
+    return again
+
+
 def test_module(backend: str) -> None:
     """The class is the function: also copied, pickled, and called the way pytorch-metric-learning calls."""
     options: dict[str, Any] = {"margin_plus": 0.8, "margin_minus": 0.1, "lambda_plus": 2.0, "lambda_minus": 3.0}
-    options["precision"] = "fp32"
+    options.update(precision="fp32", penalty="squared", reduction="all", group_pairs="across")
     criterion = TCMLoss(**options, backend=backend)
     x, y = batch(90, 9, 5)
     ref_x, ref_y = batch(120, 9, 5, seed=1)
-    plain = tcm_loss(x, y, **options, backend=backend)
+    plain, stats = tcm_loss(x, y, **options, backend=backend, return_stats=True)
     rectangular = tcm_loss(x, y, ref_x, ref_y, **options, backend=backend)
-    for module in (criterion, copy.deepcopy(criterion), pickle.loads(pickle.dumps(criterion))):
+    groups: dict[str, Any] = {"groups": torch.arange(90) % 3, "ref_groups": torch.arange(120) % 3}
+    of_groups = tcm_loss(x, y, ref_x, ref_y, **groups, **options, backend=backend)
+    assert criterion.stats is None
+    used = TCMLoss(**options, backend=backend)
+    used(x.requires_grad_(), y)
+    assert used.stats is not None
+    assert [t.item() for t in used.stats] == [t.item() for t in stats]
+    assert not any(t.requires_grad for t in used.stats)
+    for module in (
+        criterion,
+        *(again(m) for m in (criterion, used) for again in (copy.deepcopy, in_and_out_of_pickle)),
+    ):
+        assert module.options._asdict() == {**options, "backend": backend}
+        assert torch.equal(module(x, y, None, ref_x, ref_y, **groups), of_groups)
         assert torch.equal(module(x, y), plain)
         assert torch.equal(module(x, y, None), plain)
         assert torch.equal(module(x, y, None, ref_x, ref_y), rectangular)
         assert torch.equal(module(x, y, indices_tuple=None, ref_emb=ref_x, ref_labels=ref_y), rectangular)
     assert not criterion.state_dict()
+    assert not used.state_dict()
     for name, value in options.items():
         assert f"{name}={value!r}" in repr(criterion)
 

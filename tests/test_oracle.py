@@ -25,13 +25,26 @@ from tcm_fused.reference import tcm_reference
 N, M, D = 120, 90, 20
 
 
-def make(seed: int = 0, rectangular: bool = False) -> Oracle:
+def make(seed: int = 0, rectangular: bool = False, **options: Any) -> Oracle:
     """A batch of which half of all pairs are hard."""
     rng = np.random.default_rng(seed)
     y, ref_y = rng.integers(6, size=N), rng.integers(6, size=M)
     sets = [embeddings("random", y, D, rng), y]
     sets += [embeddings("random", ref_y, D, rng), ref_y] if rectangular else []
-    return Oracle(*sets, lambda_plus=2.0, **margins(Oracle(*sets), 0.5))
+    return Oracle(*sets, lambda_plus=2.0, **{**margins(Oracle(*sets), 0.5), **options})
+
+
+def three_groups(rectangular: bool = False) -> dict[str, Any]:
+    return {"groups": np.arange(N) % 3, **({"ref_groups": np.arange(M) % 3} if rectangular else {})}
+
+
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"penalty": "squared"},
+    {"reduction": "all"},
+    {"penalty": "squared", "reduction": "all", **three_groups(True), "group_pairs": "across"},
+]
+OPTION_NAMES = ["plain", "squared", "all", "everything"]
 
 
 def test_oracle_by_hand() -> None:
@@ -47,15 +60,37 @@ def test_oracle_by_hand() -> None:
     np.testing.assert_allclose(result.grad_x[0], [0, 2 * (0.6 / 4 - 3 * 0.8 / 2)], rtol=1e-14, atol=1e-15)
 
 
+def test_oracle_options_by_hand() -> None:
+    """The same rows: squares of 0.3 and of 0.3, 0.46; two positive and four negative ordered pairs; groups."""
+    x, y = np.array([[1.0, 0.0], [1.2, 1.6], [0.8, 0.6]]), np.array([0, 0, 1])
+
+    def result(**options: Any) -> Result:
+        oracle = Oracle(x, y, margin_minus=0.9, **options)  # the pair (0, 2) is not hard
+        return oracle.evaluate(oracle.hard())
+
+    assert result().loss == pytest.approx(0.3 + 0.06, rel=1e-13)
+    assert result(reduction="all").loss == pytest.approx(0.3 + 0.03, rel=1e-13)
+    squared = result(penalty="squared")
+    np.testing.assert_allclose(squared.violation, [0.09, 0.0036], rtol=1e-12)
+    assert squared.loss == pytest.approx(0.0936, rel=1e-13)
+    # Row 0 moves only along y: of its one hard pair, whose slope is 2 * 0.3; its component along y is 0.8.
+    np.testing.assert_allclose(squared.grad_x[0], [0, -2 / 2 * 0.6 * 0.8], rtol=1e-13, atol=1e-15)
+    groups = np.array([0, 1, 1])
+    assert result(groups=groups).count.tolist() == [0, 2]
+    assert result(groups=groups, group_pairs="across").count.tolist() == [2, 0]
+    assert result(groups=groups, group_pairs="across", reduction="all").loss == pytest.approx(0.3, rel=1e-13)
+
+
+@pytest.mark.parametrize("penalty", ["hinge", "squared"])
 @pytest.mark.parametrize("rectangular", [False, True])
-def test_oracle_gradient_by_finite_differences(rectangular: bool) -> None:
+def test_oracle_gradient_by_finite_differences(rectangular: bool, penalty: str) -> None:
     """Along random directions, at pairs held fixed, within the h^2 of a central difference."""
     rng = np.random.default_rng(1)
     y, ref_y = rng.integers(3, size=10), rng.integers(3, size=8)
     x, ref_x = rng.standard_normal((10, 4)), rng.standard_normal((8, 4))
 
     def at(x: np.ndarray, ref_x: np.ndarray) -> Oracle:
-        return Oracle(x, y, ref_x, ref_y, row_offset=None) if rectangular else Oracle(x, y)
+        return Oracle(x, y, *((ref_x, ref_y) if rectangular else ()), penalty=penalty)
 
     result = at(x, ref_x).evaluate(at(x, ref_x).hard())
     h = 1e-5
@@ -68,8 +103,10 @@ def test_oracle_gradient_by_finite_differences(rectangular: bool) -> None:
         assert (up - down) / 2 == pytest.approx(slope, rel=1e-7, abs=1e-13)
 
 
+@pytest.mark.parametrize("penalty", ["hinge", "squared"])
+@pytest.mark.parametrize("reduction", ["violating", "all"])
 @pytest.mark.parametrize("form", ["symmetric", "reference set", "row_offset"])
-def test_reference_is_the_definition(form: str) -> None:
+def test_reference_is_the_definition(form: str, reduction: str, penalty: str) -> None:
     """`tcm_reference`, by autograd, is the oracle too; with padding, a zero row and a row shorter than EPS."""
     rng = np.random.default_rng(2)
     y, ref_y = torch.from_numpy(rng.integers(-1, 4, size=40)), torch.from_numpy(rng.integers(-1, 4, size=55))
@@ -81,12 +118,14 @@ def test_reference_is_the_definition(form: str) -> None:
         "margin_plus": 0.7,
         "margin_minus": -0.2,
         "row_offset": 9 if form == "row_offset" else None,
+        "penalty": penalty,
+        "reduction": reduction,
     }
     leaves = [t.clone().requires_grad_() if t.is_floating_point() else t for t in sets]
-    loss, penalty, count = tcm_reference(*leaves, **options)
+    loss, sums, count = tcm_reference(*leaves, **options)
     torch.autograd.backward(loss)
     grads = [leaf.grad.numpy() for leaf in leaves[::2] if leaf.grad is not None] + [None]
-    violation = (penalty / count.clamp_min(1)).numpy()
+    violation = (sums / count.clamp_min(1)).numpy()
     compare(Result(loss.item(), count.numpy(), violation, *grads[:2]), oracle_of(*sets, **options), x.dtype)
 
 
@@ -121,8 +160,9 @@ def test_tensor_core_drift(d: int, block: int, extra: int) -> None:
 
 @pytest.mark.parametrize("rectangular", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_compare_accepts_the_oracle(dtype: torch.dtype, rectangular: bool) -> None:
-    oracle = make(rectangular=rectangular)
+@pytest.mark.parametrize("options", [{}, {"penalty": "squared"}, {"reduction": "all"}], ids=OPTION_NAMES[:3])
+def test_compare_accepts_the_oracle(options: dict[str, Any], dtype: torch.dtype, rectangular: bool) -> None:
+    oracle = make(rectangular=rectangular, **options)
     compare(oracle.evaluate(oracle.hard()), oracle, dtype, exact=True)
     near = compare(oracle.evaluate(oracle.hard()), oracle, dtype)
     assert near <= 4, "a band that holds many pairs of a random batch compares nothing"
@@ -209,8 +249,11 @@ def half_gradient(result: Result) -> Result:
         (half_gradient, "grad_x"),
     ],
 )
-def test_compare_refuses(spoil: Callable[[Result], Result], message: str, dtype: torch.dtype) -> None:
-    oracle = make(rectangular=True)
+@pytest.mark.parametrize("options", OPTIONS, ids=OPTION_NAMES)
+def test_compare_refuses(
+    options: dict[str, Any], spoil: Callable[[Result], Result], message: str, dtype: torch.dtype
+) -> None:
+    oracle = make(rectangular=True, **options)
     result = spoil(oracle.evaluate(oracle.hard()))
     with pytest.raises(AssertionError, match=message):
         compare(result, oracle, dtype)
@@ -227,6 +270,35 @@ def test_compare_sides(name: str) -> None:
     for wrong in (grads[::-1], grads * [[[1]], [[-1]]], grads / result.count[:, None, None]):
         with pytest.raises(AssertionError, match=f"{name}: .* rows differ"):
             compare_sides(replace(result, **{name: wrong}), oracle, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_compare_refuses_other_options(dtype: torch.dtype) -> None:
+    """Hinges for squares, a slope of s - m for 2 (s - m), a mean over all pairs, another choice of groups, none."""
+    squared = make(penalty="squared")
+    right = squared.evaluate(squared.hard())
+    compare(right, squared, dtype)
+    forgotten_two = replace(right, grad_x=right.grad_x / 2)
+    for wrong in (make().evaluate(squared.hard()), forgotten_two):
+        with pytest.raises(AssertionError, match=r"violations|grad_x"):
+            compare(wrong, squared, dtype)
+    everything = make(reduction="all")
+    for given, wanted in ((everything, make()), (make(), everything)):
+        with pytest.raises(AssertionError, match="loss"):
+            compare(given.evaluate(given.hard()), wanted, dtype)
+    within, across = (make(**three_groups(), group_pairs=pairs) for pairs in ("within", "across"))
+    for given, wanted in ((within, across), (across, within), (make(), within)):
+        with pytest.raises(AssertionError, match="counts"):
+            compare(given.evaluate(given.hard()), wanted, dtype)
+
+
+def test_compare_of_squares_refuses_coarse_slopes() -> None:
+    """All violations too small by 1e-5, a few times what a similarity may be off, in the gradient alone."""
+    oracle, shifted = make(penalty="squared"), make(penalty="squared")
+    result = oracle.evaluate(oracle.hard())
+    shifted.gap = (oracle.gap[0] - 1e-5, oracle.gap[1] - 1e-5)
+    with pytest.raises(AssertionError, match="grad_x"):
+        compare(replace(result, grad_x=shifted.evaluate(oracle.hard()).grad_x), oracle, torch.float32)
 
 
 @pytest.mark.parametrize("side", [0, 1])
