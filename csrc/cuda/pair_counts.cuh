@@ -99,7 +99,6 @@ struct PairCounter {
 #pragma unroll 1
     for (int side = special ? kPlus : kMinus; side <= kMinus; ++side)
       look<kHeld>(memory, s, {tile_i, tile_j, side, special, *first, side == kMinus ? window : 0, least});
-    if (special) workers_sync();  // the masks have been read
   }
 
   static __device__ __forceinline__ void add(int64_t* to, unsigned pairs) {
