@@ -96,9 +96,10 @@ struct PairCounter {
     // Its barrier keeps a warp from being more than a tile ahead of another.
     const bool special = note_pairs<kHeld, true>(w, memory.mask, tile_i, tile_j, rows, columns);
     const float least = thresholds == 0 ? INFINITY : threshold[0];
+    const int begin = *first, near = min(window, cells() - begin);
 #pragma unroll 1
     for (int side = special ? kPlus : kMinus; side <= kMinus; ++side)
-      look<kHeld>(memory, s, {tile_i, tile_j, side, special, *first, side == kMinus ? window : 0, least});
+      look<kHeld>(memory, s, {tile_i, tile_j, side, special, begin, side == kMinus ? near : 0, least});
   }
 
   static __device__ __forceinline__ void add(int64_t* to, unsigned pairs) {
