@@ -698,7 +698,7 @@ def test_choice_of_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
         assert ops.choose_counter("auto", device, dtype) is blocked
     with pytest.raises(RuntimeError, match=r"no float64 kernels; use backend='torch'"):
         ops.choose_counter("cuda", "cuda", torch.float64)
-    with pytest.raises(RuntimeError, match="needs tensors on device 'cuda', got 'cpu'"):
+    with pytest.raises(RuntimeError, match="needs tensors on device 'cuda', embeddings are on 'cpu'"):
         ops.choose_counter("cuda", "cpu", torch.float32)
     with pytest.raises(RuntimeError, match="'cpu', 'cuda' or 'torch' only"):
         ops.choose_counter("triton", "cuda", torch.float32)

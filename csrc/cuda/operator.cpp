@@ -177,7 +177,7 @@ std::tuple<Tensor, Tensor, Tensor> count(const Tensor& x_any, const Tensor& y_an
   STD_TORCH_CHECK(x_any.is_cuda() && on_device(y_any) && on_device(threshold_any),
                   "tcm_fused::pair_counts: embeddings, classes and thresholds must be on one CUDA device");
   STD_TORCH_CHECK(x_any.scalar_type() == ScalarType::Float,
-                  "tcm_fused::pair_counts: embeddings on a CUDA device must be float32; use backend='torch' for others");
+                  "tcm_fused::pair_counts: on a CUDA device embeddings must be float32; others take backend='torch'");
   STD_TORCH_CHECK(threshold_any.scalar_type() == ScalarType::Float && threshold_any.dim() == 1,
                   "tcm_fused::pair_counts: thresholds must be [T] in the dtype of the embeddings");
   STD_TORCH_CHECK(y_any.scalar_type() == ScalarType::Long, "tcm_fused::pair_counts: classes must be int64");

@@ -49,7 +49,7 @@ cudaError_t count_tiles(const PairCountProblem& p, CountPlan& plan, const Tuning
   if (sm90) used = sizeof(SimilaritySm90Memory<PairCounter>), bytes = p.shared_per_block;
   else if (bytes < used + (8 << 10)) bytes = p.shared_per_block;  // one with a window, not two without
   const int64_t room = std::max<int64_t>(0, bytes - used) / 4 * 2;  // cells of two bytes
-  counter.window = static_cast<int>(std::min({room, round_up(counter.cells(), 2), int64_t{tuning.window}}));
+  counter.window = static_cast<int>(std::min({room, int64_t{counter.cells()} - 1, int64_t{tuning.window}}));
   const size_t shared = used + int64_t{counter.window} * 2;
 
   cudaError_t error = launch(prepare_counts, dim3(4 * w.partials), dim3(kThreads), 0, stream, w, counter);
@@ -60,7 +60,8 @@ cudaError_t count_tiles(const PairCountProblem& p, CountPlan& plan, const Tuning
   const int64_t tiles = int64_t{w.set[0].tiles} * w.set[0].tiles;
   const unsigned grid = static_cast<unsigned>(std::min<int64_t>(tiles, w.partials / (sm90 ? 2 : 1)));
   if (sm90)
-    return launch(similarity_sm90<PairCounter>, dim3(grid), dim3(kThreadsSm90), shared, stream, w, block, counter, maps);
+    return launch(similarity_sm90<PairCounter>, dim3(grid), dim3(kThreadsSm90), shared, stream, w, block, counter,
+        maps);
   return launch(similarity<PairCounter>, dim3(grid), dim3(kThreads), shared, stream, w, block, counter);
 }
 

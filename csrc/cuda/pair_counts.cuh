@@ -3,9 +3,9 @@
 // A tile's pairs go three ways.
 // 1. Every negative in the window, a range of cells around the mean similarity that is as wide as shared memory has
 //    room for, is counted there: one atomic addition of 16-bit counters, two a word.
-// 2. What is left over for single treatment (positives, negatives beyond the window, pairs from the first threshold on)
-//    goes to a queue of the warp's, and from there 32 at a time to counts in global memory, by cell and by class. So the
-//    long way is walked by full warps, and its code is there a few times only.
+// 2. What needs more (positives, negatives beyond the window, pairs from the first threshold on) goes to a queue of the
+//    warp's, and from there 32 at a time to counts in global memory, by cell and by class. So the long way is walked by
+//    full warps, and its code is there a few times only.
 // 3. The largest similarity of each row and column of the tile, to positives and to negatives, raises that of the row's
 //    in global memory, which is read first: almost all of them raise nothing.
 // Counts are integers and the rest is a maximum: no order of threads, and no window, changes a result.
@@ -49,25 +49,26 @@ struct alignas(16) PairCountMemory {
 struct Look {
   int tile_i, tile_j, side;
   bool special;       // memory.mask tells which pairs are of the side; else all are
-  int first, window;  // cells that are counted in shared memory
+  int to_place;       // from a similarity's cell, s 2^bits rounded down, to its place in the window
+  int window;         // cells that are counted there
   float least;        // first threshold
 };
 
 struct PairCounter {
   using Memory = PairCountMemory;
   static constexpr int kRing = 3;  // the window has the room of the fourth
-  static constexpr bool kMoves = true;
+  static constexpr bool kMoves = true;  // see `look`
 
   int64_t n, classes;
   int bits, thresholds;
-  int window;              // cells in shared memory; even
-  const float* threshold;  // [thresholds]
-  int* first;              // [] first cell of the window
-  int32_t* start;          // [cells + 1] thresholds at or below the lower end of a cell; the last: all
-  int32_t* table;          // [n] row of class_count of a sorted row
-  uint32_t* best[2];       // [n] key of the largest similarity of a sorted row
-  int64_t* count[2];       // [cells]
-  int64_t* class_count[2]; // [classes + 1, thresholds]
+  int window;               // cells in shared memory; even, less than there are
+  const float* threshold;   // [thresholds]
+  int* first;               // [] first cell of the window
+  int32_t* start;           // [cells + 1] thresholds at or below the lower end of a cell; the last: all
+  int32_t* table;           // [n] row of class_count of a sorted row
+  uint32_t* best[2];        // [n] key of the largest similarity of a sorted row
+  int64_t* count[2];        // [cells]
+  int64_t* class_count[2];  // [classes + 1, thresholds]
 
   __host__ __device__ int cells() const { return (2 << bits) + 1; }
   __device__ float scale() const { return static_cast<float>(1 << bits); }
@@ -93,13 +94,13 @@ struct PairCounter {
   __device__ __forceinline__ void visit(const Work& w, const Block&, Memory& memory, float (&s)[4][4][4], int tile_i,
       int tile_j) const {
     const int rows = valid_rows(w.state->valid[0], tile_i), columns = valid_rows(w.state->valid[1], tile_j);
-    // Its barrier keeps a warp from being more than a tile ahead of another.
+    // Its barrier keeps a warp from being more than a tile ahead of another; `count_near` relies on it.
     const bool special = note_pairs<kHeld, true>(w, memory.mask, tile_i, tile_j, rows, columns);
     const float least = thresholds == 0 ? INFINITY : threshold[0];
-    const int begin = *first, near = min(window, cells() - begin);
+    const int to_place = (1 << bits) - *first;
 #pragma unroll 1
     for (int side = special ? kPlus : kMinus; side <= kMinus; ++side)
-      look<kHeld>(memory, s, {tile_i, tile_j, side, special, begin, side == kMinus ? near : 0, least});
+      look<kHeld>(memory, s, {tile_i, tile_j, side, special, to_place, side == kMinus ? window : 0, least});
   }
 
   static __device__ __forceinline__ void add(int64_t* to, unsigned pairs) {
@@ -108,12 +109,12 @@ struct PairCounter {
 
   // Counts a negative of the window. A counter that reaches kCarry hands that on to global memory: others may add to it
   // before it does, but no more than a tile's 2^14 pairs, so it never overflows into its neighbour.
-  __device__ __forceinline__ void count_near(Memory& memory, int place, int first_cell) const {
+  __device__ __forceinline__ void count_near(Memory& memory, int place, int to_place) const {
     const int shift = place % 2 * 16;
     uint32_t* word = window_of(memory) + place / 2;
     if ((atomicAdd(word, 1u << shift) >> shift & 0xffff) != kCarry - 1) return;
     atomicAdd(word, -(kCarry << shift));
-    add(count[kMinus] + first_cell + place, kCarry);
+    add(count[kMinus] + (1 << bits) + place - to_place, kCarry);
   }
 
   // The pairs of one side among the similarities that the workers hold: 16 at a time, s [i], which then make room for
@@ -122,15 +123,14 @@ struct PairCounter {
   __device__ __forceinline__ void look(Memory& memory, float (&s)[4][4][4], const Look& at) const {
     const int thread = afresh(worker<kHeld>()), lane = thread % 32, warp = thread / 32, g = lane / 4, t = lane % 4;
     const int warp_row = kHeld == kRows ? warp / 4 * 64 : warp * 16, warp_column = kHeld == kRows ? warp % 4 * 32 : 0;
-    const int to_place = (1 << bits) - at.first;
     const float factor = scale();
     float row_top[2], column_top[8];
     clear(row_top), clear(column_top);
     int queued = 0;
 #pragma unroll 1
     for (int i = 0; i < 4; ++i) {
-      const int row = warp_row + (kHeld == kRows ? i * 16 : 0) + g;                     // and row + 8
-      const int column = warp_column + (kHeld == kRows ? 0 : i * 32) + t * 2;           // and 8 j + e more
+      const int row = warp_row + (kHeld == kRows ? i * 16 : 0) + g;              // and row + 8
+      const int column = warp_column + (kHeld == kRows ? 0 : i * 32) + t * 2;    // and 8 j + e more
       uint32_t pairs[2] = {~0u, ~0u};
       if (at.special)
         for (int h = 0; h < 2; ++h) pairs[h] = memory.mask[at.side][row + h * 8][column / 32] >> t;
@@ -141,9 +141,9 @@ struct PairCounter {
           const int h = k / 2, e = k % 2;
           const float value = s[0][j][k];
           const bool pair = (pairs[h] >> mask_bit(j * 8 + e) & 1) != 0;
-          const int place = floor_of(value * factor) + to_place;
+          const int place = floor_of(value * factor) + at.to_place;
           const bool near = pair && static_cast<unsigned>(place) < static_cast<unsigned>(at.window);
-          if (near) count_near(memory, place, at.first);
+          if (near) count_near(memory, place, at.to_place);
           row_top[h] = max(row_top[h], pair ? value : -INFINITY);
           column_top[j * 2 + e] = max(column_top[j * 2 + e], pair ? value : -INFINITY);
           const bool more = pair && (!near || value >= at.least);
@@ -224,8 +224,8 @@ struct PairCounter {
 
   __device__ __forceinline__ void settle(const QueuedPair& pair, bool mine, int lane, const Look& at) const {
     // By cell: lanes with the cell of the first one add together, which is all of them where similarities are few.
-    const int below = floor_of(pair.value * scale()) + (1 << bits), cell = min(max(below, 0), cells() - 1);
-    const bool far = mine && static_cast<unsigned>(below - at.first) >= static_cast<unsigned>(at.window);
+    const int cell = cell_of(pair.value), place = floor_of(pair.value * scale()) + at.to_place;
+    const bool far = mine && static_cast<unsigned>(place) >= static_cast<unsigned>(at.window);
     if (const unsigned lanes = __ballot_sync(~0u, far); lanes != 0) {
       const int speaker = __ffs(lanes) - 1, shared = __shfl_sync(~0u, cell, speaker);
       const unsigned same = __ballot_sync(~0u, far && cell == shared);
@@ -253,8 +253,8 @@ struct PairCounter {
   }
 };
 
-// The first cell of the window: it is centred on the mean similarity of two rows, which is the squared length of the sum
-// of x^, less that of its terms. One block of threads.
+// The first cell of the window: it is centred on the mean similarity of two rows, which is the squared length of the
+// sum of x^, less that of its terms. One block of threads.
 __global__ void __launch_bounds__(kThreads) centre_window(const __grid_constant__ Work w,
     const __grid_constant__ PairCounter counter) {
   double* partial = reinterpret_cast<double*>(shared_memory());  // [kWarps]
@@ -274,13 +274,14 @@ __global__ void __launch_bounds__(kThreads) centre_window(const __grid_constant_
   for (int k = 0; k < kWarps; ++k) total += partial[k];
   double mean = rows < 2 ? 0 : (total - rows) / (rows * (rows - 1));
   int centre = counter.cell_of(static_cast<float>(mean));
-  *counter.first = max(0, min(centre - counter.window / 2, counter.cells() - counter.window));
+  *counter.first = min(max(centre - counter.window / 2, 0), counter.cells() - counter.window);
 }
 
 // What the count adds to, and what it looks up.
 __global__ void __launch_bounds__(kThreads) prepare_counts(const __grid_constant__ Work w,
     const __grid_constant__ PairCounter counter) {
-  const int64_t thread = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x, step = static_cast<int64_t>(gridDim.x) * kThreads;
+  const int64_t thread = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
   const int64_t class_counts = (counter.classes + 1) * counter.thresholds;
   for (int side = 0; side < 2; ++side) {
     for (int64_t k = thread; k < counter.cells(); k += step) counter.count[side][k] = 0;
@@ -294,7 +295,8 @@ __global__ void __launch_bounds__(kThreads) prepare_counts(const __grid_constant
   for (int64_t k = thread; k <= counter.cells(); k += step) {
     const float low = static_cast<float>(k - (1 << counter.bits)) / counter.scale();
     // The first cell reaches down to -infinity, the last up.
-    counter.start[k] = counter.at_or_below(low, k == counter.cells() ? counter.thresholds : 0, k == 0 ? 0 : counter.thresholds);
+    const int all = counter.thresholds;
+    counter.start[k] = counter.at_or_below(low, k == counter.cells() ? all : 0, k == 0 ? 0 : all);
   }
 }
 

@@ -1,10 +1,10 @@
-// Similarities of a block of tiles on Hopper: the product by warpgroups (wgmma), fed by the copy engine; then a visitor.
+// Similarities of a block of tiles on Hopper: the product by warpgroups (wgmma), fed by the copy engine.
 //
 // 128 x 256 at a time, two neighbouring tiles of a row. One warpgroup has a thread that copies ahead, through a ring of
-// four stages of 48 KB; two compute, each 64 x 256 of the product in 128 accumulators a thread, and then examine the
-// two tiles together, while the ring fills with the next ones. A stage of 64 columns is 2 * 128 * 256 * 64 flop: 1,024
-// cycles at 4,096 flop a cycle, in which 48 KB come from L2 (48 bytes a cycle and multiprocessor) and wgmma reads 80
-// bytes a cycle of shared memory, of 128. A pair of tiles without a hard pair is looked at in about 650 instructions a
+// three or four stages of 48 KB; two compute, each 64 x 256 of the product in 128 accumulators a thread, and then show
+// the two tiles to a visitor, while the ring fills with the next ones. A stage of 64 columns is 2 * 128 * 256 * 64 flop:
+// 1,024 cycles at 4,096 flop a cycle, in which 48 KB come from L2 (48 bytes a cycle and multiprocessor) and wgmma reads
+// 80 bytes a cycle of shared memory, of 128. A pair of tiles without a hard pair is looked at in about 650 instructions a
 // warp, with two warps a scheduler: 1,300 cycles beside the product's 8,192 at D = 512, and beside fewer at a smaller D.
 // All of this is counted, not measured.
 #pragma once

@@ -85,8 +85,8 @@ bool check(unsigned seed) {
   CountOutcome given = emulate_counts(p, tuning), wanted = expected(p, rows);
   const bool good[] = {given.count == wanted.count, given.class_count == wanted.class_count, given.best == wanted.best};
   if (good[0] && good[1] && good[2]) return true;
-  std::printf("seed %u: n %ld d %ld classes %ld thresholds %ld bits %d sm %d: counts %d, class counts %d, best %d\n", seed,
-              p.n, p.d, p.classes, p.thresholds, p.bits, p.sm, good[0], good[1], good[2]);
+  std::printf("seed %u: n %ld d %ld classes %ld thresholds %ld bits %d sm %d: counts %d, class counts %d, best %d\n",
+              seed, p.n, p.d, p.classes, p.thresholds, p.bits, p.sm, good[0], good[1], good[2]);
   return false;
 }
 
