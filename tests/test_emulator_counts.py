@@ -208,7 +208,7 @@ def bug(line: str, replacement: str, found_by: str = "none", file: str = "pair_c
 
 BUGS = {
     "window: not cleared": bug("window_of(memory)[k] = 0;", "window_of(memory)[k] |= 0;"),
-    "window: carry lost": bug("place - to_place, kCarry);", "place - to_place, 0);"),
+    "window: carry lost": bug("to_place + place, kCarry);", "to_place + place, 0);"),
     "window: read early": bug("    workers_sync();\n    for (int k = worker", "    for (int k = worker", "tsan"),
     "window: too little shared memory": bug(
         "used + int64_t{counter.window} * 2", "used + int64_t{counter.window} * 2 - 4", "asan", "pair_counts.cu"

@@ -109,12 +109,12 @@ struct PairCounter {
 
   // Counts a negative of the window. A counter that reaches kCarry hands that on to global memory: others may add to it
   // before it does, but no more than a tile's 2^14 pairs, so it never overflows into its neighbour.
-  __device__ __forceinline__ void count_near(Memory& memory, int place, int to_place) const {
-    const int shift = place % 2 * 16;
+  __device__ __forceinline__ void count_near(Memory& memory, unsigned place, int to_place) const {
+    const unsigned shift = place % 2 * 16;
     uint32_t* word = window_of(memory) + place / 2;
     if ((atomicAdd(word, 1u << shift) >> shift & 0xffff) != kCarry - 1) return;
     atomicAdd(word, -(kCarry << shift));
-    add(count[kMinus] + (1 << bits) + place - to_place, kCarry);
+    add(count[kMinus] + (1 << bits) - to_place + place, kCarry);
   }
 
   // The pairs of one side among the similarities that the workers hold: 16 at a time, s [i], which then make room for
@@ -143,7 +143,7 @@ struct PairCounter {
           const bool pair = (pairs[h] >> mask_bit(j * 8 + e) & 1) != 0;
           const int place = floor_of(value * factor) + at.to_place;
           const bool near = pair && static_cast<unsigned>(place) < static_cast<unsigned>(at.window);
-          if (near) count_near(memory, place, at.to_place);
+          if (near) count_near(memory, static_cast<unsigned>(place), at.to_place);
           row_top[h] = max(row_top[h], pair ? value : -INFINITY);
           column_top[j * 2 + e] = max(column_top[j * 2 + e], pair ? value : -INFINITY);
           const bool more = pair && (!near || value >= at.least);
