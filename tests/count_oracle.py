@@ -12,7 +12,7 @@ Tables = tuple[Array, Array, Array]  # counts, class_counts, best
 
 @dataclass(frozen=True)
 class CountCall:
-    """One problem; `exact`: similarities are the same numbers in any arithmetic, else they are off by `near` at most."""
+    """One problem; `exact`: similarities are the same in any arithmetic, else they are off by `near` at most."""
 
     x: Array  # [N, D] float32
     y: Array
