@@ -87,7 +87,7 @@ knobs = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=30)
+@settings(max_examples=20)
 @given(call=calls(), options=knobs)
 def test_random_batches(call: Call, options: dict[str, Any]) -> None:
     """Every geometry, ragged size, number of classes and thresholds; windows of every size; every order of threads."""
@@ -213,7 +213,6 @@ BUGS = {
     "window: too little shared memory": bug(
         "used + int64_t{counter.window} * 2", "used + int64_t{counter.window} * 2 - 4", "asan", "pair_counts.cu"
     ),
-    "window: out of place": bug("+ *first + k, found);", "+ k, found);"),
     "queue: read early": bug("    __syncwarp();  // they are written\n", "", "tsan"),
     "queue: written early": bug("    __syncwarp();  // and read\n", "", "tsan"),
     "queue: too short": bug("kQueue = (kBatch + 1) * 32 - 1;", "kQueue = kBatch * 32;", "tsan"),

@@ -678,11 +678,14 @@ def test_kernel_refuses_what_python_would_not_send() -> None:
 
 
 def test_without_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Then "auto" is the blocked form, and the kernel by name an error that tells why."""
+    """Then "auto" is the blocked form, with a warning, and the kernel by name an error that tells why."""
     x, y = clustered(n=100)
     expected = opis(x, y, thresholds=[0.8, 1.2])
     monkeypatch.setattr(ops, "_IMPORT_ERROR", "no such file")
-    assert opis(x, y, thresholds=[0.8, 1.2]).opis == pytest.approx(expected.opis, abs=1e-4)
+    ops._warn_once.cache_clear()
+    with pytest.warns(UserWarning, match="slower PyTorch fallback on 'cpu'.*no such file") as warned:
+        assert opis(x, y, thresholds=[0.8, 1.2]).opis == pytest.approx(expected.opis, abs=1e-4)
+    assert warned[0].filename == __file__, "not at the caller"
     with pytest.raises(RuntimeError, match=r"backend='cpu' is not available.*no such file"):
         opis(x, y, backend="cpu")
 
