@@ -592,10 +592,7 @@ def test_path_for_older_gpus() -> None:
     """The kernels for sm_80 on a later GPU, in a process of their own."""
     if torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("that is the path taken here")
-<<<<<<< HEAD
     chosen = "test_densities or test_widths or test_gradients or test_two_runs or test_no_pairs"
-=======
-    chosen = "test_densities or test_widths or test_gradients_where_asked_for or test_two_runs or test_no_pairs"
     chosen += " or test_pair_counts"
     done = subprocess.run(
         [
