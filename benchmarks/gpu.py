@@ -38,6 +38,9 @@ for n, m, d in [(33, 0, 17), (300, 0, 70), (129, 257, 64), (1, 40, 3)]:
             options = {"margin_plus": margin, "margin_minus": -margin, "reduction": reduction}
             loss = tcm_loss(*sets, **options, precision=precision, backend="cuda")
             loss.backward()
+    thresholds = torch.linspace(-0.5, 1, 9).to("cuda")
+    for bits in (4, 17):
+        torch.ops.tcm_fused.pair_counts(x.float(), y, 4, thresholds, bits, None)
 torch.cuda.synchronize()
 print("done")
 """

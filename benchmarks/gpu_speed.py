@@ -19,10 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.gate import DENSITIES, check_fused
-from benchmarks.peers import PEERS, forward_backward, make_batch
+from benchmarks.gate import DENSITIES, check_fused, check_opis
+from benchmarks.peers import PEERS, forward_backward, make_batch, make_classes
 from benchmarks.report import Goal, at_least, at_most, goal_table
-from tcm_fused import tcm_loss
+from tcm_fused import opis, tcm_loss
+from tcm_fused.opis import OPISResult
 from tcm_fused.reference import tcm_reference
 
 Step = Callable[[], object]
@@ -48,12 +49,14 @@ class Case:
     runs: int = 11
     memory: bool = False
     captured: bool = False  # time a CUDA graph of the step as well
+    classes: int = 0  # not the loss: OPIS of so many classes, float32
 
 
 def cases() -> dict[str, Case]:
     """The most telling first: what the time does not suffice for is left out."""
     found = {f"hard {hard}": Case(LARGE, 512, hard) for hard in ("none", "half", "all", "1e-4", "1e-3")}
     found["fp32"] = Case(LARGE, 512, precision="fp32")
+    found["OPIS"] = Case(136_093, 512, precision="fp32", classes=2452, runs=5, memory=True)  # iNaturalist's test set
     found["peers"] = Case(LARGE // 2, 512, peers=("eager", "torch.compile"), runs=5, memory=True)
     found["million"] = Case(2**20, 256, runs=2, memory=True)
     for n, d in SMALL:
@@ -164,8 +167,12 @@ def loss_of(backend: str, precision: str) -> Callable[..., Any]:
     return partial(tcm_loss, backend=backend, precision=precision)
 
 
+def opis_of(backend: str) -> Callable[..., OPISResult]:
+    return partial(opis, backend="auto" if backend == "triton" else backend)  # which has no kernel that counts
+
+
 def check(clock: Clock, backend: str) -> None:
-    """AssertionError unless loss and gradient are those of the definition in float64."""
+    """AssertionError unless loss, gradient and OPIS are those of the definition in float64."""
 
     def moved(*sets: Tensor, **options: Any) -> Any:
         loss, stats = loss_of(backend, "fp32")(*(t.to(clock.device) for t in sets), **options)
@@ -186,13 +193,32 @@ def check(clock: Clock, backend: str) -> None:
             f"16-bit loss, hard={hard!r}: {loss}, not {expected}"
         )
         assert count.sum() > 0
+    check_opis(lambda x, labels, **options: opis_of(backend)(x.to(clock.device), labels.to(clock.device), **options))
 
 
 # Measuring.
 
 
+def measure_opis(case: Case, clock: Clock, backend: str) -> dict[str, Any]:
+    """OPIS from embeddings on the device to the result on the host; its "hard pairs" are all pairs."""
+    x, labels = (t.to(clock.device) for t in make_classes(case.n, case.d, classes=case.classes))
+    step = partial(opis_of(backend), x, labels)
+    pairs = step().histogram
+    return {
+        "n": case.n,
+        "d": case.d,
+        "dtype": "float32",
+        "hard_pairs": [int(pairs.positives.sum()), int(pairs.negatives.sum())],
+        "ms": clock.alternate({"tcm_fused": step}, case.runs),
+        "peak_bytes": {"tcm_fused": clock.peak_bytes(step)},
+        "embedding_bytes": x.nbytes,
+    }
+
+
 def measure(case: Case, clock: Clock, backend: str) -> dict[str, Any]:
     """What the case asks for. A peer that fails (no memory, not installed) has its error there instead of a time."""
+    if case.classes:
+        return measure_opis(case, clock, backend)
     x, labels = make_batch(case.n, case.d, case.hard, device=clock.device)
     x = x if case.precision == "fp32" else x.bfloat16()
     loss = loss_of(backend, case.precision)
@@ -242,6 +268,9 @@ def goals(figures: Figures, flops: float) -> list[Goal]:
     ratio = None if exact is None or few is None else exact / few
     rows.append(at_most("N = 65,536, D = 512, fp32-accurate", "16-bit", 3.2, ratio, "x"))
     rows += _small_goals(figures) + _million_goals(figures.get("million"))
+    ms = _ms(figures.get("OPIS"))
+    subject = "OPIS, N = 136,093, D = 512, 2,452 classes, fp32-accurate"
+    rows.append(at_most(subject, "the clock", 0.5, None if ms is None else ms / 1e3, " s"))
     for d in WIDTHS:
         ratio = _floor_ratio(figures.get(f"width {d}"), flops, 1)
         rows.append(at_most(f"N = 65,536, D = {d}, 16-bit, few hard pairs", "its own floor", 1.6, ratio, "x"))

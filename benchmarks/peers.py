@@ -63,13 +63,14 @@ def make_batch(n: int, d: int, hard: str = "few", seed: int = 0, device: str = "
     return x_hat * length, labels
 
 
-def make_classes(n: int, d: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Embeddings [n, d] float32 and labels [n] int64 in classes of 5.3 rows, as Stanford Online Products has.
+def make_classes(n: int, d: int, seed: int = 0, classes: int | None = None) -> tuple[Tensor, Tensor]:
+    """Embeddings [n, d] float32 and labels [n] int64 in classes of 5.3 rows, as Stanford Online Products has, unless
+    told how many.
 
     They vary in 64 directions, and classes differ in how far they spread, so their accept rates differ.
     """
     generator = torch.Generator().manual_seed(seed)
-    classes = max(2, n * 11316 // 60000)
+    classes = max(2, n * 11316 // 60000 if classes is None else classes)
     labels = torch.arange(n) % classes
     spread = 0.5 + torch.rand(classes, 1, generator=generator)
     inner = torch.randn(classes, 64, generator=generator)[labels]

@@ -135,7 +135,7 @@ def opis(
         distance: the axis of the integrals: "euclidean", sqrt(2 - 2 s), which is the paper's, or "cosine", s itself.
         beta: weight of sensitivity against specificity, above 0.
         epsilon: share of the classes that are "worst", between 0 and 1.
-        backend: "auto", "cpu" (the C++ kernel) or "torch" (any device, slower).
+        backend: "auto", "cpu" or "cuda" (the kernels; on a GPU for all but float64) or "torch" (any device, slower).
         progress: show a bar; needs tqdm.
 
     Raises:

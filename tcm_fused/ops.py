@@ -138,7 +138,7 @@ OPERATORS = {name: getattr(torch.ops.tcm_fused, name).default for name in ("fuse
 
 # x [N, D] float32 or float64, finite; y [N] int64 class; thresholds [T] ascending similarities in the dtype of x.
 # counts [2, 2^(bits + 1) + 1], class_counts [2, classes + 1, T] int64 and best [2, N]: see `pair_counts_blocked`.
-# progress [2] int64, if given: blocks done and in all, while it runs.
+# progress [2] int64, if given: blocks done and in all, while it runs; a GPU only tells that it was given the work.
 _COUNT_SCHEMA = (
     "(Tensor x, Tensor y, int classes, Tensor thresholds, int bits, Tensor(a!)? progress) "
     "-> (Tensor counts, Tensor class_counts, Tensor best)"
@@ -161,6 +161,7 @@ for _name in ("pair_counts", "pair_counts_blocked"):
 _LIBRARY.impl("pair_counts_blocked", pair_counts_blocked, "CompositeExplicitAutograd")
 _COUNTERS = {
     "cpu": torch.ops.tcm_fused.pair_counts.default,
+    "cuda": torch.ops.tcm_fused.pair_counts.default,
     "torch": torch.ops.tcm_fused.pair_counts_blocked.default,
 }
 
@@ -315,18 +316,30 @@ def _choose_best(device_type: str, dtype: torch.dtype, squared: bool) -> str:
     return "blocked"
 
 
-def choose_counter(backend: str, device_type: str) -> Any:
-    """The operator that counts pairs with `backend` on `device_type`; RuntimeError if none does.
+def choose_counter(backend: str, device_type: str, dtype: torch.dtype) -> Any:
+    """The operator that counts pairs of `dtype` with `backend` on `device_type`; RuntimeError if none does.
 
-    There is a kernel for CPUs only; "auto" takes the blocked PyTorch form elsewhere.
+    "auto" takes the kernel where there is one (CPUs; CUDA devices, for float32), else the blocked PyTorch form, with a
+    warning where the kernel is only missing.
     """
     if backend == "auto":
-        return _COUNTERS["cpu" if device_type == "cpu" and why_unavailable("cpu") is None else "torch"]
-    reason = why_unavailable(backend) if backend in _COUNTERS else "pairs are counted by 'cpu' or 'torch' only"
+        if device_type != "cpu" and (device_type, dtype) != ("cuda", torch.float32):
+            return _COUNTERS["torch"]
+        reason = why_unavailable(device_type)
+        if reason is not None:
+            _warn_once(f"tcm_fused counts pairs in its slower PyTorch fallback on '{device_type}': {reason}")
+        return _COUNTERS[device_type if reason is None else "torch"]
+    reason = why_unavailable(backend) if backend in _COUNTERS else "pairs are counted by 'cpu', 'cuda' or 'torch' only"
     if reason is not None:
         raise RuntimeError(f"backend={backend!r} is not available: {reason}")
-    if backend == "cpu" != device_type:
-        raise RuntimeError(f"backend='cpu' needs tensors on device 'cpu', embeddings are on '{device_type}'")
+    if backend != "torch" and device_type != backend:
+        raise RuntimeError(
+            f"backend={backend!r} needs tensors on device {backend!r}, embeddings are on {device_type!r}"
+        )
+    if backend == "cuda" and dtype == torch.float64:
+        raise RuntimeError(
+            "backend='cuda' has no float64 kernels; use backend='torch' for float64 embeddings, or embeddings.float()"
+        )
     return _COUNTERS[backend]
 
 

@@ -97,9 +97,9 @@ class Pairs:
         embeddings, labels = _as_tensor("embeddings", embeddings), _as_tensor("labels", labels)
         _check_choice("backend", backend, ("auto", *ops.BACKENDS))
         _check_set("embeddings", embeddings, "labels", labels)
-        self._operator = ops.choose_counter(backend, embeddings.device.type)
         x = embeddings.detach()
         self.x = x if x.dtype == torch.float64 else x.float()
+        self._operator = ops.choose_counter(backend, self.x.device.type, self.x.dtype)
         labels = _int64(labels, "labels")
         takes_part = labels >= 0
         finite = self.x.isfinite().all(dim=1) | ~takes_part
@@ -163,8 +163,14 @@ class Pairs:
         except ImportError as error:
             raise ImportError("progress=True needs tqdm: pip install tqdm, or 'tcm_fused[progress]'") from error
         done = torch.zeros(2, dtype=torch.int64)
+        stream = torch.cuda.current_stream(self.x.device) if self.x.is_cuda else None  # which is a matter of threads
+
+        def work() -> Any:
+            with torch.cuda.stream(stream):
+                return self._operator(*arguments, done)
+
         with ThreadPoolExecutor(1) as pool, tqdm(total=1.0, desc="pairs", bar_format="{l_bar}{bar}| {elapsed}") as bar:
-            future = pool.submit(lambda: self._operator(*arguments, done))
+            future = pool.submit(work)
             while wait([future], timeout=0.1).not_done:
                 bar.update(float(done[0] / done[1].clamp_min(1)) - bar.n)
             bar.update(1 - bar.n)

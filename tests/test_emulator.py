@@ -418,30 +418,39 @@ BUGS = {
 }
 
 
-@pytest.fixture(scope="module")
-def buggy(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def build_bugs(bugs: dict[str, Bug], program: str, factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A program for each bug, two compilations at a time."""
 
     def compiled(name: str, root: Path) -> Path:
-        bug = BUGS[name]
+        bug = bugs[name]
         for part in PARTS:
             shutil.copytree(ROOT / part, root / part)
         path = root / "csrc/cuda" / bug.file
         source = path.read_text()
         assert source.count(bug.line) == 1, f"{bug.file} has {source.count(bug.line)} of {bug.line!r}"
         path.write_text(source.replace(bug.line, bug.replacement))
-        return build("main.cpp", FINDERS[bug.found_by], root=root)
+        return build(program, FINDERS[bug.found_by], root=root)
 
-    roots = [tmp_path_factory.mktemp("bug") for _ in BUGS]  # here: two threads would make pytest's folder twice
+    roots = [factory.mktemp("bug") for _ in bugs]  # here: two threads would make pytest's folder twice
     with ThreadPoolExecutor(2) as pool:
-        return dict(zip(BUGS, pool.map(compiled, BUGS, roots), strict=True))
+        return dict(zip(bugs, pool.map(compiled, bugs, roots), strict=True))
+
+
+def assert_found(bug: Bug, program: Path) -> None:
+    """The program fails, in the way it should."""
+    done = run_alone(program, 40)
+    assert done.returncode != 0
+    said = {"none": done.stdout, "asan": "AddressSanitizer", "tsan": "ThreadSanitizer: data race"}[bug.found_by]
+    assert said, "nothing said"
+    assert said in done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def buggy(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return build_bugs(BUGS, "main.cpp", tmp_path_factory)
 
 
 @pytest.mark.parametrize("name", BUGS)
 def test_planted_bugs_are_found(name: str, buggy: dict[str, Path]) -> None:
     """The same program as in `test_sanitizers` fails, in the way it should, once the kernel has a bug."""
-    done = run_alone(buggy[name], 40)
-    assert done.returncode != 0
-    said = {"none": done.stdout, "asan": "AddressSanitizer", "tsan": "ThreadSanitizer: data race"}[BUGS[name].found_by]
-    assert said, "nothing said"
-    assert said in done.stdout + done.stderr
+    assert_found(BUGS[name], buggy[name])

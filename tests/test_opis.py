@@ -600,7 +600,7 @@ def test_bad_types(call: str) -> None:
         CALLS[call](GOOD[0], GOOD[1].float())
     with pytest.raises(ValueError, match="backend='gpu' is not known"):
         CALLS[call](*GOOD, backend="gpu")
-    with pytest.raises(RuntimeError, match="backend='cuda' is not available"):
+    with pytest.raises(RuntimeError, match=r"backend='cuda' (is not available|needs tensors)"):
         CALLS[call](*GOOD, backend="cuda")
 
 
@@ -678,13 +678,38 @@ def test_kernel_refuses_what_python_would_not_send() -> None:
 
 
 def test_without_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Then "auto" is the blocked form, and the kernel by name an error that tells why."""
+    """Then "auto" is the blocked form, with a warning, and the kernel by name an error that tells why."""
     x, y = clustered(n=100)
     expected = opis(x, y, thresholds=[0.8, 1.2])
     monkeypatch.setattr(ops, "_IMPORT_ERROR", "no such file")
-    assert opis(x, y, thresholds=[0.8, 1.2]).opis == pytest.approx(expected.opis, abs=1e-4)
+    ops._warn_once.cache_clear()
+    with pytest.warns(UserWarning, match="slower PyTorch fallback on 'cpu'.*no such file") as warned:
+        assert opis(x, y, thresholds=[0.8, 1.2]).opis == pytest.approx(expected.opis, abs=1e-4)
+    assert warned[0].filename == __file__, "not at the caller"
     with pytest.raises(RuntimeError, match=r"backend='cpu' is not available.*no such file"):
         opis(x, y, backend="cpu")
+
+
+def test_choice_of_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CUDA device the kernel for all that is float32 by then, else the blocked form; by name it runs or raises."""
+    kernel, blocked = torch.ops.tcm_fused.pair_counts.default, torch.ops.tcm_fused.pair_counts_blocked.default
+    assert ops.choose_counter("auto", "cpu", torch.float64) is kernel
+    monkeypatch.setattr(ops, "why_unavailable", lambda backend: None)
+    assert ops.choose_counter("auto", "cuda", torch.float32) is kernel
+    assert ops.choose_counter("cuda", "cuda", torch.float32) is kernel
+    for device, dtype in (("cuda", torch.float64), ("mps", torch.float32)):
+        assert ops.choose_counter("auto", device, dtype) is blocked
+    with pytest.raises(RuntimeError, match=r"no float64 kernels; use backend='torch'"):
+        ops.choose_counter("cuda", "cuda", torch.float64)
+    with pytest.raises(RuntimeError, match="needs tensors on device 'cuda', embeddings are on 'cpu'"):
+        ops.choose_counter("cuda", "cpu", torch.float32)
+    with pytest.raises(RuntimeError, match="'cpu', 'cuda' or 'torch' only"):
+        ops.choose_counter("triton", "cuda", torch.float32)
+    ops._warn_once.cache_clear()
+    monkeypatch.setattr(ops, "why_unavailable", lambda backend: "a reason")
+    with pytest.warns(UserWarning, match="slower PyTorch fallback on 'cuda': a reason"):
+        assert ops.choose_counter("auto", "cuda", torch.float32) is blocked
+    ops._warn_once.cache_clear()
 
 
 def test_progress(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

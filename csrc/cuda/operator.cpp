@@ -1,4 +1,4 @@
-// tcm_fused::fused for CUDA tensors: the host of the kernels, with torch's memory, device and stream.
+// tcm_fused::fused and pair_counts for CUDA tensors: the host of the kernels, with torch's memory, device and stream.
 #include <cuda_runtime_api.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -15,6 +15,7 @@
 #include <tuple>
 #include <vector>
 
+#include "pair_counts.h"
 #include "tcm_loss.h"
 
 // Of torch's C interface, but only in a torch with CUDA: in another one it is null, and the extension loads.
@@ -35,7 +36,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 void check(cudaError_t error, const char* what) {
-  STD_TORCH_CHECK(error == cudaSuccess, "tcm_fused::fused: ", what, ": ", cudaGetErrorString(error));
+  STD_TORCH_CHECK(error == cudaSuccess, "tcm_fused: ", what, ": ", cudaGetErrorString(error));
 }
 
 struct Device {
@@ -43,6 +44,7 @@ struct Device {
   int built_for;  // what the code that it runs was compiled for: the latest architecture not above `sm`; 0: none.
                   // TCM_FUSED_SM, an architecture, lowers it: so the paths for older GPUs are tested on a newer one.
   int sm_count;
+  int shared_per_block, shared_per_sm;  // bytes of shared memory
 };
 
 Device look_up(int index) {
@@ -54,6 +56,8 @@ Device look_up(int index) {
   Device device{};
   device.sm = 10 * read(cudaDevAttrComputeCapabilityMajor) + read(cudaDevAttrComputeCapabilityMinor);
   device.sm_count = read(cudaDevAttrMultiProcessorCount);
+  device.shared_per_block = read(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  device.shared_per_sm = read(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
   const char* wish = std::getenv("TCM_FUSED_SM");
   std::istringstream names(TCM_CUDA_ARCHITECTURES);  // "sm_80 sm_90a compute_100"
   for (std::string name; names >> name;) {
@@ -76,14 +80,14 @@ const Device& device_of(const Tensor& x) {
     return found;
   }();
   const Device& device = all.at(x.get_device_index());
-  STD_TORCH_CHECK(device.built_for > 0, "tcm_fused::fused: cuda:", x.get_device_index(), " has compute capability ",
+  STD_TORCH_CHECK(device.built_for > 0, "tcm_fused: cuda:", x.get_device_index(), " has compute capability ",
                   device.sm / 10, ".", device.sm % 10,
                   ", the CUDA kernels were built for " TCM_CUDA_ARCHITECTURES "; use backend='torch'");
   return device;
 }
 
 cudaStream_t current_stream(int device) {
-  STD_TORCH_CHECK(&aoti_torch_get_current_cuda_stream != nullptr, "tcm_fused::fused: this torch has no CUDA");
+  STD_TORCH_CHECK(&aoti_torch_get_current_cuda_stream != nullptr, "tcm_fused: this torch has no CUDA");
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
   return static_cast<cudaStream_t>(stream);
@@ -167,8 +171,60 @@ Results fused(const Tensor& x_any, const Tensor& y_any, std::optional<Tensor> re
   return {loss, dx, dref, penalty, count};
 }
 
+std::tuple<Tensor, Tensor, Tensor> count(const Tensor& x_any, const Tensor& y_any, int64_t classes,
+                                         const Tensor& threshold_any, int64_t bits, std::optional<Tensor> progress) {
+  auto on_device = [&](const Tensor& t) { return t.is_cuda() && t.get_device_index() == x_any.get_device_index(); };
+  STD_TORCH_CHECK(x_any.is_cuda() && on_device(y_any) && on_device(threshold_any),
+                  "tcm_fused::pair_counts: embeddings, classes and thresholds must be on one CUDA device");
+  STD_TORCH_CHECK(x_any.scalar_type() == ScalarType::Float,
+                  "tcm_fused::pair_counts: on a CUDA device embeddings must be float32; others take backend='torch'");
+  STD_TORCH_CHECK(threshold_any.scalar_type() == ScalarType::Float && threshold_any.dim() == 1,
+                  "tcm_fused::pair_counts: thresholds must be [T] in the dtype of the embeddings");
+  STD_TORCH_CHECK(y_any.scalar_type() == ScalarType::Long, "tcm_fused::pair_counts: classes must be int64");
+  STD_TORCH_CHECK(x_any.dim() == 2 && y_any.dim() == 1 && x_any.size(0) == y_any.size(0),
+                  "tcm_fused::pair_counts: embeddings must be [N, D] and classes [N]");
+  STD_TORCH_CHECK(0 <= bits && bits <= 20 && classes >= 0,
+                  "tcm_fused::pair_counts: bits must be from 0 to 20, the number of classes 0 or more");
+  STD_TORCH_CHECK(!progress || (progress->is_cpu() && progress->scalar_type() == ScalarType::Long &&
+                                progress->numel() == 2 && progress->is_contiguous()),
+                  "tcm_fused::pair_counts: progress must be two int64 on the CPU");
+  const Device& device = device_of(x_any);
+  int index = x_any.get_device_index();
+  torch::stable::accelerator::DeviceGuard guard(index);
+  check(cudaSetDevice(index), "current device");
+  Tensor x = torch::stable::contiguous(x_any), y = torch::stable::contiguous(y_any);
+  Tensor threshold = torch::stable::contiguous(threshold_any);
+  int64_t n = x.size(0), thresholds = threshold.size(0), cells = (int64_t{2} << bits) + 1;
+  Tensor counts = torch::stable::new_empty(x, {2, cells}, ScalarType::Long);
+  Tensor class_counts = torch::stable::new_empty(x, {2, classes + 1, thresholds}, ScalarType::Long);
+  Tensor best = torch::stable::new_empty(x, {2, n});
+  PairCountProblem problem{
+      .n = n, .d = x.size(1), .classes = classes, .thresholds = thresholds,
+      .x = x.const_data_ptr<float>(), .y = y.const_data_ptr<int64_t>(), .threshold = threshold.const_data_ptr<float>(),
+      .bits = static_cast<int>(bits),
+      .sm = device.built_for, .sm_count = device.sm_count,
+      .shared_per_block = device.shared_per_block, .shared_per_sm = device.shared_per_sm,
+  };
+  PairCountResult result{
+      .count = counts.mutable_data_ptr<int64_t>(),
+      .class_count = class_counts.mutable_data_ptr<int64_t>(),
+      .best = best.mutable_data_ptr<float>(),
+  };
+  // The device works on its own: all that is known here is that nothing has been given to it yet, and then all.
+  int64_t* blocks = progress ? progress->mutable_data_ptr<int64_t>() : nullptr;
+  if (blocks != nullptr) blocks[0] = 0, blocks[1] = 1;
+  Tensor workspace = torch::stable::new_empty(x, {workspace_bytes(problem)}, ScalarType::Byte);
+  const char* error = pair_counts(problem, result, workspace.mutable_data_ptr(), current_stream(index));
+  STD_TORCH_CHECK(error == nullptr, "tcm_fused::pair_counts on cuda:", index, ": ", error);
+  if (blocks != nullptr) blocks[0] = 1;
+  return {counts, class_counts, best};
+}
+
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(tcm_fused, CUDA, library) { library.impl("fused", TORCH_BOX(&fused)); }
+STABLE_TORCH_LIBRARY_IMPL(tcm_fused, CUDA, library) {
+  library.impl("fused", TORCH_BOX(&fused));
+  library.impl("pair_counts", TORCH_BOX(&count));
+}
 
 }  // namespace tcm::cuda

@@ -54,6 +54,18 @@ __device__ __forceinline__ int afresh(int x) {
   return x;
 }
 
+// The largest integer that is not above x, |x| < 2^22: one addition that rounds down, and an integer one.
+__device__ __forceinline__ int floor_of(float x) {
+  return __float_as_int(__fadd_rd(x, 12582912.0f)) - 0x4b400000;  // 1.5 * 2^23, where floats are a unit apart
+}
+
+// A word that other blocks of threads may be changing by atomics.
+__device__ __forceinline__ uint32_t load_relaxed(const uint32_t* p) {
+  uint32_t value;
+  asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(p) : "memory");
+  return value;
+}
+
 // Starts a copy of 16 bytes to shared memory; of these `bytes` are read (0 or 16), the rest is zero.
 __device__ __forceinline__ void copy_16(void* to, const void* from, int bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(bytes)
@@ -146,6 +158,12 @@ inline Half to_half(double x) {
 
 inline unsigned char* shared_memory() { return emulator::shared_memory(); }
 inline int afresh(int x) { return x; }
+
+inline int floor_of(float x) {
+  emulator::require(std::fabs(x) < 1 << 22, "floor_of: out of range");
+  return static_cast<int>(std::floor(x));
+}
+inline uint32_t load_relaxed(const uint32_t* p) { return __atomic_load_n(p, __ATOMIC_RELAXED); }
 
 inline void copy_16(void* to, const void* from, int bytes) {
   emulator::require(bytes == 0 || bytes == 16, "copy_16: 0 or 16 bytes");

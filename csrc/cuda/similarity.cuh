@@ -1,4 +1,4 @@
-// Similarities of a block of tiles: a product by mma.sync, its hard pairs counted, summed and kept as bits.
+// Similarities of a block of tiles: a product by mma.sync, each tile then seen by a visitor (of tile.cuh, say).
 //
 // A tile is 128 x 128, each of 8 warps makes 64 x 32 of it (64 accumulators a thread), in steps of 64 columns of x^.
 // With two blocks of threads a multiprocessor (68 KB of shared memory, at most 128 registers each) the one computes
@@ -15,10 +15,13 @@ namespace {
 
 constexpr int kOperand = kTile * kDepth * 2;  // bytes of one operand of a step
 
+using Stages = unsigned char[2][2][kOperand];  // [row, 16-byte chunk], chunks swizzled
+
 // Shared memory of `similarity`.
+template <class Visitor>
 struct SimilarityMemory {
-  unsigned char stage[2][2][kOperand];  // [row, 16-byte chunk], chunks swizzled
-  TileMemory tile;
+  Stages stage;
+  typename Visitor::Memory tile;
 };
 
 // Chunk `c` (of 8 halves) of row `r`, rows of 128 bytes: eight rows of one chunk lie in eight different groups of
@@ -37,16 +40,17 @@ __device__ __forceinline__ void load_operand(const Set& set, unsigned char* to, 
 }
 
 // Starts the copies of step `step` of a tile's product. One part: high high; two: high low, low high, high high.
-__device__ __forceinline__ void load_step(const Work& w, SimilarityMemory& memory, int stage, int i, int j, int step) {
+__device__ __forceinline__ void load_step(const Work& w, Stages& memory, int stage, int i, int j, int step) {
   int of_part = w.width / kDepth, part = (step >= of_part) + (step >= 2 * of_part);
   int column = (step - part * of_part) * kDepth;
-  load_operand(w.set[0], memory.stage[stage][0], w.width, part == 1, i, column);
-  load_operand(w.set[1], memory.stage[stage][1], w.width, part == 0 && w.parts == 2, j, column);
+  load_operand(w.set[0], memory[stage][0], w.width, part == 1, i, column);
+  load_operand(w.set[1], memory[stage][1], w.width, part == 0 && w.parts == 2, j, column);
 }
 
+template <class Visitor>
 __global__ void __launch_bounds__(kThreads, 2) similarity(const __grid_constant__ Work w,
-    const __grid_constant__ Block block) {
-  SimilarityMemory& memory = *reinterpret_cast<SimilarityMemory*>(shared_memory());
+    const __grid_constant__ Block block, const __grid_constant__ Visitor visitor) {
+  auto& memory = *reinterpret_cast<SimilarityMemory<Visitor>*>(shared_memory());
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
   const int warp_row = warp / 4 * 64, warp_column = warp % 4 * 32;
   const int of_part = w.width / kDepth, steps = of_part * (w.parts == 2 ? 3 : 1);
@@ -54,9 +58,9 @@ __global__ void __launch_bounds__(kThreads, 2) similarity(const __grid_constant_
   // The steps of all tiles are one sequence, copied one step ahead: a tile's first one while the last tile is scanned.
   Walk<1> walk(w, block);
   bool more = walk.find();
-  if (more) load_step(w, memory, 0, walk.i, walk.j, 0);
+  if (more) load_step(w, memory.stage, 0, walk.i, walk.j, 0);
   copies_commit();
-  if (thread == 0) memory.tile.total = {};
+  visitor.template begin<kRows>(memory.tile);
   int stage = 0;
   while (more) {
     const int tile_i = walk.i, tile_j = walk.j;
@@ -67,8 +71,8 @@ __global__ void __launch_bounds__(kThreads, 2) similarity(const __grid_constant_
     for (int step = 0; step < steps; ++step) {
       copies_wait<0>();
       __syncthreads();  // the stage is there for all, and the other one has been read by all
-      if (step + 1 < steps) load_step(w, memory, 1 - stage, tile_i, tile_j, step + 1);
-      else if (more) load_step(w, memory, 1 - stage, walk.i, walk.j, 0);
+      if (step + 1 < steps) load_step(w, memory.stage, 1 - stage, tile_i, tile_j, step + 1);
+      else if (more) load_step(w, memory.stage, 1 - stage, walk.i, walk.j, 0);
       copies_commit();
       // Lane's row and chunk of the operands at k = 0. The chunk of k is that one with 2 k exclusive-or'ed, which is
       // left to the loop: eight invariant addresses would cost more registers than there are.
@@ -97,10 +101,10 @@ __global__ void __launch_bounds__(kThreads, 2) similarity(const __grid_constant_
       }
     }
 
-    examine<kRows>(w, block, memory.tile, s, tile_i, tile_j);
+    visitor.template visit<kRows>(w, block, memory.tile, s, tile_i, tile_j);
   }
   copies_wait<0>();
-  if (thread == 0) add_total(w, memory.tile);
+  visitor.template end<kRows>(w, memory.tile);
 }
 
 }  // namespace

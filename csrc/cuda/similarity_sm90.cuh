@@ -1,10 +1,10 @@
 // Similarities of a block of tiles on Hopper: the product by warpgroups (wgmma), fed by the copy engine.
 //
 // 128 x 256 at a time, two neighbouring tiles of a row. One warpgroup has a thread that copies ahead, through a ring of
-// four stages of 48 KB; two compute, each 64 x 256 of the product in 128 accumulators a thread, and then examine the
-// two tiles together, while the ring fills with the next ones. A stage of 64 columns is 2 * 128 * 256 * 64 flop: 1,024
-// cycles at 4,096 flop a cycle, in which 48 KB come from L2 (48 bytes a cycle and multiprocessor) and wgmma reads 80
-// bytes a cycle of shared memory, of 128. A pair of tiles without a hard pair is looked at in about 650 instructions a
+// three or four stages of 48 KB; two compute, each 64 x 256 of the product in 128 accumulators a thread, and then show
+// the two tiles to a visitor, while the ring fills with the next ones. A stage of 64 columns is 2 * 128 * 256 * 64 flop:
+// 1,024 cycles at 4,096 flop a cycle, in which 48 KB come from L2 (48 bytes a cycle and multiprocessor) and wgmma reads
+// 80 bytes a cycle of shared memory, of 128. A pair of tiles without a hard pair is looked at in about 650 instructions a
 // warp, with two warps a scheduler: 1,300 cycles beside the product's 8,192 at D = 512, and beside fewer at a smaller D.
 // All of this is counted, not measured.
 #pragma once
@@ -15,13 +15,14 @@
 namespace tcm::cuda {
 namespace {
 
-constexpr int kRing = 4;
 constexpr int kThreadsSm90 = 128 + kThreads;  // the warpgroup that copies, and the workers
 
+template <class Visitor>
 struct SimilaritySm90Memory {
+  static constexpr int kRing = Visitor::kRing;
   unsigned char stage[kRing][3][kBoxRows * kBoxColumns * 2];  // the row tile, two column tiles; each 1,024-byte aligned
   Barrier full[kRing], empty[kRing];
-  TileMemory tile;
+  typename Visitor::Memory tile;
 };
 static_assert(kBoxRows == kTile && kBoxColumns == kDepth);
 
@@ -30,6 +31,7 @@ struct TensorMaps {
 };
 
 // Place in the ring of the n-th step: its stage, and the parity of its turn there.
+template <int kRing>
 struct Ring {
   int stage = 0, parity = 0;
   __device__ void next() {
@@ -38,11 +40,12 @@ struct Ring {
 };
 
 // One thread: copies all steps of all tiles, each as soon as its stage is empty. Parts as in `load_step`.
+template <class Visitor>
 __device__ __forceinline__ void copy_steps(const Work& w, const Block& block, const TensorMaps& maps,
-    SimilaritySm90Memory& memory) {
+    SimilaritySm90Memory<Visitor>& memory) {
   const int of_part = w.width / kDepth, parts = w.parts == 2 ? 3 : 1;
   const int low_rows = w.set[0].tiles * kTile, low_columns = w.set[1].tiles * kTile;  // where the low part begins
-  Ring ring;
+  Ring<Visitor::kRing> ring;
   Walk<2> walk(w, block);
   for (bool more = walk.find(); more; more = walk.next())
     for (int part = 0; part < parts; ++part) {
@@ -60,14 +63,20 @@ __device__ __forceinline__ void copy_steps(const Work& w, const Block& block, co
 }
 
 // The workers: all products, and what follows from them.
-__device__ __forceinline__ void work_steps(const Work& w, const Block& block, SimilaritySm90Memory& memory) {
+template <class Visitor>
+__device__ __forceinline__ void work_steps(const Work& w, const Block& block, const Visitor& visitor,
+    SimilaritySm90Memory<Visitor>& memory) {
   const int of_part = w.width / kDepth, steps = of_part * (w.parts == 2 ? 3 : 1);
   const int half = worker<kColumns>() / 128 * (64 * 128);  // bytes to the warpgroup's rows
   const bool speaks = threadIdx.x % 32 == 0;               // for its warp
   float s[128];  // [tile, word, 8 columns, 2 h + e]
-  Ring ring;
+  Ring<Visitor::kRing> ring;
   Walk<2> walk(w, block);
   for (bool more = walk.find(); more; more = walk.next()) {
+    if constexpr (Visitor::kMoves) {  // or ptxas serialises the products (C7515), though the first reads none of it
+#pragma unroll
+      for (int k = 0; k < 128; ++k) s[k] = 0;
+    }
     for (int from = 0, to = w.parts == 2 ? 2 * of_part : of_part; from < steps; from = to, to = steps) {
       int held = 0;  // the stage before, which the products under way still read
       for (int step = from; step < to; ++step, ring.next()) {
@@ -92,30 +101,32 @@ __device__ __forceinline__ void work_steps(const Work& w, const Block& block, Si
     for (int k = 0; k < 2; ++k) {
       const int j = walk.j + k;
       if (j >= block.j1 || (block.diagonal && walk.i > j) || valid_rows(w.state->valid[1], j) == 0) continue;
-      examine<kColumns>(w, block, memory.tile, reinterpret_cast<const float(*)[4][4][4]>(s)[k], walk.i, j);
+      visitor.template visit<kColumns>(w, block, memory.tile, reinterpret_cast<float(*)[4][4][4]>(s)[k], walk.i,
+          j);
     }
   }
-  if (worker<kColumns>() == 0) add_total(w, memory.tile);
+  visitor.template end<kColumns>(w, memory.tile);
 }
 
 // Compiled for anything but sm_90a it does nothing and admits too few threads: `most_threads` tells.
+template <class Visitor>
 __global__ void __launch_bounds__(TCM_SM90 ? kThreadsSm90 : 32, 1)
     similarity_sm90(const __grid_constant__ Work w, const __grid_constant__ Block block,
-        const __grid_constant__ TensorMaps maps) {
+        const __grid_constant__ Visitor visitor, const __grid_constant__ TensorMaps maps) {
 #if TCM_SM90
-  SimilaritySm90Memory& memory = *reinterpret_cast<SimilaritySm90Memory*>(shared_memory());
+  auto& memory = *reinterpret_cast<SimilaritySm90Memory<Visitor>*>(shared_memory());
   if (threadIdx.x == 0) {
-    for (int k = 0; k < kRing; ++k) barrier_init(memory.full[k], 1), barrier_init(memory.empty[k], kWarps);
+    for (int k = 0; k < Visitor::kRing; ++k) barrier_init(memory.full[k], 1), barrier_init(memory.empty[k], kWarps);
     barriers_ready();
-    memory.tile.total = {};
   }
+  if (threadIdx.x >= 128) visitor.template begin<kColumns>(memory.tile);
   __syncthreads();
   if (threadIdx.x < 128) {
     fewer_registers<40>();
     if (threadIdx.x == 0) copy_steps(w, block, maps, memory);
   } else {
     more_registers<232>();
-    work_steps(w, block, memory);
+    work_steps(w, block, visitor, memory);
   }
 #endif
 }

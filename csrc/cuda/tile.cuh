@@ -164,11 +164,12 @@ __device__ __forceinline__ void write_masks(TileMemory& memory, const uint32_t (
   }
 }
 
-// Whether a tile holds more than plain negatives; if so, memory.mask tells which pairs are positives and which
-// negatives. A row's positives are a range of columns; it has no pair with itself; padding has none. For all workers.
-template <Held kHeld>
-__device__ __forceinline__ bool note_pairs(const Work& w, TileMemory& memory, int tile_i, int tile_j, int rows,
-    int columns) {
+// Whether a tile holds more than plain negatives; if so, `mask` tells which pairs are positives and which negatives. A
+// row's positives are a range of columns; it has no pair with itself (kAbove: nor with a row before it); padding has
+// none. For all workers.
+template <Held kHeld, bool kAbove = false>
+__device__ __forceinline__ bool note_pairs(const Work& w, uint32_t (&mask)[2][kTile][4], int tile_i, int tile_j,
+    int rows, int columns) {
   const int thread = afresh(worker<kHeld>()), row = tile_i * kTile + thread, left = tile_j * kTile;
   const bool valid = thread < rows;
   int first = 0, last = 0, own = -1;
@@ -177,9 +178,10 @@ __device__ __forceinline__ bool note_pairs(const Work& w, TileMemory& memory, in
   if (!workers_any(special)) return false;
   if (thread < kTile)
     for (int k = 0; k < 4; ++k) {
-      uint32_t pairs = mask_range(0, valid ? columns - 32 * k : 0) & ~mask_range(own - 32 * k, own - 32 * k + 1);
+      uint32_t pairs = mask_range(0, valid ? columns - 32 * k : 0);
+      pairs &= ~mask_range(kAbove ? 0 : own - 32 * k, own - 32 * k + 1);
       uint32_t same = mask_range(first - 32 * k, last - 32 * k);
-      memory.mask[kPlus][thread][k] = pairs & same, memory.mask[kMinus][thread][k] = pairs & ~same;
+      mask[kPlus][thread][k] = pairs & same, mask[kMinus][thread][k] = pairs & ~same;
     }
   workers_sync();
   return true;
@@ -192,7 +194,7 @@ __device__ __forceinline__ void examine(const Work& w, const Block& block, TileM
     const float (&s)[4][4][4],
                                         int tile_i, int tile_j) {
   const int rows = valid_rows(w.state->valid[0], tile_i), columns = valid_rows(w.state->valid[1], tile_j);
-  const bool special = note_pairs<kHeld>(w, memory, tile_i, tile_j, rows, columns);
+  const bool special = note_pairs<kHeld>(w, memory.mask, tile_i, tile_j, rows, columns);
   const int thread = afresh(worker<kHeld>()), lane = thread % 32, warp = thread / 32;
   uint32_t bits[4][2] = {};
   int found[2] = {0, 0};
@@ -253,6 +255,28 @@ __device__ __forceinline__ void add_total(const Work& w, const TileMemory& memor
     partial.count[side] += memory.total.count[side];
   }
 }
+
+// A visitor: what `similarity` and `similarity_sm90` do with their tiles. This one is the loss's.
+struct HardPairs {
+  using Memory = TileMemory;
+  static constexpr int kRing = 4;         // stages of copies on Hopper: what fits beside Memory
+  static constexpr bool kMoves = false;   // whether similarities are moved among a thread's registers
+
+  // For all workers: before the first tile, with a barrier to follow; for each tile; after the last.
+  template <Held kHeld>
+  __device__ __forceinline__ void begin(TileMemory& memory) const {
+    if (worker<kHeld>() == 0) memory.total = {};
+  }
+  template <Held kHeld>
+  __device__ __forceinline__ void visit(const Work& w, const Block& block, TileMemory& memory,
+      const float (&s)[4][4][4], int tile_i, int tile_j) const {
+    examine<kHeld>(w, block, memory, s, tile_i, tile_j);
+  }
+  template <Held kHeld>
+  __device__ __forceinline__ void end(const Work& w, TileMemory& memory) const {
+    if (worker<kHeld>() == 0) add_total(w, memory);
+  }
+};
 
 }  // namespace
 }  // namespace tcm::cuda

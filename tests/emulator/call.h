@@ -1,6 +1,7 @@
 // One emulated call: memory as a device would have it, filled with NaNs, and the kernels' results.
 #pragma once
 
+#include "../../csrc/cuda/prologue.cu"
 #include "../../csrc/cuda/tcm_loss.cu"
 
 #include <cstring>

@@ -656,5 +656,16 @@ template <class T>
 T atomicOr(T* p, T bits) {
   return __atomic_fetch_or(p, bits, __ATOMIC_RELAXED);
 }
+template <class T>
+T atomicAdd(T* p, T term) {
+  return __atomic_fetch_add(p, term, __ATOMIC_RELAXED);
+}
+template <class T>
+T atomicMax(T* p, T value) {
+  T old = __atomic_load_n(p, __ATOMIC_RELAXED);
+  while (old < value && !__atomic_compare_exchange_n(p, &old, value, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+  }
+  return old;
+}
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __ffs(unsigned x) { return __builtin_ffs(static_cast<int>(x)); }

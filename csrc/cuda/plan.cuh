@@ -1,0 +1,71 @@
+// What the hosts of the kernels share: the layout of the workspace, the prologue, the choice of a path.
+#pragma once
+
+#include <algorithm>
+
+#include "similarity_sm90.cuh"
+#include "tcm_loss.h"
+
+namespace tcm::cuda {
+
+// What a test sets smaller, to see many blocks and merges with few rows, and similarities beyond the window.
+struct Tuning {
+  int block = kBlock;
+  int window = INT32_MAX;  // cells; even
+  int64_t chunk = kChunk, one_chunk = kOneChunk;
+};
+
+inline int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+
+// Hands out the workspace from its start on, with gaps that nobody touches; with no workspace it only counts.
+class Layout {
+ public:
+  explicit Layout(void* start) : start_(static_cast<unsigned char*>(start)) {}
+  template <class T>
+  void take(T*& p, int64_t size) {
+    int64_t bytes = size * static_cast<int64_t>(sizeof(T)), end = round_up(used_ + bytes + 1, 256);
+    p = start_ == nullptr ? nullptr : reinterpret_cast<T*>(start_ + used_);
+    if (start_ != nullptr) guard(start_ + used_ + bytes, end - used_ - bytes);
+    used_ = end;
+  }
+  int64_t used() const { return used_; }
+
+ private:
+  unsigned char* start_;
+  int64_t used_ = 0;
+};
+
+inline void lay_out(Layout& layout, const Work& w, Set& set, bool gradient) {
+  int64_t rows = int64_t{set.tiles} * kTile;
+  for (int k = 0; k < 2; ++k) layout.take(set.label[k], set.n), layout.take(set.order[k], set.n);
+  layout.take(set.position, set.n);
+  layout.take(set.first, set.n), layout.take(set.last, set.n), layout.take(set.own, set.n);
+  layout.take(set.inverse, set.n);
+  layout.take(set.unit, w.parts * rows * w.width);
+  layout.take(set.tile_sum, int64_t{set.tiles} * w.width);
+  set.sum[kPlus] = set.sum[kMinus] = nullptr, set.touched = nullptr;
+  if (!gradient) return;
+  layout.take(set.sum[kPlus], rows * w.width), layout.take(set.sum[kMinus], rows * w.width);
+  layout.take(set.touched, int64_t{2} * set.tiles * w.slices);
+}
+
+inline unsigned blocks(int64_t size, int64_t each) {
+  return static_cast<unsigned>(std::max<int64_t>(1, (size + each - 1) / each));
+}
+
+// Enqueues the prologue (prologue.cuh): sorted labels and x^, and the sums over tiles where wanted.
+cudaError_t prologue(const Work& w, Type type, bool sums, const Tuning& tuning, cudaStream_t stream);
+
+// Whether the device, its driver and the code compiled for it allow products by warpgroups; if so, describes x^ for
+// them.
+template <class Kernel>
+bool use_sm90(int sm, Kernel* kernel, const Work& w, TensorMaps& maps) {
+  if (sm < 90 || sm > 99 || most_threads(kernel) < kThreadsSm90) return false;
+  for (int k = 0; k < 2; ++k) {
+    int64_t rows = int64_t{w.parts} * w.set[k].tiles * kTile;
+    if (rows == 0 || rows + 2 * kTile > INT32_MAX || !describe(maps.of[k], w.set[k].unit, rows, w.width)) return false;
+  }
+  return true;
+}
+
+}  // namespace tcm::cuda
