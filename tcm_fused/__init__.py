@@ -1,15 +1,14 @@
 """Threshold-Consistent Margin loss for large-batch metric learning, fused."""
 
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from tcm_fused.calibration import Calibration, Margins, calibrate, suggest_margins
+from tcm_fused.distributed import DistributedTCMLoss
 from tcm_fused.loss import TCMLoss, TCMStats, tcm_loss
+from tcm_fused.memory import CrossBatchMemory
 from tcm_fused.opis import OPISResult, opis
 
 if TYPE_CHECKING:
-    from tcm_fused.distributed import DistributedTCMLoss
-    from tcm_fused.memory import CrossBatchMemory
     from tcm_fused.metric import OPIS
 
 __version__ = "0.1.0"
@@ -30,15 +29,10 @@ __all__ = [
 ]
 
 
-_LATER = {  # by name the module
-    "OPIS": "metric",  # needs torchmetrics
-    "CrossBatchMemory": "memory",  # imports torch's compiler, to be left alone by it: seconds
-    "DistributedTCMLoss": "distributed",  # likewise
-}
-
-
 def __getattr__(name: str) -> Any:
-    """What is imported when it is first used."""
-    if name in _LATER:
-        return getattr(import_module(f"tcm_fused.{_LATER[name]}"), name)
+    """`OPIS` is imported when it is first used: it needs torchmetrics."""
+    if name == "OPIS":
+        from tcm_fused.metric import OPIS
+
+        return OPIS
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

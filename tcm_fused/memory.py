@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from tcm_fused.loss import TCMLoss
+from tcm_fused.ops import eager_when_compiled
 from tcm_fused.pair_sums import Rows
 
 _NO_GROUP = torch.iinfo(torch.int64).min  # of what was stored without groups
@@ -77,7 +78,7 @@ class CrossBatchMemory(nn.Module):
         self.register_buffer("groups", torch.full((self.size,), _NO_GROUP))
         self.register_buffer("position", torch.zeros((), dtype=torch.int64))
 
-    @torch.compiler.disable(reason="the number of filled slots changes from call to call")
+    @eager_when_compiled("the number of filled slots changes from call to call")
     def forward(self, embeddings: Tensor, labels: Tensor, groups: Tensor | None = None) -> Tensor:
         """The loss of `embeddings` [N, D], `labels` [N] and, as in `tcm_loss`, `groups` [N].
 

@@ -175,22 +175,24 @@ def constant_when_compiled(function: F) -> F:
     return function
 
 
-def eager_when_compiled(function: F) -> F:
-    """torch.compile runs `function` as it is, between two graphs; with fullgraph=True it raises.
+def eager_when_compiled(reason: str) -> Callable[[F], F]:
+    """torch.compile runs the function as it is, between two graphs; with fullgraph=True it raises, and says why.
 
     This is what `torch.compiler.disable` does, which imports the compiler first.
     """
-    reason = "the groups are read on the host"
 
-    @wraps(function)
-    def eager(*arguments: Any) -> Any:
-        if "torch._dynamo" in sys.modules:  # else nothing is compiled
-            return torch.compiler.disable(function, reason=reason)(*arguments)
-        return function(*arguments)
+    def decorate(function: F) -> F:
+        @wraps(function)
+        def eager(*arguments: Any, **keywords: Any) -> Any:
+            if "torch._dynamo" in sys.modules:  # else nothing is compiled
+                return torch.compiler.disable(function, reason=reason)(*arguments, **keywords)
+            return function(*arguments, **keywords)
 
-    eager._torchdynamo_disable = True  # type: ignore[attr-defined]
-    eager._torchdynamo_disable_msg = reason  # type: ignore[attr-defined]
-    return cast(F, eager)
+        eager._torchdynamo_disable = True  # type: ignore[attr-defined]
+        eager._torchdynamo_disable_msg = reason  # type: ignore[attr-defined]
+        return cast(F, eager)
+
+    return decorate
 
 
 def build_info() -> dict[str, Any] | None:

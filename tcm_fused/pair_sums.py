@@ -52,7 +52,7 @@ def add(parts: Sequence[PairSums]) -> PairSums:
     return PairSums(penalty, hard, divisor)
 
 
-@ops.eager_when_compiled
+@ops.eager_when_compiled("the groups are read on the host")
 def _grouped(
     operator: PairOperator, rows: Rows, columns: Rows | None, row_offset: int | None, reduction: str, group_pairs: str
 ) -> PairSums:

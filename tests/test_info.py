@@ -84,6 +84,8 @@ def test_public_names() -> None:
     assert set(tcm_fused.__all__) == {
         "OPIS",
         "Calibration",
+        "CrossBatchMemory",
+        "DistributedTCMLoss",
         "Margins",
         "OPISResult",
         "TCMLoss",
