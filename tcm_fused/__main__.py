@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from tcm_fused import __version__, calibrate, opis, ops, suggest_margins
@@ -55,7 +56,8 @@ def _info(arguments: argparse.Namespace) -> None:
 
 def _opis(arguments: argparse.Namespace) -> None:
     data = load(arguments.embeddings, arguments.labels)
-    result = opis(data.embeddings, data.labels, **_opis_options(arguments), **_progress(data))
+    embeddings, labels = _placed(arguments, data)
+    result = opis(embeddings, labels, **_opis_options(arguments), **_progress(data))
     percent = f"{100 * arguments.epsilon:g}%"
     print(f"{_rows(data)}, {len(result.class_ids):,} classes ({result.left_out:,} more of one sample left out)")
     print(f"{'OPIS':14} {result.opis:.4g}")
@@ -78,9 +80,10 @@ def _opis(arguments: argparse.Namespace) -> None:
 
 def _calibrate(arguments: argparse.Namespace) -> None:
     data = load(arguments.embeddings, arguments.labels)
+    embeddings, labels = _placed(arguments, data)
     found = calibrate(
-        data.embeddings,
-        data.labels,
+        embeddings,
+        labels,
         far=arguments.far,
         frr=arguments.frr,
         backend=arguments.backend,
@@ -111,9 +114,10 @@ def _calibrate(arguments: argparse.Namespace) -> None:
 
 def _margins(arguments: argparse.Namespace) -> None:
     data = load(arguments.embeddings, arguments.labels)
+    embeddings, labels = _placed(arguments, data)
     found = suggest_margins(
-        data.embeddings,
-        data.labels,
+        embeddings,
+        labels,
         far=arguments.far,
         frr=arguments.frr,
         backend=arguments.backend,
@@ -133,7 +137,8 @@ def _compare(arguments: argparse.Namespace) -> None:
         if path.stem in results:
             raise ValueError(f"two files are named {path.stem}; the models are named after their files")
         data = load(path, None)
-        results[path.stem] = opis(data.embeddings, data.labels, **_opis_options(arguments), **_progress(data))
+        embeddings, labels = _placed(arguments, data)
+        results[path.stem] = opis(embeddings, labels, **_opis_options(arguments), **_progress(data))
     width = max(len(name) for name in (*results, "model"))
     percent = f"{100 * arguments.epsilon:g}%-OPIS"
     print(f"{'model':{width}}{'OPIS':>12}{percent:>12}{'recall@1':>12}{'utility':>12}")
@@ -159,6 +164,16 @@ def _opis_options(arguments: argparse.Namespace) -> dict[str, Any]:
         "epsilon": arguments.epsilon,
         "backend": arguments.backend,
     }
+
+
+def _placed(arguments: argparse.Namespace, data: Labelled) -> tuple[Any, Any]:
+    """Embeddings and labels on the device that was asked for."""
+    if arguments.device == "cpu":
+        return data.embeddings, data.labels
+    if not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no GPU (torch.cuda.is_available() is False); leave it out")
+    embeddings, labels = (torch.from_numpy(np.ascontiguousarray(array)).cuda() for array in data[:2])
+    return embeddings, labels
 
 
 def _progress(data: Labelled) -> dict[str, Any]:
@@ -287,7 +302,13 @@ def _add(
     command.add_argument("--json", type=Path, metavar="OUT.json", help="write everything that was found")
     command.add_argument("--plot", type=Path, metavar="OUT.png", help="draw it (.png, .pdf or .svg)")
     command.add_argument(
-        "--backend", default="auto", choices=("auto", "cpu", "torch"), help="C++ kernel or PyTorch (default: auto)"
+        "--backend",
+        default="auto",
+        choices=("auto", "cpu", "cuda", "torch"),
+        help="C++ kernel, CUDA kernel or PyTorch (default: auto)",
+    )
+    command.add_argument(
+        "--device", default="cpu", choices=("cpu", "cuda"), help="where pairs are counted (default: cpu)"
     )
     return command
 

@@ -112,7 +112,7 @@ def calibrate(
     Give one of `far` and `frr`. far: the lowest threshold whose false accept rate (share of all negative pairs with at
     least that similarity) is at most `far`. frr: the highest threshold whose false reject rate (share of all positive
     pairs below it) is at most `frr`. Thresholds are multiples of 2^-17 = 7.6e-6 in similarity, below 1; rates at them
-    are exact.
+    are exact, for similarities in the precision of `opis`.
 
     Two passes over the pairs. Arguments otherwise as in `opis`.
 

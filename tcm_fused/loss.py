@@ -125,7 +125,7 @@ def tcm_loss(
         penalty: "hinge", as above, or "squared": each violation in the sums is squared. Its gradient weighs a pair by
             twice the violation, where that of the hinge has an exact 1: the weight is off by up to twice the error of
             the similarity, however small the violation (in float32 at D = 512 that error is at most 3e-7, measured:
-            a violation of 1e-5 is right to 3 %, one of 0.1 to 3e-6). Margins beyond 1e19 overflow float32.
+            a violation of 1e-5 is right to 3 %, one of 0.1 to 3e-6). Margins beyond 1e18 overflow float32.
         reduction: what the sums are divided by: "violating", the hard pairs of the side as above, or "all", all pairs
             of the side, so that a side's share falls with the number of its hard pairs.
         groups: [N], any integer dtype, for example the sensor or the source of each row: only pairs within a group, or
@@ -348,7 +348,7 @@ class TCMLoss(nn.Module):
     @property
     def stats(self) -> TCMStats | None:
         """What the last call saw, or None before the first."""
-        return None if self._seen is None else _stats(*self._seen, dtype=torch.float32)
+        return None if self._seen is None else _stats(*self._seen, dtype=self._seen[0].dtype)
 
     @property
     def options(self) -> Options:

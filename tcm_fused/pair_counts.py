@@ -72,7 +72,7 @@ def _count(
                 index = (is_negative * (classes + 1) + table[rows][row]) * t + at
                 index_of_columns = ((classes + 1 + table[columns][column]) * t + at)[is_negative]
                 for flat in (index, index_of_columns):
-                    class_counts += torch.bincount(flat, minlength=len(class_counts))
+                    class_counts.index_add_(0, flat, torch.ones_like(flat))  # not bincount: the table may be long
             if progress is not None:
                 progress[0] += 1
     return counts[:-1].view(2, bins).clone(), class_counts.view(2, classes + 1, t), best

@@ -166,8 +166,12 @@ class Pairs:
         stream = torch.cuda.current_stream(self.x.device) if self.x.is_cuda else None  # which is a matter of threads
 
         def work() -> Any:
-            with torch.cuda.stream(stream):
+            if stream is None:
                 return self._operator(*arguments, done)
+            with torch.cuda.stream(stream):
+                counted = self._operator(*arguments, done)
+            stream.synchronize()  # the bar is to last as long as the work
+            return counted
 
         with ThreadPoolExecutor(1) as pool, tqdm(total=1.0, desc="pairs", bar_format="{l_bar}{bar}| {elapsed}") as bar:
             future = pool.submit(work)

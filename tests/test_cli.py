@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from tcm_fused import calibrate, opis, suggest_margins
 from tcm_fused.__main__ import main
@@ -392,7 +393,7 @@ def test_parquet_without_pyarrow(
         (("compare",), "the following arguments are required"),
         (("compare", "both.npz", "both.npz"), "two files are named both"),
         (("compare", "x.npy"), "needs a file of labels beside it"),
-        (("opis", "both.npz", "--backend", "cuda"), "invalid choice"),
+        (("opis", "both.npz", "--backend", "gpu"), "invalid choice"),
     ],
 )
 def test_bad_calls(
@@ -510,3 +511,11 @@ def test_utility_picture_shows_the_curves(data: tuple[Any, Any]) -> None:
     worst = lines["mean of the worst 10 %"]
     inside = (worst[:, 0] >= result.distance[0]) & (worst[:, 0] <= result.distance[-1])
     assert np.allclose(np.interp(worst[inside, 0], result.distance, result.worst_utility), worst[inside, 1], atol=1e-3)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("command", ["opis", "calibrate", "margins", "compare"])
+def test_device_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str) -> None:
+    np.savez(tmp_path / "e.npz", embeddings=np.eye(4), labels=np.arange(4) // 2)
+    rates = {"calibrate": ["--far", "0.1"], "margins": ["--far", "0.1", "--frr", "0.1"]}.get(command, [])
+    assert "torch sees no GPU" in refuse(capsys, command, tmp_path / "e.npz", *rates, "--device", "cuda")

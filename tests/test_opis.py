@@ -712,6 +712,14 @@ def test_choice_of_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     ops._warn_once.cache_clear()
 
 
+def test_progress_on_a_cpu_leaves_gpus_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asking CUDA for its current device would set it up, which a forked process must not."""
+    x, y = clustered(n=300)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: pytest.fail("CUDA was touched"))
+    opis(x, y, progress=True)
+
+
 def test_progress(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     x, y = clustered(n=3000)
     assert opis(x, y, progress=True).opis == opis(x, y).opis
