@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -334,15 +335,24 @@ def test_pair_counts_again_and_elsewhere() -> None:
     first = torch.ops.tcm_fused.pair_counts(*arguments)
     torch.cuda.synchronize()
     side = torch.cuda.Stream()
+    late = torch.zeros_like(x)
+    torch.cuda.synchronize()
     with torch.cuda.stream(side):
-        on_side = torch.ops.tcm_fused.pair_counts(*arguments)
+        torch.cuda._sleep(200_000_000)  # about 0.1 s
+        late.copy_(x)
+        on_side = torch.ops.tcm_fused.pair_counts(late, *arguments[1:])
+    assert torch.cuda.current_stream().query(), "the default stream was given work"
     side.synchronize()
     assert_same_bits(list(on_side), list(first))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = torch.ops.tcm_fused.pair_counts(*arguments)
-    graph.replay()
-    assert_same_bits(list(captured), list(first))
+    for seed in (5, 6):
+        x_new, y_new = on_gpu(3000, 65, seed=seed)
+        expected = torch.ops.tcm_fused.pair_counts(x_new, y_new, *arguments[2:])
+        x.copy_(x_new), y.copy_(y_new)
+        graph.replay()
+        assert_same_bits(list(captured), list(expected))
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     progress = torch.zeros(2, dtype=torch.int64)
@@ -508,6 +518,10 @@ def test_other_device(gpu_backend: str) -> None:
     assert_same_bits([t.cuda() for t in got], expected)
     with pytest.raises(ValueError, match="move them to one device"):
         tcm_loss(sets[0], sets[1].to("cuda:1"), backend=gpu_backend)
+    if gpu_backend == "cuda":  # and its pairs, counted by a thread of their own
+        bar = find_spec("tqdm") is not None
+        scores = [opis(*(t.to(device) for t in sets), progress=bar, backend="cuda").opis for device in (0, 1)]
+        assert scores[0] == scores[1]
 
 
 # In PyTorch's machinery.
