@@ -480,21 +480,31 @@ def test_unreadable_image_is_named(tmp_path: Path) -> None:
 
 def test_small_network() -> None:
     for layer_norm in (False, True):
-        network = networks.make_network("small", False, 24, layer_norm)
+        network = networks.make_network("small", False, 24, layer_norm, 32)
         assert network(torch.rand(2, 3, 32, 32)).shape == (2, 24)
         assert network(torch.rand(2, 3, 50, 40)).shape == (2, 24)
         assert any(isinstance(m, torch.nn.LayerNorm) for m in network.modules()) == layer_norm
     with pytest.raises(ValueError, match="leave --pretrained out"):
-        networks.make_network("small", True, 24, False)
+        networks.make_network("small", True, 24, False, 32)
 
 
-def test_timm_backbones(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By name, through timm's own interface; a stand-in here, where torchvision does not load beside this torch."""
+class Features(torch.nn.Sequential):
+    """As timm's models are: they give more columns than `num_features`, and may take images of one size alone."""
+
+    num_features = 3
+    pretrained_cfg = types.MappingProxyType({"mean": (0.1, 0.2, 0.3), "std": (0.5, 0.25, 0.125)})
+
+    def __init__(self) -> None:
+        super().__init__(torch.nn.BatchNorm2d(3), torch.nn.Flatten())
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert x.shape[2:] == (16, 16), f"Input height ({x.shape[2]}) doesn't match model (16)."
+        return super().forward(x)
+
+
+def fake_timm(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, bool, int]]:
+    """A stand-in for timm, as torchvision does not load beside every torch; what it is asked for."""
     asked = []
-
-    class Features(torch.nn.Flatten):
-        num_features = 3 * 16 * 16
-        pretrained_cfg = types.MappingProxyType({"mean": (0.1, 0.2, 0.3), "std": (0.5, 0.25, 0.125)})
 
     def create_model(name: str, pretrained: bool, num_classes: int) -> torch.nn.Module:
         asked.append((name, pretrained, num_classes))
@@ -504,25 +514,39 @@ def test_timm_backbones(monkeypatch: pytest.MonkeyPatch) -> None:
 
     stand_in = types.SimpleNamespace(create_model=create_model, list_models=lambda pattern: ["resnet50"])
     monkeypatch.setitem(sys.modules, "timm", stand_in)
-    network = networks.make_network("resnet50", True, 5, False)
+    return asked
+
+
+def test_timm_backbones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By name, through timm's own interface; the width is what comes out, whatever the model says of itself."""
+    asked = fake_timm(monkeypatch)
+    network = networks.make_network("resnet50", True, 5, True, 16)
     assert asked == [("resnet50", True, 0)]
-    network.head = torch.nn.Identity()  # type: ignore[assignment]
+    assert network.training and all(module.training for module in network.modules())
     x = torch.rand(2, 3, 16, 16)
+    assert network.eval()(x).shape == (2, 5)
     means, stds = torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1), torch.tensor([0.5, 0.25, 0.125]).view(3, 1, 1)
-    torch.testing.assert_close(network(x), ((x - means) / stds).flatten(1))
+    network.head = torch.nn.Identity()  # type: ignore[assignment]
+    normal = ((x - means) / stds).flatten(1)  # and the trial of the width left the batch norm as it was
+    torch.testing.assert_close(network(x), normal / (1 + 1e-5) ** 0.5)
     with pytest.raises(ValueError, match=r"no model for --backbone resnet05: Unknown model .*'small' or one of timm's"):
-        networks.make_network("resnet05", False, 5, False)
+        networks.make_network("resnet05", False, 5, False, 16)
+    with pytest.raises(ValueError, match=r"--backbone resnet50 does not take images of --size 32: .*match model \(16\)"):
+        networks.make_network("resnet50", False, 5, False, 32)
+    monkeypatch.setattr(Features, "forward", lambda features, x: x)
+    with pytest.raises(ValueError, match=r"gives \[1, 3, 32, 32\] of one image, and not one row"):
+        networks.make_network("resnet50", False, 5, False, 32)
 
 
 def test_timm_that_is_missing_or_broken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(ImportError, match=r"--backbone vit needs timm.*pip install timm"):
-        networks.make_network("vit", False, 5, False)
+        networks.make_network("vit", False, 5, False, 32)
     monkeypatch.delitem(sys.modules, "timm")
     (tmp_path / "timm.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(ImportError, match=r"does not load \(RuntimeError: operator torchvision::nms.*install the pair"):
-        networks.make_network("vit", False, 5, False)
+        networks.make_network("vit", False, 5, False, 32)
 
 
 # Runs.
@@ -754,6 +778,15 @@ def test_bad_input(
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_no_gpu(glyphs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "this torch sees no GPU" in refuse(capsys, command(glyphs, tmp_path, "--device", "cuda"))
+
+
+def test_a_size_that_the_backbone_refuses(
+    glyphs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_timm(monkeypatch)
+    said = refuse(capsys, command(glyphs, tmp_path / "out", "--backbone", "resnet50", "--size", 32))
+    assert "does not take images of --size 32" in said
+    assert not list(tmp_path.iterdir())
 
 
 def test_neither_task_nor_what_it_needs(capsys: pytest.CaptureFixture[str]) -> None:
