@@ -840,8 +840,16 @@ def test_folders_of_other_runs(glyphs: Path, tmp_path: Path, capsys: pytest.Capt
     assert "result.json is damaged" in refuse(capsys, command(glyphs, tmp_path))
     (folder / "result.json").unlink()
     whole = (folder / "checkpoint.pt").read_bytes()
-    (folder / "checkpoint.pt").write_bytes(whole[: len(whole) // 2])
-    assert "checkpoint.pt is damaged" in refuse(capsys, command(glyphs, tmp_path))
+    state = torch.load(folder / "checkpoint.pt", weights_only=True)
+    torch.save({**state, "random": state["random"][:9]}, tmp_path / "short.pt")
+    torch.save({**state, "optimizer": {**state["optimizer"], "param_groups": []}}, tmp_path / "groups.pt")
+    torch.save([state], tmp_path / "list.pt")
+    saved = [(tmp_path / f"{name}.pt").read_bytes() for name in ("short", "groups", "list")]
+    for content in (whole[: len(whole) // 2], b"", b"garbage", bytes(range(1, 200)), b"\x80\x02}q\x00.", *saved):
+        (folder / "checkpoint.pt").write_bytes(content)
+        said = refuse(capsys, command(glyphs, tmp_path))
+        assert f"{folder / 'checkpoint.pt'} is damaged or of another version" in said and "weights_only" not in said
+        assert len(said.splitlines()) == 1
     (folder / "checkpoint.pt").write_bytes(whole)
     handle = os.open(folder, os.O_RDONLY)
     fcntl.flock(handle, fcntl.LOCK_EX)

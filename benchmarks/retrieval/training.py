@@ -255,17 +255,17 @@ class Run:
         path = self.folder / "checkpoint.pt"
         if not path.exists():
             return
-        try:
+        with _naming_damage(path):
             state = torch.load(path, map_location="cpu", weights_only=True)
-            self._check_identity(state["identity"])
+            identity = dict(state["identity"])
+        self._check_identity(identity)
+        with _naming_damage(path):
             self.step, self.seconds, self.last_loss = state["step"], state["seconds"], state["last_loss"]
             for name, part in self.parts.items():
                 part.load_state_dict(state[name])
             torch.set_rng_state(state["random"])
             if self.device.type == "cuda":
                 torch.cuda.set_rng_state(state["random_cuda"], self.device)
-        except (KeyError, RuntimeError, EOFError, OSError, TypeError) as error:
-            raise ValueError(f"{path} is damaged or of another version ({error}); remove it to start anew") from error
         epoch, step = divmod(self.step, self.batches.steps)
         print(f"{self.settings.name}: goes on from epoch {epoch}, step {step} of {self.batches.steps}")
 
@@ -290,3 +290,13 @@ class Run:
             yield
         finally:
             os.close(handle)
+
+
+@contextmanager
+def _naming_damage(path: Path) -> Iterator[None]:
+    """An error on a checkpoint's contents says which file it is."""
+    try:
+        yield
+    except Exception as error:  # torch and pickle raise what they like on garbage, some with advice for another case
+        why = getattr(error, "strerror", None) or type(error).__name__
+        raise ValueError(f"{path} is damaged or of another version ({why}); remove it to start anew") from error
