@@ -29,7 +29,7 @@ from benchmarks.retrieval.datasets import DATASETS, Images, load
 from benchmarks.retrieval.drawn import draw_folder
 from benchmarks.retrieval.drawn import main as draw
 from benchmarks.retrieval.images import BalancedBatches, CentreImages, TrainImages, centre_crop, random_crop
-from benchmarks.retrieval.losses import BASES, ArcFace, RecallAtK, SmoothAP, make_base
+from benchmarks.retrieval.losses import BASES, WITH_WEIGHTS, ArcFace, RecallAtK, SmoothAP, make_base
 from benchmarks.retrieval.training import Run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -141,7 +141,7 @@ def test_base_losses_take_a_batch(name: str) -> None:
     base = make_base(name, 13, 6)
     base(x.float(), y).backward()
     assert x.grad is not None and x.grad.abs().sum() > 0
-    assert bool(list(base.parameters())) == (name in ("arcface", "proxyanchor"))
+    assert bool(list(base.parameters())) == (name in WITH_WEIGHTS)
 
 
 # The data sets: each written in small as its authors lay it out.
@@ -757,7 +757,13 @@ def refuse(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
         (("--min-crop", "0"), "must be a number, from 0.01 to 1, got 0"),
         (("--test-set", "small"), "--test-set is of vehicleid"),
         (("--markdown", "t.md"), "--markdown is of --table"),
+        (("--caption", "x"), "--caption is of --table"),
         (("--table", "out"), "not allowed with argument"),
+        (("--lambda-plus", "0.1"), "--lambda-plus is of --tcm"),
+        (("--lambda-minus", "1"), "--lambda-minus is of --tcm"),  # its default, but asked for
+        (("--margin-plus", "0.8"), "--margin-plus is of --tcm"),
+        (("--margin-minus", "0.4"), "--margin-minus is of --tcm"),
+        (("--loss-lr", "0.1"), "--loss-lr is of base losses with class weights, proxyanchor and arcface"),
         (("--size", "8"), "16 or above"),
     ],
 )
@@ -859,6 +865,17 @@ def test_folders_of_other_runs(glyphs: Path, tmp_path: Path, capsys: pytest.Capt
     assert "goes on from epoch 2" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("base", "more", "loss_lr"),
+    [("arcface", (), 0.2), ("proxyanchor", ("--loss-lr", 0.3), 0.3), ("smoothap", (), None)],
+)
+def test_rate_of_class_weights(glyphs: Path, tmp_path: Path, base: str, more: tuple[Any, ...], loss_lr: Any) -> None:
+    """100 times that of the network unless given; losses without such weights have none."""
+    main(command(glyphs, tmp_path, "--base", base, "--epochs", 1, "--lr", 0.002, *more))
+    (found,) = results_in(tmp_path).values()
+    assert found["identity"]["loss_lr"] == (loss_lr if loss_lr is None else pytest.approx(loss_lr))
+
+
 def test_interrupted(
     glyphs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -938,10 +955,25 @@ def test_runs_of_other_settings_are_not_mixed() -> None:
     assert len(names) == 2 and "margin_plus 0.9" in names[0] and "margin_plus 0.7" in names[1]
 
 
+def test_rates_of_class_weights_are_told_where_there_are_such() -> None:
+    results = [result("arcface", tcm, 0, 0.5, 0.1, 0.2, loss_lr=rate) for tcm in (False, True) for rate in (0.1, 0.2)]
+    results += [result("smoothap", tcm, 0, 0.5, 0.1, 0.2, loss_lr=None) for tcm in (False, True)]
+    assert sorted(row.name for row in table.make_experiments(results)) == [
+        "cub small arcface (loss_lr 0.1)",
+        "cub small arcface (loss_lr 0.2)",
+        "cub small smoothap",
+    ]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("none.json",), "cannot read none.json: No such file"),
+        (("good.json", "--root", "empty"), "--root is of --dataset"),
+        (("good.json", "--base", "smoothap"), "--base is of --dataset"),
+        (("good.json", "--tcm"), "--tcm is of --dataset"),
+        (("good.json", "--seeds", "0"), "--seeds is of --dataset"),
+        (("good.json", "--checkpoint-every", "500"), "--checkpoint-every is of --dataset"),
         (("empty",), "there is no result.json under empty"),
         (("bad.json",), "bad.json holds no results"),
         (("list.json",), "list.json holds no results"),

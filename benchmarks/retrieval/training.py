@@ -57,7 +57,7 @@ class Settings:
     batch_classes: int
     batch_images: int
     lr: float
-    loss_lr: float
+    loss_lr: float | None  # None where the base loss has no weights
     weight_decay: float
     warmup: float  # share of the steps
     size: int
