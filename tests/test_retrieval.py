@@ -827,6 +827,24 @@ def test_an_image_that_cannot_be_read(
     assert not list((tmp_path / "out").rglob("*.*"))
 
 
+def test_too_few_test_pairs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of 9 negative pairs none is 1 % to 10 %: refused before training; 10 can be scored."""
+    draw_folder(tmp_path / "drawn", classes=4, images=5)
+
+    def arguments(name: str, sizes: tuple[int, ...]) -> list[str]:
+        for k, (target, images) in enumerate(zip(("train/a", "train/b", "test/c", "test/d"), sizes, strict=True)):
+            shutil.copytree(tmp_path / "drawn" / f"class_{k:03d}", tmp_path / name / target)
+            for path in sorted((tmp_path / name / target).iterdir())[images:]:
+                path.unlink()
+        return command(tmp_path / name, tmp_path / "out", "--batch-classes", 2, "--epochs", 1)
+
+    said = refuse(capsys, arguments("few", (3, 3, 3, 3)))
+    assert "has 9 pairs of images of different classes" in said and "at least 10" in said
+    assert not (tmp_path / "out").exists()
+    main(arguments("enough", (3, 3, 5, 2)))
+    assert len(results_in(tmp_path / "out")) == 1
+
+
 def test_a_loss_that_is_not_finite(glyphs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said = refuse(capsys, command(glyphs, tmp_path, "--lr", 1e30, "--warmup", 0, "--epochs", 1))
     assert "the loss is nan" in said

@@ -15,12 +15,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from benchmarks.retrieval.datasets import Split, describe
+from benchmarks.retrieval.datasets import Images, Split, describe
 from benchmarks.retrieval.images import BalancedBatches, CentreImages, TrainImages
 from benchmarks.retrieval.losses import make_base
 from benchmarks.retrieval.networks import make_network
@@ -92,13 +93,15 @@ class Run:
         """Train from the last checkpoint on, or from the start, and score; a finished run is read.
 
         Raises:
-            ValueError: the folder holds a run with other settings, or an image cannot be read.
+            ValueError: the folder holds a run with other settings, an image cannot be read, or the test images are too
+                few to be scored.
             RuntimeError: another process is at this run, or the loss is not finite.
         """
         result_file = self.folder / "result.json"
         if result_file.exists():
             return self._read(result_file)
-        self._build()  # before the folder is made: it may refuse
+        _check_pairs(self.split.test)  # like what follows, before the folder is made: it may refuse
+        self._build()
         self.folder.mkdir(parents=True, exist_ok=True)
         with self._locked():
             self._restore()
@@ -290,6 +293,18 @@ class Run:
             yield
         finally:
             os.close(handle)
+
+
+def _check_pairs(images: Images) -> None:
+    """OPIS is over thresholds that 1 % to 10 % of the negative pairs pass, of which there must be one."""
+    total = len(images.labels)
+    same = int((np.bincount(images.labels) ** 2).sum())
+    negatives = (total**2 - same) // 2
+    if negatives < 10:
+        raise ValueError(
+            f"the test part has {negatives} pairs of images of different classes, too few for OPIS, which looks at 1 % "
+            "to 10 % of them; at least 10 are needed"
+        )
 
 
 @contextmanager
