@@ -531,7 +531,7 @@ def test_timm_backbones(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(network(x), normal / (1 + 1e-5) ** 0.5)
     with pytest.raises(ValueError, match=r"no model for --backbone resnet05: Unknown model .*'small' or one of timm's"):
         networks.make_network("resnet05", False, 5, False, 16)
-    with pytest.raises(ValueError, match=r"--backbone resnet50 does not take images of --size 32: .*match model \(16\)"):
+    with pytest.raises(ValueError, match=r"--backbone resnet50 does not take images of --size 32: .*model \(16\)"):
         networks.make_network("resnet50", False, 5, False, 32)
     monkeypatch.setattr(Features, "forward", lambda features, x: x)
     with pytest.raises(ValueError, match=r"gives \[1, 3, 32, 32\] of one image, and not one row"):
