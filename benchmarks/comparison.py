@@ -9,6 +9,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from scipy.stats import t as student_t
 
 from benchmarks.figures import GREY, LOOK
 from benchmarks.training import spread
@@ -69,14 +70,16 @@ class Change(NamedTuple):
         return statistics.mean(self.change)
 
     @property
-    def error(self) -> float:
-        """Standard error of the mean change; NaN of one seed."""
+    def bar(self) -> float:
+        """Half the 95 % interval of the mean change, by Student's t for so few seeds; NaN of one seed."""
         n = len(self.change)
-        return statistics.stdev(self.change) / math.sqrt(n) if n > 1 else math.nan
+        if n < 2:
+            return math.nan
+        return float(student_t.ppf(0.975, n - 1)) * statistics.stdev(self.change) / math.sqrt(n)
 
 
 def compare(experiment: Experiment, measure: Measure) -> Change:
-    """A change is clear if its mean is more than twice its standard error, over at least `CLEAR_FROM` seeds.
+    """A change is clear if the 95 % interval of its mean leaves out 0, over at least `CLEAR_FROM` seeds.
 
     Of an experiment that has a seed with both sides.
     """
@@ -88,7 +91,7 @@ def compare(experiment: Experiment, measure: Measure) -> Change:
     change = [after - before for before, after in zip(*sides, strict=True)]
     better = sum((value > 0) == measure.higher_is_better and value != 0 for value in change)
     found = Change(sides[0], sides[1], change, better, None)
-    if len(seeds) < CLEAR_FROM or not abs(found.mean) > 2 * found.error:
+    if len(seeds) < CLEAR_FROM or not abs(found.mean) > found.bar:
         return found
     return found._replace(clear=(found.mean > 0) == measure.higher_is_better)
 
@@ -104,8 +107,9 @@ def markdown(experiments: Sequence[Experiment]) -> str:
         lines.append(f"| {experiment.name} | {len(experiment.seeds())} | {' | '.join(cells)} |")
     notes = (
         "Mean and standard deviation over seeds. Change: with TCM less without, seed by seed, the direction of its "
-        "mean, and the number of seeds in which TCM did better. Bold: the mean change is more than twice its standard "
-        f"error ({CLEAR_FROM} seeds or more); of twenty such cells one would be bold by chance."
+        "mean, and the number of seeds in which TCM did better. Bold: the 95 % interval of the mean change, by "
+        f"Student's t, leaves out 0 ({CLEAR_FROM} seeds or more); of twenty cells in which TCM changes nothing one "
+        "would be bold by chance."
     )
     return "\n".join([*lines, "", notes]) + "\n"
 
@@ -126,7 +130,7 @@ def _cells(experiment: Experiment, measure: Measure) -> list[str]:
 
 
 def draw(experiments: Sequence[Experiment], title: str) -> Figure:
-    """A panel for each measure, a line for each experiment: the change of every seed, its mean and twice its error.
+    """A panel for each measure, a line for each experiment: the change of every seed, its mean and that mean's bar.
 
     Raises:
         ValueError: no experiment has a seed that was run both without TCM and with.
@@ -152,7 +156,7 @@ def draw(experiments: Sequence[Experiment], title: str) -> Figure:
             axes.spines["left"].set_visible(False)
         figure.suptitle(title, x=0.008, ha="left", fontsize=13)
         marks = [
-            Line2D([], [], color=BETTER, marker="o", label="clearly better (mean, twice its standard error)"),
+            Line2D([], [], color=BETTER, marker="o", label="clearly better (mean, its 95 % interval)"),
             Line2D([], [], color=WORSE, marker="X", label="clearly worse"),
             Line2D([], [], color=UNCLEAR, marker="D", markerfacecolor="white", label="not told apart from no change"),
             Line2D([], [], color=GREY, marker="|", linestyle="", label="each seed"),
@@ -168,11 +172,11 @@ def _draw_change(axes: Axes, y: int, found: Change) -> None:
         None: (UNCLEAR, "D", "white"),
     }[found.clear]
     axes.plot(found.change, [y] * len(found.change), "|", color=colour, alpha=0.45, markersize=13, zorder=2)
-    error = 2 * found.error if len(found.change) > 1 else 0
+    bar = found.bar if len(found.change) > 1 else 0
     axes.errorbar(
         found.mean,
         y,
-        xerr=error,
+        xerr=bar,
         color=colour,
         marker=marker,
         markerfacecolor=face,

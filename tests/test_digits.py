@@ -115,12 +115,26 @@ def test_clear_changes(changes: list[float], measure: str, clear: bool | None) -
     assert found.change == pytest.approx([column.factor * change for change in changes])
 
 
-def test_limit_of_clear() -> None:
-    """Ten changes of mean 1 and a standard error just below, and just above, one half."""
-    for deviation, clear in ((1.58, True), (1.585, None)):  # standard error: deviation / sqrt(10)
-        half = deviation * math.sqrt(9 / 10)  # of each change's distance from the mean
-        changes = [-0.001 * (1 + sign * half) for sign in (1, -1) * 5]
-        assert compare(made_up(changes), OPIS).clear is clear
+@pytest.mark.parametrize(
+    ("seeds", "quantile"),
+    [(10, 2.262), (20, 2.093), (100, 1.984)],  # of Student's t, as tables have it
+)
+def test_limit_of_clear(seeds: int, quantile: float) -> None:
+    """Changes of mean 1 and a standard error just below, and just above, what is clear at 5 %."""
+    for factor, clear in ((0.999, True), (1.001, None)):
+        deviation = factor * math.sqrt(seeds) / quantile
+        half = deviation * math.sqrt((seeds - 1) / seeds)  # of each change's distance from the mean
+        changes = [-0.001 * (1 + sign * half) for sign in (1, -1) * (seeds // 2)]
+        found = compare(made_up(changes), OPIS)
+        assert found.clear is clear
+        assert found.bar == pytest.approx(factor, rel=5e-4)
+
+
+def test_one_in_twenty_is_clear_by_chance() -> None:
+    """4000 experiments of 10 seeds that change nothing but by chance: 200, to within 3 standard deviations."""
+    changes = torch.randn(4000, 10, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = [compare(made_up(row), OPIS).clear for row in (changes / 1000).tolist()]
+    assert abs(sum(clear is not None for clear in found) - 200) < 3 * math.sqrt(4000 * 0.05 * 0.95)
 
 
 def test_table_says_what_the_scores_say() -> None:

@@ -29,7 +29,7 @@ from benchmarks.retrieval.datasets import DATASETS, Images, load
 from benchmarks.retrieval.drawn import draw_folder
 from benchmarks.retrieval.drawn import main as draw
 from benchmarks.retrieval.images import BalancedBatches, CentreImages, TrainImages, centre_crop, random_crop
-from benchmarks.retrieval.losses import BASES, ArcFace, RecallAtK, SmoothAP, make_base
+from benchmarks.retrieval.losses import BASES, WITH_WEIGHTS, ArcFace, RecallAtK, SmoothAP, make_base
 from benchmarks.retrieval.training import Run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -141,7 +141,7 @@ def test_base_losses_take_a_batch(name: str) -> None:
     base = make_base(name, 13, 6)
     base(x.float(), y).backward()
     assert x.grad is not None and x.grad.abs().sum() > 0
-    assert bool(list(base.parameters())) == (name in ("arcface", "proxyanchor"))
+    assert bool(list(base.parameters())) == (name in WITH_WEIGHTS)
 
 
 # The data sets: each written in small as its authors lay it out.
@@ -296,7 +296,9 @@ def test_fingerprint_tells_splits_apart(tmp_path: Path) -> None:
     before = load("folder", tmp_path).fingerprint
     assert load("folder", tmp_path).fingerprint == before
     (tmp_path / "c" / "0.png").rename(tmp_path / "c" / "9.png")
-    assert load("folder", tmp_path).fingerprint != before
+    renamed = load("folder", tmp_path).fingerprint
+    Image.new("RGB", (9, 8), "red").save(tmp_path / "c" / "9.png")  # another image of the same name
+    assert len({before, renamed, load("folder", tmp_path).fingerprint}) == 3
 
 
 def remove(name: str) -> Lay:
@@ -321,6 +323,7 @@ def replace(name: str, text: str) -> Lay:
         ("sop", lay_sop, remove("Ebay_train.txt"), "no file .*Ebay_train.txt"),
         ("sop", lay_sop, remove("Ebay_test.txt"), "no file .*Ebay_test.txt"),
         ("sop", lay_sop, remove("11319_0.JPG"), "no image .*11319_0.JPG"),
+        ("sop", lay_sop, remove("2_1.JPG"), "no image .*2_1.JPG"),
         ("sop", lay_sop, replace("Ebay_test.txt", "head\n9 9 1 bicycle_final/1_0.JPG\n"), "test part has 1 classes"),
         ("sop", lay_sop, replace("Ebay_test.txt", "head\n9 1 1\n"), "line 2 of .*Ebay_test.txt has 3 columns, 4"),
         ("cub", lay_cub, remove("images.txt"), "no file .*images.txt"),
@@ -477,21 +480,31 @@ def test_unreadable_image_is_named(tmp_path: Path) -> None:
 
 def test_small_network() -> None:
     for layer_norm in (False, True):
-        network = networks.make_network("small", False, 24, layer_norm)
+        network = networks.make_network("small", False, 24, layer_norm, 32)
         assert network(torch.rand(2, 3, 32, 32)).shape == (2, 24)
         assert network(torch.rand(2, 3, 50, 40)).shape == (2, 24)
         assert any(isinstance(m, torch.nn.LayerNorm) for m in network.modules()) == layer_norm
     with pytest.raises(ValueError, match="leave --pretrained out"):
-        networks.make_network("small", True, 24, False)
+        networks.make_network("small", True, 24, False, 32)
 
 
-def test_timm_backbones(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By name, through timm's own interface; a stand-in here, where torchvision does not load beside this torch."""
+class Features(torch.nn.Sequential):
+    """As timm's models are: they give more columns than `num_features`, and may take images of one size alone."""
+
+    num_features = 3
+    pretrained_cfg = types.MappingProxyType({"mean": (0.1, 0.2, 0.3), "std": (0.5, 0.25, 0.125)})
+
+    def __init__(self) -> None:
+        super().__init__(torch.nn.BatchNorm2d(3), torch.nn.Flatten())
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert x.shape[2:] == (16, 16), f"Input height ({x.shape[2]}) doesn't match model (16)."
+        return super().forward(x)
+
+
+def fake_timm(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, bool, int]]:
+    """A stand-in for timm, as torchvision does not load beside every torch; what it is asked for."""
     asked = []
-
-    class Features(torch.nn.Flatten):
-        num_features = 3 * 16 * 16
-        pretrained_cfg = types.MappingProxyType({"mean": (0.1, 0.2, 0.3), "std": (0.5, 0.25, 0.125)})
 
     def create_model(name: str, pretrained: bool, num_classes: int) -> torch.nn.Module:
         asked.append((name, pretrained, num_classes))
@@ -501,25 +514,39 @@ def test_timm_backbones(monkeypatch: pytest.MonkeyPatch) -> None:
 
     stand_in = types.SimpleNamespace(create_model=create_model, list_models=lambda pattern: ["resnet50"])
     monkeypatch.setitem(sys.modules, "timm", stand_in)
-    network = networks.make_network("resnet50", True, 5, False)
+    return asked
+
+
+def test_timm_backbones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By name, through timm's own interface; the width is what comes out, whatever the model says of itself."""
+    asked = fake_timm(monkeypatch)
+    network = networks.make_network("resnet50", True, 5, True, 16)
     assert asked == [("resnet50", True, 0)]
-    network.head = torch.nn.Identity()  # type: ignore[assignment]
+    assert network.training and all(module.training for module in network.modules())
     x = torch.rand(2, 3, 16, 16)
+    assert network.eval()(x).shape == (2, 5)
     means, stds = torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1), torch.tensor([0.5, 0.25, 0.125]).view(3, 1, 1)
-    torch.testing.assert_close(network(x), ((x - means) / stds).flatten(1))
+    network.head = torch.nn.Identity()  # type: ignore[assignment]
+    normal = ((x - means) / stds).flatten(1)  # and the trial of the width left the batch norm as it was
+    torch.testing.assert_close(network(x), normal / (1 + 1e-5) ** 0.5)
     with pytest.raises(ValueError, match=r"no model for --backbone resnet05: Unknown model .*'small' or one of timm's"):
-        networks.make_network("resnet05", False, 5, False)
+        networks.make_network("resnet05", False, 5, False, 16)
+    with pytest.raises(ValueError, match=r"--backbone resnet50 does not take images of --size 32: .*model \(16\)"):
+        networks.make_network("resnet50", False, 5, False, 32)
+    monkeypatch.setattr(Features, "forward", lambda features, x: x)
+    with pytest.raises(ValueError, match=r"gives \[1, 3, 32, 32\] of one image, and not one row"):
+        networks.make_network("resnet50", False, 5, False, 32)
 
 
 def test_timm_that_is_missing_or_broken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(ImportError, match=r"--backbone vit needs timm.*pip install timm"):
-        networks.make_network("vit", False, 5, False)
+        networks.make_network("vit", False, 5, False, 32)
     monkeypatch.delitem(sys.modules, "timm")
     (tmp_path / "timm.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(ImportError, match=r"does not load \(RuntimeError: operator torchvision::nms.*install the pair"):
-        networks.make_network("vit", False, 5, False)
+        networks.make_network("vit", False, 5, False, 32)
 
 
 # Runs.
@@ -730,7 +757,13 @@ def refuse(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
         (("--min-crop", "0"), "must be a number, from 0.01 to 1, got 0"),
         (("--test-set", "small"), "--test-set is of vehicleid"),
         (("--markdown", "t.md"), "--markdown is of --table"),
+        (("--caption", "x"), "--caption is of --table"),
         (("--table", "out"), "not allowed with argument"),
+        (("--lambda-plus", "0.1"), "--lambda-plus is of --tcm"),
+        (("--lambda-minus", "1"), "--lambda-minus is of --tcm"),  # its default, but asked for
+        (("--margin-plus", "0.8"), "--margin-plus is of --tcm"),
+        (("--margin-minus", "0.4"), "--margin-minus is of --tcm"),
+        (("--loss-lr", "0.1"), "--loss-lr is of base losses with class weights, proxyanchor and arcface"),
         (("--size", "8"), "16 or above"),
     ],
 )
@@ -751,6 +784,15 @@ def test_bad_input(
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_no_gpu(glyphs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "this torch sees no GPU" in refuse(capsys, command(glyphs, tmp_path, "--device", "cuda"))
+
+
+def test_a_size_that_the_backbone_refuses(
+    glyphs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_timm(monkeypatch)
+    said = refuse(capsys, command(glyphs, tmp_path / "out", "--backbone", "resnet50", "--size", 32))
+    assert "does not take images of --size 32" in said
+    assert not list(tmp_path.iterdir())
 
 
 def test_neither_task_nor_what_it_needs(capsys: pytest.CaptureFixture[str]) -> None:
@@ -785,6 +827,24 @@ def test_an_image_that_cannot_be_read(
     assert not list((tmp_path / "out").rglob("*.*"))
 
 
+def test_too_few_test_pairs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of 9 negative pairs none is 1 % to 10 %: refused before training; 10 can be scored."""
+    draw_folder(tmp_path / "drawn", classes=4, images=5)
+
+    def arguments(name: str, sizes: tuple[int, ...]) -> list[str]:
+        for k, (target, images) in enumerate(zip(("train/a", "train/b", "test/c", "test/d"), sizes, strict=True)):
+            shutil.copytree(tmp_path / "drawn" / f"class_{k:03d}", tmp_path / name / target)
+            for path in sorted((tmp_path / name / target).iterdir())[images:]:
+                path.unlink()
+        return command(tmp_path / name, tmp_path / "out", "--batch-classes", 2, "--epochs", 1)
+
+    said = refuse(capsys, arguments("few", (3, 3, 3, 3)))
+    assert "has 9 pairs of images of different classes" in said and "at least 10" in said
+    assert not (tmp_path / "out").exists()
+    main(arguments("enough", (3, 3, 5, 2)))
+    assert len(results_in(tmp_path / "out")) == 1
+
+
 def test_a_loss_that_is_not_finite(glyphs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said = refuse(capsys, command(glyphs, tmp_path, "--lr", 1e30, "--warmup", 0, "--epochs", 1))
     assert "the loss is nan" in said
@@ -804,8 +864,16 @@ def test_folders_of_other_runs(glyphs: Path, tmp_path: Path, capsys: pytest.Capt
     assert "result.json is damaged" in refuse(capsys, command(glyphs, tmp_path))
     (folder / "result.json").unlink()
     whole = (folder / "checkpoint.pt").read_bytes()
-    (folder / "checkpoint.pt").write_bytes(whole[: len(whole) // 2])
-    assert "checkpoint.pt is damaged" in refuse(capsys, command(glyphs, tmp_path))
+    state = torch.load(folder / "checkpoint.pt", weights_only=True)
+    torch.save({**state, "random": state["random"][:9]}, tmp_path / "short.pt")
+    torch.save({**state, "optimizer": {**state["optimizer"], "param_groups": []}}, tmp_path / "groups.pt")
+    torch.save([state], tmp_path / "list.pt")
+    saved = [(tmp_path / f"{name}.pt").read_bytes() for name in ("short", "groups", "list")]
+    for content in (whole[: len(whole) // 2], b"", b"garbage", bytes(range(1, 200)), b"\x80\x02}q\x00.", *saved):
+        (folder / "checkpoint.pt").write_bytes(content)
+        said = refuse(capsys, command(glyphs, tmp_path))
+        assert f"{folder / 'checkpoint.pt'} is damaged or of another version" in said and "weights_only" not in said
+        assert len(said.splitlines()) == 1
     (folder / "checkpoint.pt").write_bytes(whole)
     handle = os.open(folder, os.O_RDONLY)
     fcntl.flock(handle, fcntl.LOCK_EX)
@@ -813,6 +881,17 @@ def test_folders_of_other_runs(glyphs: Path, tmp_path: Path, capsys: pytest.Capt
     os.close(handle)
     main(command(glyphs, tmp_path))
     assert "goes on from epoch 2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("base", "more", "loss_lr"),
+    [("arcface", (), 0.2), ("proxyanchor", ("--loss-lr", 0.3), 0.3), ("smoothap", (), None)],
+)
+def test_rate_of_class_weights(glyphs: Path, tmp_path: Path, base: str, more: tuple[Any, ...], loss_lr: Any) -> None:
+    """100 times that of the network unless given; losses without such weights have none."""
+    main(command(glyphs, tmp_path, "--base", base, "--epochs", 1, "--lr", 0.002, *more))
+    (found,) = results_in(tmp_path).values()
+    assert found["identity"]["loss_lr"] == (loss_lr if loss_lr is None else pytest.approx(loss_lr))
 
 
 def test_interrupted(
@@ -894,10 +973,25 @@ def test_runs_of_other_settings_are_not_mixed() -> None:
     assert len(names) == 2 and "margin_plus 0.9" in names[0] and "margin_plus 0.7" in names[1]
 
 
+def test_rates_of_class_weights_are_told_where_there_are_such() -> None:
+    results = [result("arcface", tcm, 0, 0.5, 0.1, 0.2, loss_lr=rate) for tcm in (False, True) for rate in (0.1, 0.2)]
+    results += [result("smoothap", tcm, 0, 0.5, 0.1, 0.2, loss_lr=None) for tcm in (False, True)]
+    assert sorted(row.name for row in table.make_experiments(results)) == [
+        "cub small arcface (loss_lr 0.1)",
+        "cub small arcface (loss_lr 0.2)",
+        "cub small smoothap",
+    ]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("none.json",), "cannot read none.json: No such file"),
+        (("good.json", "--root", "empty"), "--root is of --dataset"),
+        (("good.json", "--base", "smoothap"), "--base is of --dataset"),
+        (("good.json", "--tcm"), "--tcm is of --dataset"),
+        (("good.json", "--seeds", "0"), "--seeds is of --dataset"),
+        (("good.json", "--checkpoint-every", "500"), "--checkpoint-every is of --dataset"),
         (("empty",), "there is no result.json under empty"),
         (("bad.json",), "bad.json holds no results"),
         (("list.json",), "list.json holds no results"),

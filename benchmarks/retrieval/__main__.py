@@ -14,7 +14,7 @@ import torch
 from benchmarks import comparison
 from benchmarks.retrieval import table
 from benchmarks.retrieval.datasets import DATASETS, TEST_SETS, load
-from benchmarks.retrieval.losses import BASES
+from benchmarks.retrieval.losses import BASES, WITH_WEIGHTS
 from benchmarks.retrieval.networks import SMALL, import_timm
 from benchmarks.retrieval.training import Margins, Run, Settings
 from tcm_fused.files import write_whole
@@ -61,12 +61,13 @@ def _train(options: argparse.Namespace) -> None:
     if split.warning:
         print(f"warning: {split.warning}", file=sys.stderr)
     margins = Margins(options.margin_plus, options.margin_minus, options.lambda_plus, options.lambda_minus)
+    loss_lr = 100 * options.lr if options.loss_lr is None else options.loss_lr
     for seed in dict.fromkeys(options.seeds):
         settings = Settings(
             test_set=test_set,
             tcm=margins if options.tcm else None,
             seed=seed,
-            loss_lr=100 * options.lr if options.loss_lr is None else options.loss_lr,
+            loss_lr=loss_lr if options.base in WITH_WEIGHTS else None,
             device=device,
             **{name: getattr(options, name) for name in _SAME_NAME},
         )
@@ -83,6 +84,25 @@ _SAME_NAME = (
     *("dataset", "backbone", "base", "pretrained", "dim", "layer_norm", "epochs", "batch_classes", "batch_images"),
     *("lr", "weight_decay", "warmup", "size", "min_crop", "amp"),
 )
+
+
+_OF_TABLE = ("markdown", "caption", "picture", "json")
+_OF_TCM = ("margin_plus", "margin_minus", "lambda_plus", "lambda_minus")
+_WHOSE = {
+    **dict.fromkeys(_OF_TABLE, "--table"),
+    **dict.fromkeys(_OF_TCM, "--tcm"),
+    "loss_lr": f"base losses with class weights, {' and '.join(WITH_WEIGHTS)}",
+}
+
+
+def _heeded(options: argparse.Namespace) -> set[str]:
+    """Names of the options that mean something beside the others."""
+    if options.table:
+        return {"table", *_OF_TABLE}
+    left_out = {"table", *_OF_TABLE, *(() if options.tcm else _OF_TCM)}
+    if options.base and options.base not in WITH_WEIGHTS:
+        left_out.add("loss_lr")
+    return vars(options).keys() - left_out
 
 
 def _table(options: argparse.Namespace) -> None:
@@ -222,13 +242,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command; exit code 2 and a message on stderr for bad input."""
     parser = _parser()
     options = parser.parse_args(arguments)
+    unset = argparse.Namespace(**dict.fromkeys(vars(options)))  # what is there is not set to its default
+    given = {name for name, value in vars(parser.parse_args(arguments, unset)).items() if value is not None}
+    if name := next(iter(sorted(given - _heeded(options))), None):
+        parser.error(f"--{name.replace('_', '-')} is of {_WHOSE.get(name, '--dataset')}")
     if options.dataset:
         for name in ("root", "base"):
             if getattr(options, name) is None:
                 parser.error(f"--dataset needs --{name}")
-        for name in ("markdown", "picture", "json"):
-            if getattr(options, name) is not None:
-                parser.error(f"--{name} is of --table")
     try:
         (_train if options.dataset else _table)(options)
         sys.stdout.flush()

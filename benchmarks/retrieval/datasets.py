@@ -35,7 +35,7 @@ class Split(NamedTuple):
 
     train: Images
     test: Images
-    fingerprint: str  # of all file names and labels: two runs of one split have the same
+    fingerprint: str  # of all file names, file sizes and labels: two runs of one split have the same
     warning: str | None  # where the numbers are not the published ones
 
 
@@ -76,16 +76,12 @@ def load(dataset: str, root: Path, test_set: str = "") -> Split:
         train, test = (_images(part, which) for part, which in zip(parts, ("train", "test"), strict=True))
         if np.bincount(test.labels).max() < 2:
             raise Missing("no class of the test part has two images, so none can be found again")
+        fingerprint = _fingerprint(parts)
     except Missing as error:
         raise ValueError(
             f"{dataset} cannot be read: {error}\nexpected under --root ({root}):\n{about.layout}\n"
             f"source: {about.source}"
         ) from error
-    state = hashlib.sha256()
-    for part in parts:
-        state.update(b"\n")
-        for path, name in part:
-            state.update(f"{name}\0{path.name}\n".encode())
     expected = about.published.get(test_set)
     found = tuple(tuple(part.counts()) for part in (train, test))
     warning = None
@@ -95,22 +91,31 @@ def load(dataset: str, root: Path, test_set: str = "") -> Split:
             for part in (found, expected)
         ]
         warning = f"{words[0]}; published are {words[1]}"
-    return Split(train, test, state.hexdigest()[:16], warning)
+    return Split(train, test, fingerprint, warning)
 
 
 def _images(entries: list[Entry], part: str) -> Images:
-    """Entries with their classes numbered; one image of each class is looked for."""
-    first: dict[str, Path] = {}
-    for path, name in entries:
-        first.setdefault(name, path)
-    if len(first) < 2:
-        raise Missing(f"the {part} part has {len(first)} classes; at least two are needed")
-    for path in first.values():
-        if not path.is_file():
-            raise Missing(f"there is no image {path}")
-    number = {name: k for k, name in enumerate(sorted(first))}
+    """Entries with their classes numbered."""
+    names = {name for _, name in entries}
+    if len(names) < 2:
+        raise Missing(f"the {part} part has {len(names)} classes; at least two are needed")
+    number = {name: k for k, name in enumerate(sorted(names))}
     labels = np.array([number[name] for _, name in entries], dtype=np.int64)
     return Images([path for path, _ in entries], labels, list(number))
+
+
+def _fingerprint(parts: Iterable[list[Entry]]) -> str:
+    """Of classes, file names and sizes: contents would say more, but are 120 GB. All images must be there."""
+    state = hashlib.sha256()
+    for part in parts:
+        state.update(b"\n")
+        for path, name in part:
+            try:
+                size = path.stat().st_size
+            except OSError as error:
+                raise Missing(f"there is no image {path} ({error.strerror})") from error
+            state.update(f"{name}\0{path.name}\0{size}\n".encode())
+    return state.hexdigest()[:16]
 
 
 def _rows(path: Path, columns: int, skip: int = 0) -> list[list[str]]:

@@ -94,6 +94,7 @@ class ArcFace(ArcFaceLoss):  # type: ignore[misc]
 
 
 BASES = ("smoothap", "proxyanchor", "arcface", "multisimilarity", "recallatk")
+WITH_WEIGHTS = ("proxyanchor", "arcface")  # of them, those that learn a weight for each class
 
 
 def make_base(name: str, classes: int, dim: int) -> nn.Module:

@@ -26,11 +26,11 @@ class Embedder(nn.Module):
         return self.head(self.features((images - self.mean) / self.std))
 
 
-def make_network(backbone: str, pretrained: bool, dim: int, layer_norm: bool) -> Embedder:
-    """`backbone`: "small", or the name of a timm model.
+def make_network(backbone: str, pretrained: bool, dim: int, layer_norm: bool, size: int) -> Embedder:
+    """`backbone`: "small", or the name of a timm model, for images of `size` pixels a side.
 
     Raises:
-        ValueError: there is no such model, or no weights for it.
+        ValueError: there is no such model, or no weights for it, or it does not take images of this size.
         ImportError: timm is missing or does not load.
     """
     if backbone == SMALL:
@@ -44,7 +44,21 @@ def make_network(backbone: str, pretrained: bool, dim: int, layer_norm: bool) ->
         known = f"; 'small' or one of timm's models, such as {', '.join(timm.list_models('resnet50*')[:3])}"
         raise ValueError(f"timm has no model for --backbone {backbone}: {error}{known}") from error
     config = features.pretrained_cfg
-    return Embedder(features, features.num_features, dim, layer_norm, config["mean"], config["std"])
+    return Embedder(features, _width(features, backbone, size), dim, layer_norm, config["mean"], config["std"])
+
+
+def _width(features: nn.Module, backbone: str, size: int) -> int:
+    """Columns of the features of an image, by trial: many of timm's models give more than their `num_features`."""
+    features.eval()  # so that the trial leaves a batch norm as it is
+    try:
+        with torch.no_grad():
+            shape = list(features(torch.zeros(1, 3, size, size)).shape)
+    except Exception as error:  # each model refuses in its own way, many by an assertion
+        raise ValueError(f"--backbone {backbone} does not take images of --size {size}: {error}") from error
+    if len(shape) != 2:
+        raise ValueError(f"--backbone {backbone} gives {shape} of one image, and not one row; choose another")
+    features.train()
+    return int(shape[1])
 
 
 def import_timm(backbone: str) -> Any:

@@ -62,7 +62,7 @@ def make_experiments(results: Sequence[Result]) -> list[Experiment]:
     differing = _differing(list(settings.values()))
     for key, about in settings.items():
         name = " ".join(filter(None, (about["dataset"], about["test_set"], about["backbone"], about["base"])))
-        extra = [f"{k} {about[k]}" for k in differing]
+        extra = [f"{k} {about[k]}" for k in differing if about[k] is not None]
         variants = tcms.get(key, {"null": {}})
         for tcm, side in variants.items():
             margins = json.loads(tcm)

@@ -15,12 +15,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from benchmarks.retrieval.datasets import Split, describe
+from benchmarks.retrieval.datasets import Images, Split, describe
 from benchmarks.retrieval.images import BalancedBatches, CentreImages, TrainImages
 from benchmarks.retrieval.losses import make_base
 from benchmarks.retrieval.networks import make_network
@@ -57,7 +58,7 @@ class Settings:
     batch_classes: int
     batch_images: int
     lr: float
-    loss_lr: float
+    loss_lr: float | None  # None where the base loss has no weights
     weight_decay: float
     warmup: float  # share of the steps
     size: int
@@ -92,13 +93,15 @@ class Run:
         """Train from the last checkpoint on, or from the start, and score; a finished run is read.
 
         Raises:
-            ValueError: the folder holds a run with other settings, or an image cannot be read.
+            ValueError: the folder holds a run with other settings, an image cannot be read, or the test images are too
+                few to be scored.
             RuntimeError: another process is at this run, or the loss is not finite.
         """
         result_file = self.folder / "result.json"
         if result_file.exists():
             return self._read(result_file)
-        self._build()  # before the folder is made: it may refuse
+        _check_pairs(self.split.test)  # like what follows, before the folder is made: it may refuse
+        self._build()
         self.folder.mkdir(parents=True, exist_ok=True)
         with self._locked():
             self._restore()
@@ -125,7 +128,7 @@ class Run:
         """Network, losses and optimizer, as the seed starts them; with TCM they start as without."""
         s = self.settings
         torch.manual_seed(s.seed)
-        self.network = make_network(s.backbone, s.pretrained, s.dim, s.layer_norm).to(self.device)
+        self.network = make_network(s.backbone, s.pretrained, s.dim, s.layer_norm, s.size).to(self.device)
         # Convolutions take half the time; mypy knows no module that is moved to a format alone.
         self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.base = make_base(s.base, len(self.split.train.classes), s.dim).to(self.device)
@@ -255,17 +258,17 @@ class Run:
         path = self.folder / "checkpoint.pt"
         if not path.exists():
             return
-        try:
+        with _naming_damage(path):
             state = torch.load(path, map_location="cpu", weights_only=True)
-            self._check_identity(state["identity"])
+            identity = dict(state["identity"])
+        self._check_identity(identity)
+        with _naming_damage(path):
             self.step, self.seconds, self.last_loss = state["step"], state["seconds"], state["last_loss"]
             for name, part in self.parts.items():
                 part.load_state_dict(state[name])
             torch.set_rng_state(state["random"])
             if self.device.type == "cuda":
                 torch.cuda.set_rng_state(state["random_cuda"], self.device)
-        except (KeyError, RuntimeError, EOFError, OSError, TypeError) as error:
-            raise ValueError(f"{path} is damaged or of another version ({error}); remove it to start anew") from error
         epoch, step = divmod(self.step, self.batches.steps)
         print(f"{self.settings.name}: goes on from epoch {epoch}, step {step} of {self.batches.steps}")
 
@@ -290,3 +293,25 @@ class Run:
             yield
         finally:
             os.close(handle)
+
+
+def _check_pairs(images: Images) -> None:
+    """OPIS is over thresholds that 1 % to 10 % of the negative pairs pass, of which there must be one."""
+    total = len(images.labels)
+    same = int((np.bincount(images.labels) ** 2).sum())
+    negatives = (total**2 - same) // 2
+    if negatives < 10:
+        raise ValueError(
+            f"the test part has {negatives} pairs of images of different classes, too few for OPIS, which looks at 1 % "
+            "to 10 % of them; at least 10 are needed"
+        )
+
+
+@contextmanager
+def _naming_damage(path: Path) -> Iterator[None]:
+    """An error on a checkpoint's contents says which file it is."""
+    try:
+        yield
+    except Exception as error:  # torch and pickle raise what they like on garbage, some with advice for another case
+        why = getattr(error, "strerror", None) or type(error).__name__
+        raise ValueError(f"{path} is damaged or of another version ({why}); remove it to start anew") from error
