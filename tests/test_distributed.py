@@ -334,9 +334,11 @@ def test_encoder(ranks: Ranks, wrapper: str, ring: bool, dtype: torch.dtype, rng
     for result in results:
         assert result["loss"].tobytes() == results[0]["loss"].tobytes()
         for model in (one, wide):
-            for name, parameter in model.named_parameters():
-                assert parameter.grad is not None
-                close(result[name], parameter.grad.numpy(), tolerance)
+            # Together: of the largest entry of all, since in a small one larger summands have cancelled.
+            names, parameters = zip(*model.named_parameters(), strict=True)
+            given = np.concatenate([result[name].ravel() for name in names])
+            wanted = torch.cat([parameter.grad.flatten() for parameter in parameters]).numpy()
+            close(given, wanted, tolerance)
 
 
 # Backward.
