@@ -6,9 +6,10 @@ twice that of the pairs (i, j) by their rows alone, and backward communicates no
 """
 
 import contextlib
+import copy
 import hashlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist  # which `import torch` has imported already
@@ -16,10 +17,13 @@ from torch import Tensor
 
 from tcm_fused import ops
 from tcm_fused.loss import Options, TCMLoss, _check_choice, _one_fp16_product, check_sets, sums_of
-from tcm_fused.pair_sums import PairSums, Rows, add
+from tcm_fused.pair_sums import PairSums, Rows, add, wants_gradient
 from tcm_fused.reference import loss_dtype
 
-_all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before 2.13
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+T = TypeVar("T")
 _REFUSED = {
     "indices_tuple": "TCM finds its hard pairs itself; leave the miner out",
     "ref_emb": "the columns are the embeddings of all ranks; for a memory bank use CrossBatchMemory",
@@ -38,7 +42,8 @@ class DistributedTCMLoss(TCMLoss):
     backward.
 
     Args, beyond those of `TCMLoss`:
-        process_group: the ranks that share the batch; None is the default group.
+        process_group: the ranks that share the batch, as a ProcessGroup or a DeviceMesh of one dimension; None is the
+            default group. A deep copy of the module shares it; with one the module cannot be pickled.
         grad_reduction: "mean", the gradient is multiplied by the number of ranks, for wrappers that average the
             parameters' gradients over ranks (DistributedDataParallel, fully_shard): the average is then that of one
             process with the global batch. "sum", the plain gradient of the global loss, for those that add them up.
@@ -47,14 +52,16 @@ class DistributedTCMLoss(TCMLoss):
             float32, one rank's at a time. The work is the same, and passing on overlaps with it.
 
     Communication, with n the largest part: 16 bytes of each rank, its sizes and terms, whose answer the host waits for;
-    then n (D + 1) numbers of each rank, and at the end its sums, 48 bytes. A group made with "cpu:gloo,cuda:nccl" (or
-    without naming a backend) agrees on sizes through the CPU, so that the host does not wait for the GPU.
+    then n (D + 1) numbers of each rank; 16 bytes, whether its work was done, which the host waits for; and its sums,
+    48 bytes. A group made with "cpu:gloo,cuda:nccl" (or without naming a backend) tells sizes and success through the
+    CPU, so that the host does not wait for the GPU.
 
     Under torch.compile it runs eagerly, between two graphs; with fullgraph=True it is refused.
 
     Raises:
         TypeError, ValueError: this rank's arguments are wrong, as in `tcm_loss`. The other ranks then raise at once
-            RuntimeError with the same message.
+            RuntimeError with the same message. So they do where this rank's work fails later, for want of memory for
+            example, and all can go on after that; not if it is the memory for the columns themselves that is missing.
         ValueError: the ranks disagree in D, dtype, device type or options. Raised on all.
         RuntimeError: no process group; or another rank has failed or does not call, once the group's timeout is over.
 
@@ -68,7 +75,7 @@ reduction='violating', group_pairs='within', precision='auto', backend='auto', g
     def __init__(
         self,
         *args: Any,
-        process_group: "dist.ProcessGroup | None" = None,
+        process_group: "dist.ProcessGroup | DeviceMesh | None" = None,
         grad_reduction: str = "mean",
         ring: bool = False,
         **options: Any,
@@ -130,30 +137,50 @@ reduction='violating', group_pairs='within', precision='auto', backend='auto', g
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, grad_reduction={self.grad_reduction!r}, ring={self.ring!r}"
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "DistributedTCMLoss":
+        memo[id(self.process_group)] = self.process_group  # shared: it is of the process
+        memo[id(self)] = twin = type(self).__new__(type(self))
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self.process_group is not None:
+            raise TypeError(
+                "DistributedTCMLoss with a process_group cannot be pickled: the group is of this process alone; save "
+                "state_dict(), or set process_group to None before and again after loading"
+            )
+        return self.__dict__
+
     def _check(self, embeddings: Tensor, labels: Tensor, groups: Tensor | None) -> Rows:
         """All that can be wrong on this rank alone."""
         options = self.options
         options.check()
         _check_choice("grad_reduction", self.grad_reduction, ("mean", "sum"))
+        for name, value in (("embeddings", embeddings), ("labels", labels), ("groups", groups)):
+            if hasattr(value, "to_local"):
+                raise TypeError(f"{name} must be this rank's own rows, got {type(value).__name__}; pass .to_local()")
         rows, _ = check_sets(embeddings, labels, None, None, None, groups, None)
         ops.choose(options.backend, rows.x.device.type, rows.x.dtype, options.penalty == "squared")
-        return rows if groups is None else rows._replace(groups=groups.to(torch.int64))
+        # So that rows without a label have gradient 0 where that of all others is NaN.
+        return rows._replace(x=torch.where((rows.y >= 0)[:, None], rows.x, 0))
 
     def _global(self, check: Callable[[], tuple[Rows, Rows | None]]) -> tuple[Tensor, Rows | None]:
         """The loss, and the global batch unless it went round the ring."""
         group = _member_of(self.process_group)
         options = self.options
-        rows, bank, sizes = _agree(check, self._terms, group)
+        (rows, bank), sizes = _agree(check, self._terms, group)
         n = max(sizes)
-        if self.ring:
-            batch, columns = _ring_sums(rows, n, group, options), None
-        else:
-            columns = _gather(rows, n, group)
-            batch = sums_of(rows, columns, n * dist.get_rank(group), options)
-        mine, complete = batch, 2 * batch.penalty  # the gradient of pairs (i, j), and of (j, i) on other ranks
-        if bank is not None:  # which is constant
-            stored = sums_of(rows, bank, None, options)
-            mine, complete = add([batch, stored]), complete + stored.penalty
+        columns = None if self.ring else _gather(rows, n, group)
+        sums = _ring_sums(rows, n, group, options) if columns is None else None
+
+        def work() -> tuple[PairSums, Tensor]:
+            batch = sums_of(rows, columns, n * dist.get_rank(group), options) if sums is None else sums()
+            if bank is None:
+                return batch, 2 * batch.penalty  # the gradient of pairs (i, j), and of (j, i) on other ranks
+            stored = sums_of(rows, bank, None, options)  # of columns that are constant
+            return add([batch, stored]), 2 * batch.penalty + stored.penalty
+
+        (mine, complete), _ = _together(lambda: (work(), 0, "", rows.x.device), group)
         total = _add_up(mine, group)
         self._seen = total.penalty, total.hard
         divisor = total.divisor.clamp_min(1).double()
@@ -178,7 +205,7 @@ reduction='violating', group_pairs='within', precision='auto', backend='auto', g
         )
 
 
-def _member_of(group: "dist.ProcessGroup | None") -> "dist.ProcessGroup":
+def _member_of(group: "dist.ProcessGroup | DeviceMesh | None") -> "dist.ProcessGroup":
     """The process group; RuntimeError if there is none, or this process is not in it."""
     if not (dist.is_available() and dist.is_initialized()):
         raise RuntimeError(
@@ -187,6 +214,8 @@ def _member_of(group: "dist.ProcessGroup | None") -> "dist.ProcessGroup":
         )
     if group is None:
         group = dist.group.WORLD
+    elif hasattr(group, "get_group"):  # a DeviceMesh
+        group = group.get_group()
     if group is None or dist.get_rank(group) < 0:
         raise RuntimeError("this process is not in the process group of DistributedTCMLoss; call it on members only")
     return group
@@ -208,29 +237,43 @@ def _agree(
     check: Callable[[], tuple[Rows, Rows | None]],
     terms: Callable[[Rows, Rows | None], str],
     group: "dist.ProcessGroup",
-) -> tuple[Rows, Rows | None, list[int]]:
+) -> tuple[tuple[Rows, Rows | None], list[int]]:
     """What `check` returns here, and the sizes of all ranks' parts; raises on all ranks if it raises on any."""
-    devices = [entry.split(":")[0] for entry in dist.get_backend_config(group).split(",")]
-    device = torch.device("cpu" if "cpu" in devices else devices[0])
-    failure: Exception | None = None
-    try:
+
+    def checked() -> tuple[tuple[Rows, Rows | None], int, str, torch.device]:
         rows, bank = check()
+        devices = _devices(group)
         if rows.x.device.type not in devices:
             raise ValueError(
                 f"embeddings are on {rows.x.device}, but the process group communicates between "
                 f"{' and '.join(devices)} only; move them, or add a backend to init_process_group"
             )
-        text = terms(rows, bank)
-        header = [len(rows.y), int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], signed=True)]
+        return (rows, bank), len(rows.y), terms(rows, bank), rows.x.device
+
+    return _together(checked, group)
+
+
+def _together(work: Callable[[], tuple[T, int, str, torch.device]], group: "dist.ProcessGroup") -> tuple[T, list[int]]:
+    """What `work` returns here, and the number that it returns on each rank, if the text is the same on all.
+
+    Raises on all ranks if it raises on any: there what it raised, and RuntimeError on the others. Of the devices that
+    can tell it is the CPU that does, or else that of `work`'s tensors.
+    """
+    devices = _devices(group)
+    device = torch.device("cpu" if "cpu" in devices else devices[0])
+    failure: Exception | None = None
+    try:
+        result, number, text, where = work()
+        header = [number, int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], signed=True)]
         if device.type != "cpu":
-            device = rows.x.device
+            device = where
     except Exception as error:  # raised below, when the others know
         failure, text, header = error, f"{type(error).__name__}: {error}", [-1, 0]
+    headers = _all_gather(torch.tensor([header], device=device), group).tolist()
+    if all(header[0] >= 0 and header[1] == headers[0][1] for header in headers):
+        return result, [number for number, _ in headers]
+    texts = [""] * len(headers)
     with _with_others():
-        headers = _all_gather(torch.tensor([header], device=device), group).tolist()
-        if all(header[0] >= 0 and header[1] == headers[0][1] for header in headers):
-            return rows, bank, [size for size, _ in headers]
-        texts = [""] * len(headers)
         dist.all_gather_object(texts, text, group)
     if failure is not None:
         raise failure
@@ -244,11 +287,18 @@ def _agree(
     )
 
 
+def _devices(group: "dist.ProcessGroup") -> list[str]:
+    """The device types between which the group communicates."""
+    return [entry.split(":")[0] for entry in dist.get_backend_config(group).split(",")]
+
+
 def _all_gather(t: Tensor, group: "dist.ProcessGroup") -> Tensor:
     """[ranks * N, ...] of t [N, ...], which has the same shape on all ranks."""
     gathered = t.new_empty((dist.get_world_size(group) * t.shape[0], *t.shape[1:]))
     if t.numel():
-        _all_gather_single(gathered, t, group)
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before 2.13
+        with _with_others():
+            gather(gathered, t, group)
     return gathered
 
 
@@ -269,37 +319,56 @@ def _unpack(packed: tuple[Tensor, Tensor], dtype: torch.dtype) -> Rows:
 
 def _gather(rows: Rows, n: int, group: "dist.ProcessGroup") -> Rows:
     """All ranks' rows, in rank order, n of each."""
-    with _with_others():
-        x, ids = (_all_gather(t, group) for t in _pack(rows, n))
+    x, ids = (_all_gather(t, group) for t in _pack(rows, n))
     return _unpack((x, ids), rows.x.dtype)
 
 
-def _ring_sums(rows: Rows, n: int, group: "dist.ProcessGroup", options: Options) -> PairSums:
-    """The sums over this rank's rows and the columns of all ranks, which arrive one rank after the other."""
+def _ring_sums(rows: Rows, n: int, group: "dist.ProcessGroup", options: Options) -> Callable[[], PairSums]:
+    """Gives the sums over this rank's rows and the columns of all ranks, which arrive one rank after the other.
+
+    What fails here is raised by the function that is returned: columns that others wait for are passed on first.
+    """
     dtype, wide = rows.x.dtype, loss_dtype(rows.x)
     options = options._replace(precision="fp16" if _one_fp16_product(rows.x, options.precision) else "fp32")
-    wanted = torch.is_grad_enabled() and rows.x.requires_grad
-    x = rows.x.detach().to(wide).requires_grad_(wanted)  # wide: gradients are summed up before they are rounded
-    grad = x.new_zeros((2 if wanted else 0, *x.shape))
+    wanted = wants_gradient(rows.x)
+    failure: Exception | None = None
+    parts: list[PairSums] = []
     held = _pack(rows, n)
-    parts = []
     world = dist.get_world_size(group)
     for step in range(world):
         with _passing_on(held, group) if step < world - 1 else contextlib.nullcontext(held) as arriving:
-            columns = None  # the first step's columns are the rows
-            if step:
-                columns = _unpack(held, dtype)
-                columns = columns._replace(x=columns.x.to(wide))
-            part = sums_of(rows._replace(x=x), columns, None, options)
-            if wanted:
-                for side in (0, 1):
-                    (by_side,) = torch.autograd.grad(part.penalty[side], x, retain_graph=side == 0)
-                    # Where rows are columns it is that of the pairs (j, i) too, which a factor 2 will stand for.
-                    grad[side] += by_side if step else by_side / 2
-        parts.append(part._replace(penalty=part.penalty.detach()))
+            try:
+                if step == 0:
+                    x = rows.x.detach().to(wide).requires_grad_(wanted)  # gradients are added up before rounding
+                    grad = x.new_zeros((2 if wanted else 0, *x.shape))
+                if failure is None:
+                    parts.append(_ring_part(rows._replace(x=x), _unpack(held, dtype) if step else None, grad, options))
+            except Exception as error:
+                failure = error
         held = arriving
-    total = add(parts)
-    return total._replace(penalty=ops.WithGradient.apply(rows.x, total.penalty, grad)) if wanted else total
+
+    def sums() -> PairSums:
+        if failure is not None:
+            raise failure
+        total = add(parts)
+        return total._replace(penalty=ops.WithGradient.apply(rows.x, total.penalty, grad)) if wanted else total
+
+    return sums
+
+
+def _ring_part(rows: Rows, columns: Rows | None, grad: Tensor, options: Options) -> PairSums:
+    """The sums with one rank's columns (None: the rows), as constants; their gradient is added to `grad` [2, N, D].
+
+    Nothing is left of the columns after that: the graph, which holds them, ends here.
+    """
+    if columns is not None:
+        columns = columns._replace(x=columns.x.to(rows.x.dtype))
+    part = sums_of(rows, columns, None, options)
+    for side in range(len(grad)):
+        (by_side,) = torch.autograd.grad(part.penalty[side], rows.x, retain_graph=side == 0)
+        # Where rows are columns it is that of the pairs (j, i) too, which a factor 2 will stand for.
+        grad[side] += by_side / 2 if columns is None else by_side
+    return part._replace(penalty=part.penalty.detach())
 
 
 @contextlib.contextmanager
@@ -325,6 +394,5 @@ def _passing_on(held: tuple[Tensor, Tensor], group: "dist.ProcessGroup") -> Iter
 def _add_up(mine: PairSums, group: "dist.ProcessGroup") -> PairSums:
     """Over all ranks, in rank order, so that each gets the same bits: gathered, since a reduction promises no order."""
     packed = torch.cat([mine.penalty.detach().double().view(torch.int64), mine.hard, mine.divisor])
-    with _with_others():
-        penalty, hard, divisor = _all_gather(packed[None], group).unflatten(1, (3, 2)).unbind(1)
+    penalty, hard, divisor = _all_gather(packed[None], group).unflatten(1, (3, 2)).unbind(1)
     return PairSums(penalty.contiguous().view(torch.float64).sum(0), hard.sum(0), divisor.sum(0))

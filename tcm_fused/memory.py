@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from tcm_fused.loss import TCMLoss
 from tcm_fused.ops import eager_when_compiled
 from tcm_fused.pair_sums import Rows
+from tcm_fused.reference import EPS, loss_dtype
 
 _NO_GROUP = torch.iinfo(torch.int64).min  # of what was stored without groups
 
@@ -28,10 +29,14 @@ class CrossBatchMemory(nn.Module):
 
     Then the batch is stored, detached, in place of the oldest: in training mode only, not in evaluation. Rows with a
     negative label and rows that are not finite are left out; of a batch larger than the bank the last rows stay. The
-    bank has the dtype of the first batch. Nothing waits for the device, but for `groups`. Under torch.compile it runs
-    eagerly.
+    bank has the dtype of the first batch; rows are stored over a power of two that brings them near length 1, which
+    changes no similarity, so that they fit. Nothing waits for the device, but for `groups`. Under torch.compile it
+    runs eagerly.
 
-    The bank is made of buffers, so it is saved, loaded and moved with the module (move it before loading).
+    The bank is made of buffers, so it is saved, loaded and moved with the module (move it before loading; what does not
+    fit is not loaded at all). DistributedDataParallel overwrites the buffers of all ranks by those of rank 0: inside a
+    module that it wraps, use a memory of a `DistributedTCMLoss`, which is the same on all ranks, or
+    `broadcast_buffers=False`.
 
     Args:
         loss: a `TCMLoss`, or a `DistributedTCMLoss`: every rank then stores the whole global batch, so that the bank
@@ -39,9 +44,12 @@ class CrossBatchMemory(nn.Module):
         size: embeddings that the bank holds, at least 1.
         warm_up: calls in training mode, from the first, in which the bank is neither used nor filled: embeddings move
             fast in the beginning, and old ones mislead.
+        embedding_size: D, if it is known: the bank then has its shape from the beginning, which a checkpoint that is
+            loaded in place (torch.distributed.checkpoint) needs, and the dtype and device of the module: float32 on
+            the CPU unless that is cast or moved.
 
     Raises:
-        TypeError, ValueError: `loss`, `size` or `warm_up` is not as above. Calls raise what `loss` raises, and
+        TypeError, ValueError: an argument is not as above. Calls raise what `loss` raises, and
             ValueError if embeddings are not of the width, or on the device, of the bank.
 
     Source: Wang et al., Cross-Batch Memory for Embedding Learning, CVPR 2020 (arXiv 1912.06798).
@@ -54,16 +62,17 @@ class CrossBatchMemory(nn.Module):
         24
     """
 
-    embeddings: Tensor  # [size, D]; D is 0 before the first batch is stored
+    embeddings: Tensor  # [size, D]; D is 0 before the first batch is stored, unless it was given
     labels: Tensor  # [size] int64, -1 where nothing is stored
     groups: Tensor  # [size] int64
     position: Tensor  # [] int64, the oldest slot, which is written next
 
-    def __init__(self, loss: TCMLoss, size: int, warm_up: int = 0) -> None:
+    def __init__(self, loss: TCMLoss, size: int, warm_up: int = 0, embedding_size: int | None = None) -> None:
         super().__init__()
         if not isinstance(loss, TCMLoss):
             raise TypeError(f"loss must be a TCMLoss or a DistributedTCMLoss, got {type(loss).__name__}")
-        for name, value, least in (("size", size, 1), ("warm_up", warm_up, 0)):
+        width = 1 if embedding_size is None else embedding_size
+        for name, value, least in (("size", size, 1), ("warm_up", warm_up, 0), ("embedding_size", width, 1)):
             if not isinstance(value, numbers.Integral) or isinstance(value, bool):
                 raise TypeError(f"{name} must be an int, got {type(value).__name__}")
             if value < least:
@@ -73,7 +82,7 @@ class CrossBatchMemory(nn.Module):
         self.warm_up = int(warm_up)
         self.calls = 0  # in training mode
         self.filled = 0  # no slot from here on is filled; kept here, so that no one waits for the device to tell it
-        self.register_buffer("embeddings", torch.empty(self.size, 0))
+        self.register_buffer("embeddings", torch.zeros(self.size, int(embedding_size or 0)))
         self.register_buffer("labels", torch.full((self.size,), -1))
         self.register_buffer("groups", torch.full((self.size,), _NO_GROUP))
         self.register_buffer("position", torch.zeros((), dtype=torch.int64))
@@ -111,6 +120,7 @@ class CrossBatchMemory(nn.Module):
             return Rows(x.to(batch.x.dtype), y, None)
         return Rows(x.to(batch.x.dtype), torch.where(groups == _NO_GROUP, -1, y), groups)
 
+    @torch.inference_mode(False)  # for the buffers, which are written in calls with gradients as well
     @torch.no_grad()
     def _store(self, batch: Rows) -> None:
         """The last rows that can be stored, in their order, from `position` on, round the end of the bank.
@@ -128,24 +138,56 @@ class CrossBatchMemory(nn.Module):
         last = stays.argsort(stable=True)[len(y) - n :]
         count = stays.sum()
         slots = (self.position + count - n + torch.arange(n, device=y.device)) % self.size
-        for bank, new in ((self.embeddings, x), (self.labels, y), (self.groups, groups)):
+        for bank, new in ((self.embeddings, _near_unit(x)), (self.labels, y), (self.groups, groups)):
             written = stays[last].view(-1, *[1] * (bank.ndim - 1))
             bank[slots] = torch.where(written, new[last].to(bank.dtype), bank[slots])
         self.position.copy_((self.position + count) % self.size)
         self.filled = min(self.size, self.filled + n)
 
-    def get_extra_state(self) -> dict[str, int]:
-        return {"calls": self.calls, "filled": self.filled}
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor([self.calls, self.filled])
 
-    def set_extra_state(self, state: dict[str, int]) -> None:
-        self.calls, self.filled = state["calls"], state["filled"]
+    def set_extra_state(self, state: Tensor) -> None:
+        self.calls, self.filled = state.tolist()
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
-        """A bank of another width is loaded where one of the two is empty; torch's own message tells all else."""
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """All of a bank or nothing; one of another width is loaded where one of the two is empty."""
         saved = state_dict.get(prefix + "embeddings")
-        if isinstance(saved, Tensor) and 0 in (*saved.shape[1:], self.embeddings.shape[1]):
-            self.embeddings = saved.new_zeros(self.size, *saved.shape[1:], device=self.embeddings.device)
-        super()._load_from_state_dict(state_dict, prefix, *others)
+        if isinstance(saved, Tensor) and saved.shape != self.embeddings.shape:
+            if saved.ndim != 2 or len(saved) != self.size or 0 not in (saved.shape[1], self.embeddings.shape[1]):
+                error_msgs.append(
+                    f"size mismatch for {prefix}embeddings: a memory of shape {list(saved.shape)} does not fit into "
+                    f"one of shape {list(self.embeddings.shape)}"
+                )
+                return
+            self.embeddings = saved.new_zeros(saved.shape, device=self.embeddings.device)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        if not self.labels.is_meta:  # the number of filled slots may not have been saved with them
+            stored = (self.labels >= 0).nonzero()
+            self.filled = min(self.size, max(self.filled, int(stored.max()) + 1 if len(stored) else 0))
 
     def extra_repr(self) -> str:
         return f"size={self.size}, warm_up={self.warm_up}"
+
+
+def _near_unit(x: Tensor) -> Tensor:
+    """Rows of x [N, D], in the dtype of the loss, over a power of two: no entry is above 4, so that any dtype has it.
+
+    The power is exact, or nearly, and all entries of a row have the same. Rows so small that the loss does not make
+    them unit rows stay as they are.
+    """
+    x = x.to(loss_dtype(x))
+    norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)  # of a large row infinite
+    peak = torch.linalg.vector_norm(x, torch.inf, dim=1, keepdim=True)
+    return x / torch.where(norm < EPS, 1, (peak / 2).log2().floor().exp2())
