@@ -470,6 +470,8 @@ def test_errors_say_what_to_do() -> None:
         criterion(x, y, (y[:2], y[:2], y[:2], y[:3]))
     with pytest.raises(ValueError, match="one of each for a pair.* got 0 anchors of positives and 1 positives"):
         criterion(x, y, (y[:0], y[:1], y[:2], y[:2]))
+    with pytest.raises(ValueError, match="one of each for a pair"):  # as many as all pairs are
+        criterion(x[:2], y[:2], (y[:1] * 0, y[:2] * 0, y[:1] * 0, y[:1] * 0))
     for options, words in (({"penalty": "cubic"}, "penalty='cubic'"), ({"margin_plus": float("nan")}, "margin_plus")):
         for indices in (None, (index[:1],) * 4):
             with pytest.raises(ValueError, match=words):

@@ -150,6 +150,8 @@ def recognise_all_pairs(pairs: tuple[Tensor, ...], labels: Tensor | None, ref_la
     """
     if labels is None or ref_labels is None or len(labels) == 0 or len(ref_labels) == 0:
         return None
+    if (len(pairs[0]), len(pairs[2])) != (len(pairs[1]), len(pairs[3])):
+        return None
     rows, columns = len(labels), len(ref_labels)
     left_out, remainder = divmod(rows * columns - len(pairs[0]) - len(pairs[2]), rows)
     if remainder or left_out not in (0, 1) or (left_out and rows > columns):
