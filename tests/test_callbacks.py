@@ -190,7 +190,8 @@ def test_hard_pairs_are_found_and_not_waited_for() -> None:
         for collected in (pairs, callback._pairs):
             collected.start_batch()
             assert collected.end_batch() == {}
-    for rows, losses_called in ((20, [plain]), (30, [plain, memory]), (N, [memory])):
+    batches_of: list[tuple[int, list[Any]]] = [(20, [plain]), (30, [plain, memory]), (N, [memory])]
+    for rows, losses_called in batches_of:
         with NoSync():
             pairs.start_batch()
             callback.on_step_begin(None, None, None)
@@ -200,7 +201,7 @@ def test_hard_pairs_are_found_and_not_waited_for() -> None:
             (callback.on_step_end if rows == N else callback.on_substep_end)(None, None, None)
         assert list(called) == ["a", "b.0.loss"][plain not in losses_called : 1 + (memory in losses_called)]
         for loss, stats in zip(losses_called, called.values(), strict=True):
-            last = plain.stats if loss is plain else memory.loss.stats
+            last: Any = plain.stats if loss is plain else memory.loss.stats
             assert stats.tolist() == pytest.approx([float(value) for value in last])
         with pytest.raises(AssertionError), NoSync():
             stats[0].item()
@@ -215,11 +216,12 @@ def test_hard_pairs_are_found_and_not_waited_for() -> None:
 
 def test_every_loss_is_found_under_a_name_of_its_own() -> None:
     first, second, third = (TCMLoss() for _ in range(3))
+    compiled: Any = torch.compile(second, backend="eager")
     other = nn.Linear(1, 1)
     other.stats = torch.zeros(1)  # of something else
-    roots = {
+    roots: dict[str, object] = {
         "a": nn.ModuleDict({"tcm": first, "other": other}),
-        "b": nn.ModuleDict({"tcm": torch.compile(second, backend="eager"), "again": first}),
+        "b": nn.ModuleDict({"tcm": compiled, "again": first}),
         "a.tcm": third,
         "none": None,
     }
@@ -379,7 +381,8 @@ class OwnLoss(transformers.Trainer):
         embeddings = model(**inputs)["embeddings"]
         used = [self.criterion] if self.args.process_index == 0 else [self.criterion, self.second]
         loss: Tensor = sum(criterion(embeddings, inputs["labels"]) for criterion in used)
-        self.seen.append([float(value) for value in used[-1].stats])
+        stats: Any = used[-1].stats
+        self.seen.append([float(value) for value in stats])
         return loss
 
 
@@ -430,8 +433,8 @@ def test_sentence_transformers_with_two_datasets(tmp_path: Path, with_tcm: str) 
         prefix = f"tcm/loss.{name}.tcm" if len(with_tcm) == 2 else "tcm"
 
         def note(module: Any, *_: Any, prefix: str = prefix) -> None:
-            stats = module.tcm.stats if isinstance(module, WithTCM) else []
-            seen.append({f"{prefix}/{key}": float(value) for key, value in zip(KEYS, stats)})  # noqa: B905
+            figures = zip(KEYS, module.tcm.stats, strict=True) if hasattr(module, "tcm") else ()
+            seen.append({f"{prefix}/{key}": float(value) for key, value in figures})
 
         loss.register_forward_hook(note)
     options = arguments(tmp_path, per_device_train_batch_size=12, logging_steps=1, num_train_epochs=1)

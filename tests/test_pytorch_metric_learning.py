@@ -466,9 +466,9 @@ def test_errors_say_what_to_do() -> None:
         criterion(x, y, (y[:2], index, y[:2], y[:2]))
     with pytest.raises(ValueError, match="anchors of negatives must be from 0 to 19, got -1"):
         criterion(x, y, (y[:2], y[:2], y[:2] * 0 - 1, y[:2]))
-    with pytest.raises(ValueError, match="one of each for a pair.* got 2 anchors of negatives and 3 negatives"):
+    with pytest.raises(ValueError, match=r"one of each for a pair.* got 2 anchors of negatives and 3 negatives"):
         criterion(x, y, (y[:2], y[:2], y[:2], y[:3]))
-    with pytest.raises(ValueError, match="one of each for a pair.* got 0 anchors of positives and 1 positives"):
+    with pytest.raises(ValueError, match=r"one of each for a pair.* got 0 anchors of positives and 1 positives"):
         criterion(x, y, (y[:0], y[:1], y[:2], y[:2]))
     with pytest.raises(ValueError, match="one of each for a pair"):  # as many as all pairs are
         criterion(x[:2], y[:2], (y[:1] * 0, y[:2] * 0, y[:1] * 0, y[:1] * 0))

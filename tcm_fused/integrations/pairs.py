@@ -35,7 +35,8 @@ def pair_loss(
         The loss, in float64 for float64 embeddings and float32 otherwise, and its stats.
 
     Raises:
-        ValueError: row and column lists of unequal length; on a CPU, an index is out of range. (On a GPU that is an error of the device.)
+        ValueError: the lists of a side are of unequal length; on a CPU, an index is out of range. (On a GPU that is an
+            error of the device.)
     """
     options.check()
     names = ("anchors of positives", "positives", "anchors of negatives", "negatives")
