@@ -1,8 +1,10 @@
 """Callbacks of Lightning and Transformers: what they log is what the losses saw and what `opis` finds."""
 
 import csv
+import math
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from tcm_fused import TCMLoss, opis, tcm_loss
 from tcm_fused.integrations import lightning as for_lightning
 from tcm_fused.integrations import transformers as for_transformers
-from tcm_fused.integrations.hard_pairs import KEYS, criteria, hard_pairs
+from tcm_fused.integrations.hard_pairs import KEYS, HardPairs, criteria
 from tcm_fused.integrations.pytorch_metric_learning import CrossBatchMemory, ThresholdConsistentMarginLoss
 from tcm_fused.integrations.sentence_transformers import ThresholdConsistentMarginLoss as SentenceLoss
 from tcm_fused.integrations.sentence_transformers import WithTCM
@@ -56,8 +58,9 @@ def expected_scores(x: Tensor, y: Tensor) -> dict[str, float]:
 class Network(lightning.LightningModule):
     """Embeddings are the input itself times a weight: cosine similarities, and with them all figures, stay the same."""
 
-    def __init__(self, in_module: bool = True) -> None:
+    def __init__(self, in_module: bool = True, calls: Callable[[int], bool] = lambda batch_idx: True) -> None:
         super().__init__()
+        self.calls = calls
         self.scale = nn.Parameter(torch.ones(()))
         criterion = TCMLoss(**MARGINS)
         self.criterion: Any = criterion if in_module else [criterion]  # a list, which Lightning does not look into
@@ -65,7 +68,9 @@ class Network(lightning.LightningModule):
     def embed(self, x: Tensor) -> Tensor:
         return self.scale * x
 
-    def training_step(self, batch: Any, _: int) -> Tensor:
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        if not self.calls(batch_idx):
+            return 0 * self.scale
         criterion = self.criterion if isinstance(self.criterion, TCMLoss) else self.criterion[0]
         loss: Tensor = criterion(self.embed(batch[0]), batch[1]) + 0 * self.scale
         return loss
@@ -142,6 +147,26 @@ def test_lightning_with_two_validation_loaders(tmp_path: Path) -> None:
     assert not any("tcm/hard_positives" in row for row in rows(trainer))  # nothing was asked for
 
 
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+def test_lightning_with_batches_that_do_not_call_the_loss(tmp_path: Path) -> None:
+    """Those have no hard pairs to log, nor of the batch before, and do not count in the means."""
+    module = Network(calls=lambda batch_idx: batch_idx == 1)
+    written = rows(fit(tmp_path, module, for_lightning.TCMCallback(), [data(1)], log_every_n_steps=1))
+    for key, value in zip(KEYS, expected_pairs(*(t[BATCH : 2 * BATCH] for t in data())), strict=True):
+        found = [float(row[f"tcm/{key}"]) for row in written if f"tcm/{key}" in row]
+        assert found == pytest.approx([math.nan, value, math.nan] * 2, nan_ok=True)
+        mean = [float(row[f"tcm/{key}_epoch"]) for row in written if f"tcm/{key}_epoch" in row]
+        assert mean == pytest.approx([value] * 2)
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+def test_lightning_without_a_loss(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="found no TCM loss.*criterion=") as warned:
+        trainer = fit(tmp_path, Network(in_module=False), for_lightning.TCMCallback(), [data(1)], log_every_n_steps=1)
+    assert sum("found no TCM loss" in str(warning.message) for warning in warned) == 1
+    assert not any("tcm/" in key for key in trainer.callback_metrics)
+
+
 class NoSync(TorchDispatchMode):
     """An error where a value of a tensor is read: what waits for the device."""
 
@@ -151,28 +176,58 @@ class NoSync(TorchDispatchMode):
 
 
 def test_hard_pairs_are_found_and_not_waited_for() -> None:
-    """Of every loss that a module holds, once, and only of those that were called."""
+    """Of every loss that a module holds, once; a batch counts for those that it called."""
     x, y = data()
     memory = CrossBatchMemory(ThresholdConsistentMarginLoss(**MARGINS), embedding_size=D)
     plain = TCMLoss(**MARGINS)
     model = nn.ModuleDict({"a": plain, "b": nn.Sequential(memory), "again": plain, "linear": nn.Linear(2, 2)})
-    found_losses = criteria(None, plain, model, "no module")
-    assert list(found_losses) == ["TCMLoss", "b.0.loss"]
-    assert hard_pairs(found_losses) == {}
-    plain(x, y)
+    pairs = HardPairs({"": model})
+    assert list(pairs.losses) == ["a", "b.0.loss"]
+    plain(x[:20], y[:20])  # as in evaluation, before the batch
+    callback = callback_of(model)
     with NoSync():
-        found = hard_pairs(found_losses)
-        for_transformers_callback = callback_of(model)
-        for_transformers_callback.on_train_begin(None, None, None)
-        for_transformers_callback.on_step_end(None, None, None)
-        for_transformers_callback.on_step_end(None, None, None)
-    assert {key: value.item() for key, value in found.items()} == pytest.approx(
-        {f"tcm/{key}": value for key, value in zip(KEYS, expected_pairs(x, y), strict=True)}
-    )
-    memory(x, y)
-    assert set(hard_pairs(found_losses)) == {f"tcm/{name}/{key}" for name in ("TCMLoss", "b.0.loss") for key in KEYS}
-    with pytest.raises(AssertionError), NoSync():
-        found["tcm/hard_positives"].item()
+        callback.on_train_begin(None, None, None)
+        for collected in (pairs, callback._pairs):
+            collected.start_batch()
+            assert collected.end_batch() == {}
+    batches_of: list[tuple[int, list[Any]]] = [(20, [plain]), (30, [plain, memory]), (N, [memory])]
+    for rows, losses_called in batches_of:
+        with NoSync():
+            pairs.start_batch()
+            callback.on_step_begin(None, None, None)
+            for loss in losses_called:
+                loss(x[:rows], y[:rows])
+            called = pairs.end_batch()
+            (callback.on_step_end if rows == N else callback.on_substep_end)(None, None, None)
+        assert list(called) == ["a", "b.0.loss"][plain not in losses_called : 1 + (memory in losses_called)]
+        for loss, stats in zip(losses_called, called.values(), strict=True):
+            last: Any = plain.stats if loss is plain else memory.loss.stats
+            assert stats.tolist() == pytest.approx([float(value) for value in last])
+        with pytest.raises(AssertionError), NoSync():
+            stats[0].item()
+    means = [(a + b) / 2 for a, b in zip(*(expected_pairs(x[:rows], y[:rows]) for rows in (20, 30)), strict=True)]
+    for collected in (pairs, callback._pairs):
+        found = collected.means(collected.take_sums(torch.device("cpu")))
+        prefix = "" if collected is pairs else "model."
+        assert list(found) == [f"tcm/{prefix}{name}/{key}" for name in ("a", "b.0.loss") for key in KEYS]
+        assert list(found.values())[: len(KEYS)] == pytest.approx(means)
+        assert collected.means(collected.take_sums(torch.device("cpu"))) == {}
+
+
+def test_every_loss_is_found_under_a_name_of_its_own() -> None:
+    first, second, third = (TCMLoss() for _ in range(3))
+    compiled: Any = torch.compile(second, backend="eager")
+    other = nn.Linear(1, 1)
+    other.stats = torch.zeros(1)  # of something else
+    roots: dict[str, object] = {
+        "a": nn.ModuleDict({"tcm": first, "other": other}),
+        "b": nn.ModuleDict({"tcm": compiled, "again": first}),
+        "a.tcm": third,
+        "none": None,
+    }
+    assert list(criteria(roots).values()) == [first, second, third]
+    assert len(HardPairs(roots).by_key({name: [0.0] * 4 for name in criteria(roots)})) == 12
+    assert list(criteria({"": first})) == ["TCMLoss"]
 
 
 class Stub:
@@ -271,14 +326,6 @@ def test_best_model_by_opis(tmp_path: Path) -> None:
             loss: Tensor = self.tcm(outputs["embeddings"], labels)
             return loss
 
-    class Plain(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.linear = nn.Linear(D, D)
-
-        def forward(self, x: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
-            return {"embeddings": self.linear(x)}
-
     trainer = transformers.Trainer(
         model=Plain(),
         args=transformers.TrainingArguments(
@@ -308,6 +355,103 @@ def test_best_model_by_opis(tmp_path: Path) -> None:
     assert len(scores) == 2
     assert trainer.state.best_metric == min(scores)
     assert sum("tcm/hard_negatives" in entry for entry in trainer.state.log_history) == 6
+
+
+class Plain(nn.Module):
+    """A model that leaves the loss to the trainer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        return {"embeddings": self.scale * x}
+
+
+class OwnLoss(transformers.Trainer):
+    """As Transformers' documentation has it: the loss is an attribute of the trainer. Rank 0 calls one loss of two."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.criterion = TCMLoss(**MARGINS)
+        self.second = TCMLoss(**MARGINS)
+        self.seen: list[list[float]] = []
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], *_: Any, **__: Any) -> Tensor:
+        embeddings = model(**inputs)["embeddings"]
+        used = [self.criterion] if self.args.process_index == 0 else [self.criterion, self.second]
+        loss: Tensor = sum(criterion(embeddings, inputs["labels"]) for criterion in used)
+        stats: Any = used[-1].stats
+        self.seen.append([float(value) for value in stats])
+        return loss
+
+
+def train_own_loss(folder: Path, make: Any = OwnLoss, criterion: Any = None, **options: Any) -> Any:
+    examples = [{"x": a, "labels": b} for a, b in zip(*data(), strict=True)]
+    backend = {"ddp_backend": "gloo"} if torch.distributed.is_initialized() else {}
+    training = transformers.TrainingArguments(
+        **arguments(folder, per_device_train_batch_size=BATCH, logging_steps=1), **backend
+    )
+    trainer = make(model=Plain(), args=training, train_dataset=examples, **options)
+    trainer.add_callback(for_transformers.TCMCallback(trainer, criterion=criterion))
+    trainer.train()
+    return trainer
+
+
+def test_loss_beside_the_model(tmp_path: Path) -> None:
+    """One that is an attribute of the trainer is found, one in a function is told of; else a warning says how."""
+    trainer = train_own_loss(tmp_path)
+    assert len(trainer.seen) == 6
+    for place, key in enumerate(KEYS):
+        logged = [
+            entry[f"tcm/criterion/{key}"] for entry in trainer.state.log_history if f"tcm/criterion/{key}" in entry
+        ]
+        assert logged == pytest.approx([stats[place] for stats in trainer.seen])
+    assert not any("tcm/second" in key for entry in trainer.state.log_history for key in entry)
+
+    criterion = TCMLoss(**MARGINS)
+    function = {"compute_loss_func": lambda outputs, labels, **_: criterion(outputs["embeddings"], labels)}
+    trainer = train_own_loss(tmp_path, transformers.Trainer, criterion, **function)
+    assert sum("tcm/hard_negatives" in entry for entry in trainer.state.log_history) == 6
+    with pytest.warns(UserWarning, match="found no TCM loss.*criterion=") as warned:
+        trainer = train_own_loss(tmp_path, transformers.Trainer, **function)
+    assert sum("found no TCM loss" in str(warning.message) for warning in warned) == 1
+    assert not any("tcm/" in key for entry in trainer.state.log_history for key in entry)
+
+
+@pytest.mark.parametrize("with_tcm", ["ab", "b"])
+def test_sentence_transformers_with_two_datasets(tmp_path: Path, with_tcm: str) -> None:
+    """Each dataset's loss has figures of its own, at logs after its batches only."""
+    model = tiny_bert.encoder(tmp_path / "model")
+    texts, _ = tiny_bert.sentences(24, torch.Generator().manual_seed(1))
+    triplets = {"anchor": texts, "positive": texts[6:] + texts[:6], "negative": texts[7:] + texts[:7]}
+    sets = {"a": Dataset.from_dict(dict(list(triplets.items())[:2])), "b": Dataset.from_dict(triplets)}
+    of_set: dict[str, Any] = {name: losses.MultipleNegativesRankingLoss(model) for name in sets}
+    of_set |= {name: WithTCM(of_set[name], **MARGINS) for name in with_tcm}
+    seen: list[dict[str, float]] = []
+    for name, loss in of_set.items():
+        prefix = f"tcm/loss.{name}.tcm" if len(with_tcm) == 2 else "tcm"
+
+        def note(module: Any, *_: Any, prefix: str = prefix) -> None:
+            figures = zip(KEYS, module.tcm.stats, strict=True) if hasattr(module, "tcm") else ()
+            seen.append({f"{prefix}/{key}": float(value) for key, value in figures})
+
+        loss.register_forward_hook(note)
+    options = arguments(tmp_path, per_device_train_batch_size=12, logging_steps=1, num_train_epochs=1)
+    trainer = SentenceTransformerTrainer(
+        model=model,
+        args=SentenceTransformerTrainingArguments(**options, multi_dataset_batch_sampler="round_robin"),
+        train_dataset=sets,
+        loss=of_set,
+    )
+    trainer.add_callback(for_transformers.TCMCallback(trainer))
+    trainer.train()
+    assert len(seen) == 4
+    assert len({tuple(stats) for stats in seen}) == 2
+    found: list[dict[str, float]] = [{} for _ in seen]
+    for entry in trainer.state.log_history:
+        found[entry["step"] - 1] |= {key: value for key, value in entry.items() if key.startswith("tcm/")}
+    assert found == [pytest.approx(stats, rel=1e-5) for stats in seen]
 
 
 def test_sentence_transformers(tmp_path: Path) -> None:
@@ -419,6 +563,27 @@ def _worker(rank: int, folder: str) -> None:
     assert lightning_trainer.world_size == 2
     for name, value in expected_scores(*validation).items():
         assert lightning_trainer.callback_metrics[f"tcm/{name}"].item() == pytest.approx(value, rel=1e-6)
+
+    # Losses that some processes call, and others do not.
+    with_own_loss = train_own_loss(Path(folder))
+    means = torch.tensor(with_own_loss.seen)
+    together = [torch.empty_like(means) for _ in range(2)]
+    torch.distributed.all_gather(together, means)
+    for place, key in enumerate(KEYS):
+        both = [(a[place] + b[place]).item() / 2 for a, b in zip(*together, strict=True)]
+        for name, expected_of in (("criterion", both), ("second", together[1][:, place].tolist())):
+            history = with_own_loss.state.log_history
+            found = [entry[f"tcm/{name}/{key}"] for entry in history if f"tcm/{name}/{key}" in entry]
+            assert found == pytest.approx(expected_of, rel=1e-5)
+    module = Network(calls=lambda batch_idx: rank == 1 and batch_idx == 0)
+    lightning_trainer = fit(
+        Path(folder), module, for_lightning.TCMCallback(), [validation], strategy="ddp", devices=2, log_every_n_steps=1
+    )
+    of_one = torch.tensor([float(value) for value in module.criterion.stats or [0.0] * len(KEYS)])  # in the last epoch
+    torch.distributed.broadcast(of_one, 1)
+    assert of_one[0] > 0
+    for key, value in zip(KEYS, of_one.tolist(), strict=True):
+        assert lightning_trainer.callback_metrics[f"tcm/{key}_epoch"].item() == pytest.approx(value)
     torch.distributed.destroy_process_group()
 
 

@@ -136,6 +136,9 @@ def test_all_pairs_with_a_reference_set() -> None:
     agree(criterion(x, y, None, ref, ref_y), tcm_loss(x, y, ref, ref_y, **every), x, ref)
     agree(criterion(x, y, None, x, y), tcm_loss(x, y, **every), x)
     agree(criterion(x, y, None, x, y.clone()), tcm_loss(x, y, **every), x)
+    # Labels of its own for the second view, as when some of it is not to be compared: those count.
+    other_y = torch.where(torch.arange(len(y)) % 3 == 0, -1, y.roll(1))
+    agree(criterion(x, y, None, x, other_y), tcm_loss(x, y, x, other_y, row_offset=0, **every), x)
     # The library takes one label tensor for both to mean that the columns are the rows, here a second view of them.
     agree(criterion(x, y, None, other, y), tcm_loss(x, y, other, y, row_offset=0, **every), x, other)
     agree(criterion(x, y, None, other, y.clone()), tcm_loss(x, y, other, y, **every), x, other)
@@ -463,6 +466,12 @@ def test_errors_say_what_to_do() -> None:
         criterion(x, y, (y[:2], index, y[:2], y[:2]))
     with pytest.raises(ValueError, match="anchors of negatives must be from 0 to 19, got -1"):
         criterion(x, y, (y[:2], y[:2], y[:2] * 0 - 1, y[:2]))
+    with pytest.raises(ValueError, match=r"one of each for a pair.* got 2 anchors of negatives and 3 negatives"):
+        criterion(x, y, (y[:2], y[:2], y[:2], y[:3]))
+    with pytest.raises(ValueError, match=r"one of each for a pair.* got 0 anchors of positives and 1 positives"):
+        criterion(x, y, (y[:0], y[:1], y[:2], y[:2]))
+    with pytest.raises(ValueError, match="one of each for a pair"):  # as many as all pairs are
+        criterion(x[:2], y[:2], (y[:1] * 0, y[:2] * 0, y[:1] * 0, y[:1] * 0))
     for options, words in (({"penalty": "cubic"}, "penalty='cubic'"), ({"margin_plus": float("nan")}, "margin_plus")):
         for indices in (None, (index[:1],) * 4):
             with pytest.raises(ValueError, match=words):

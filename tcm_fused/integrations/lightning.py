@@ -9,9 +9,10 @@ Example:
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from tcm_fused.integrations.hard_pairs import criteria, hard_pairs
+from tcm_fused.integrations.hard_pairs import KEYS, HardPairs
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -28,8 +29,9 @@ class TCMCallback(Callback):
     """Logs what the TCM losses of a `LightningModule` see, and the OPIS of its validation embeddings.
 
     For each training batch of this process: "tcm/hard_positives", "tcm/hard_negatives", "tcm/violation_positives" and
-    "tcm/violation_negatives" (mean violations); with "_epoch" behind their names, means over the epoch's batches and
-    the processes. They stay on the device until Lightning's `log_every_n_steps` asks for them.
+    "tcm/violation_negatives" (mean violations); with "_epoch" behind their names, means over the epoch's batches of all
+    processes. They stay on the device until Lightning's `log_every_n_steps` asks for them. Of several losses
+    "tcm/NAME/hard_positives" and so on, nan at a batch that did not call it, and "_epoch" over those that did.
 
     For each validation, of all its embeddings together and from all processes: "tcm/opis", "tcm/eps_opis" and
     "tcm/recall_at_1", which `ModelCheckpoint(monitor="tcm/opis")` can watch. With several validation loaders the names
@@ -55,19 +57,31 @@ class TCMCallback(Callback):
         self.criterion = criterion
         self.embeddings = embeddings
         self.options = options
-        self._losses: dict[str, nn.Module] = {}
+        self._pairs = HardPairs({})  # of the training that is under way
         self._opis: dict[int, OPIS] = {}  # of each validation loader
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._losses = criteria(self.criterion, pl_module)
+        self._pairs = HardPairs({"criterion": self.criterion, "": pl_module})
+        self._pairs.warn_if_none("give the module that has it in it as criterion=")
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._pairs.start_batch()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        found = hard_pairs(self._losses)
-        pl_module.log_dict(found, on_step=True, on_epoch=False, batch_size=1)
-        of_epoch = {f"{key}_epoch": value for key, value in found.items()}  # only this is asked of all processes
-        pl_module.log_dict(of_epoch, on_step=False, on_epoch=True, sync_dist=True, batch_size=1)
+        # nan where a loss was not called, since Lightning would log its value of an earlier batch again.
+        none = torch.full((len(KEYS),), torch.nan, device=pl_module.device)
+        stats = dict.fromkeys(self._pairs.losses, none) | self._pairs.end_batch()
+        pl_module.log_dict(self._pairs.by_key(stats), on_step=True, on_epoch=False, batch_size=1)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self._pairs.losses:
+            return
+        # By every process, and of all losses: some may be called by some processes only.
+        sums = trainer.strategy.reduce(self._pairs.take_sums(pl_module.device), reduce_op="sum")
+        means = {f"{key}_epoch": value for key, value in self._pairs.means(sums).items()}
+        pl_module.log_dict(means, on_step=False, on_epoch=True, sync_dist=True, batch_size=1)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._opis = {}

@@ -35,7 +35,8 @@ def pair_loss(
         The loss, in float64 for float64 embeddings and float32 otherwise, and its stats.
 
     Raises:
-        ValueError: on a CPU, an index is out of range. (On a GPU that is an error of the device.)
+        ValueError: the lists of a side are of unequal length; on a CPU, an index is out of range. (On a GPU that is an
+            error of the device.)
     """
     options.check()
     names = ("anchors of positives", "positives", "anchors of negatives", "negatives")
@@ -44,6 +45,12 @@ def pair_loss(
             raise ValueError(
                 f"indices_tuple: {name} must be from 0 to {rows - 1}, got {index.min()} to {index.max()}; is it from "
                 "another batch?"
+            )
+    for side in (0, 2):
+        if len(pairs[side]) != len(pairs[side + 1]):
+            raise ValueError(
+                f"indices_tuple: lists must have one of each for a pair, and be of one length; got {len(pairs[side])} "
+                f"{names[side]} and {len(pairs[side + 1])} {names[side + 1]}"
             )
     loss, penalty, count = _PairLoss.apply(x, ref_x, *pairs, options)
     return loss, _stats(penalty, count, loss.dtype)

@@ -123,17 +123,19 @@ class ThresholdConsistentMarginLoss(losses.BaseMetricLossFunction):
         elif labels is None or ref_labels is None:
             raise ValueError("ref_emb came without ref_labels; give both, or an indices_tuple")
         else:
-            columns = _columns(indices_tuple, embeddings, ref_emb, ref_labels)
+            columns = _columns(indices_tuple, embeddings, labels, ref_emb, ref_labels)
             loss, self.stats = tcm_loss(embeddings, labels, **columns, **self.options._asdict(), return_stats=True)
         return {"loss": {"losses": loss, "indices": None, "reduction_type": "already_reduced"}}
 
 
-def _columns(pairs: AllPairs, embeddings: Tensor, ref_emb: Tensor, ref_labels: Tensor) -> dict[str, Any]:
+def _columns(
+    pairs: AllPairs, embeddings: Tensor, labels: Tensor, ref_emb: Tensor, ref_labels: Tensor
+) -> dict[str, Any]:
     """The reference set as `tcm_loss` takes it; columns that go round the end of a memory are turned back."""
     own = pairs.own_column
     if own is None:
         return {"ref_emb": ref_emb, "ref_labels": ref_labels}
-    if ref_emb is embeddings and own == 0:
+    if ref_emb is embeddings and ref_labels is labels and own == 0:
         return {}
     if own + embeddings.shape[0] > ref_emb.shape[0]:
         ref_emb, ref_labels, own = ref_emb.roll(-own, 0), ref_labels.roll(-own), 0
@@ -147,6 +149,8 @@ def recognise_all_pairs(pairs: tuple[Tensor, ...], labels: Tensor | None, ref_la
     passes over the indices, against gathering two embeddings for each.
     """
     if labels is None or ref_labels is None or len(labels) == 0 or len(ref_labels) == 0:
+        return None
+    if (len(pairs[0]), len(pairs[2])) != (len(pairs[1]), len(pairs[3])):
         return None
     rows, columns = len(labels), len(ref_labels)
     left_out, remainder = divmod(rows * columns - len(pairs[0]) - len(pairs[2]), rows)

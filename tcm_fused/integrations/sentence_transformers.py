@@ -121,6 +121,9 @@ class WithTCM(ThresholdConsistentMarginLoss):
     `MatryoshkaLoss(model, WithTCM(loss), ...)`, `AdaptiveLayerLoss` and `Matryoshka2dLoss` add TCM at each of their
     dimensions or layers.
 
+    With several processes TCM sees the batch of each alone, also where `gather_across_devices=True` lets the other loss
+    compare with the batches of all.
+
     Args:
         loss: a loss of sentence-transformers, or one like them: with its encoder as attribute `model` (or
             `sentence_embedder`), called once for each column. It may return a tensor or a dict of tensors; TCM is

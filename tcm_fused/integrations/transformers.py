@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tcm_fused.integrations.hard_pairs import criteria, hard_pairs
+from tcm_fused.integrations.hard_pairs import HardPairs
 from tcm_fused.opis import check_options, opis
 
 try:
@@ -29,20 +29,22 @@ except ImportError as error:
 class TCMCallback(TrainerCallback):
     """Logs what the TCM losses of a `Trainer` see, and the OPIS of its evaluation embeddings.
 
-    Whenever the trainer logs its loss, as means over the batches and processes since the last time:
+    Whenever the trainer logs its loss, as means over the batches of all processes since the last time:
     "tcm/hard_positives", "tcm/hard_negatives", "tcm/violation_positives" and "tcm/violation_negatives" (mean
-    violations). Until then they stay on the device.
+    violations). Until then they stay on the device. Of several losses "tcm/NAME/hard_positives" and so on, with their
+    places in the trainer ("loss.DATASET.tcm"), each over the batches that called it.
 
     After each evaluation, of all its embeddings together and from all processes: "eval_opis", "eval_eps_opis" and
     "eval_recall_at_1", logged and added to the metrics, so that `metric_for_best_model="eval_opis"` with
     `greater_is_better=False` works. The evaluation set is embedded once more for it.
 
     Args:
-        trainer: the trainer, whose `log` is called; the TCM losses are those in its model, in its `loss`
-            (sentence-transformers) and in its `compute_loss_func`.
+        trainer: the trainer, whose `log` is called; the TCM losses are those in the modules that are its attributes, or
+            in dicts of its: its model, its `loss` (sentence-transformers), its `compute_loss_func`, or your own.
         embed: takes the model and an evaluation batch, and returns embeddings [N, D] and labels [N]; it is called
             without gradients, with the model in evaluation mode. None: no OPIS. For `SentenceTransformerTrainer`:
             `lambda model, batch: (model(trainer.collect_features(batch)[0][0])["sentence_embedding"], batch["label"])`.
+        criterion: a module that has the TCM losses in it, if the trainer has none: where a function calls them.
         options: those of `tcm_fused.opis`.
     """
 
@@ -50,6 +52,7 @@ class TCMCallback(TrainerCallback):
         self,
         trainer: Trainer,
         embed: Callable[[nn.Module, Any], tuple[Tensor, Tensor]] | None = None,
+        criterion: nn.Module | None = None,
         **options: Any,
     ) -> None:
         if options and embed is None:
@@ -60,32 +63,36 @@ class TCMCallback(TrainerCallback):
         self.trainer = trainer
         self.embed = embed
         self.options = options
-        self._losses: dict[str, nn.Module] = {}
-        self._sums: dict[str, Tensor] = {}  # since the last time, on the device
-        self._batches = 0
+        self._pairs = HardPairs({})  # of the training that is under way
+        self.criterion = criterion
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        loss = getattr(self.trainer, "loss", None)
-        of_datasets = list(loss.values()) if isinstance(loss, dict) else [loss]
-        self._losses = criteria(*of_datasets, getattr(self.trainer, "compute_loss_func", None), self.trainer.model)
-        self._sums, self._batches = {}, 0
+        roots: dict[str, object] = {}
+        for name, value in vars(self.trainer).items():
+            roots |= (
+                {f"{name}.{key}": part for key, part in value.items()} if isinstance(value, dict) else {name: value}
+            )
+        self._pairs = HardPairs({"": self.criterion} | roots)
+        self._pairs.warn_if_none("give the module that has it in it as criterion=, if a function calls it")
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._pairs.start_batch()
 
     def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """After each batch but the last of an optimizer step, where gradients are accumulated."""
-        for key, value in hard_pairs(self._losses).items():
-            self._sums[key] = self._sums[key] + value if key in self._sums else value
-        self._batches += 1
+        self._pairs.end_batch()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.on_substep_end(args, state, control)
+        self._pairs.end_batch()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
-        if "loss" not in logs or not self._sums:
+        if "loss" not in logs or not self._pairs.losses:
             return
-        keys, sums, batches = list(self._sums), torch.stack(list(self._sums.values())), self._batches
-        self._sums, self._batches = {}, 0
-        means = self.trainer.accelerator.reduce(sums / batches, reduction="mean")
-        self.trainer.log(dict(zip(keys, means.tolist(), strict=True)))
+        # By every process at every such log, and of all losses: some may be called by some processes only.
+        accelerator = self.trainer.accelerator
+        means = self._pairs.means(accelerator.reduce(self._pairs.take_sums(accelerator.device), reduction="sum"))
+        if means:
+            self.trainer.log(means)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, Any], **kwargs: Any) -> None:
         if self.embed is None:
