@@ -182,7 +182,7 @@ reduction='violating', group_pairs='within', precision='auto', backend='auto', g
 
         (mine, complete), _ = _together(lambda: (work(), 0, "", rows.x.device), group)
         total = _add_up(mine, group)
-        self._seen = total.penalty, total.hard
+        self._seen = total.penalty, total.hard, loss_dtype(rows.x)
         divisor = total.divisor.clamp_min(1).double()
         weight = torch.stack([options.lambda_plus / divisor[0], options.lambda_minus / divisor[1]])
         if self.grad_reduction == "mean":

@@ -343,12 +343,13 @@ class TCMLoss(nn.Module):
         self.penalty = penalty
         self.reduction = reduction
         self.group_pairs = group_pairs
-        self._seen: tuple[Tensor, Tensor] | None = None  # of the last call: penalty sums [2], counts [2]
+        # Of the last call: penalty sums [2], counts [2], dtype of the loss.
+        self._seen: tuple[Tensor, Tensor, torch.dtype] | None = None
 
     @property
     def stats(self) -> TCMStats | None:
         """What the last call saw, or None before the first."""
-        return None if self._seen is None else _stats(*self._seen, dtype=self._seen[0].dtype)
+        return None if self._seen is None else _stats(*self._seen)
 
     @property
     def options(self) -> Options:
@@ -371,8 +372,8 @@ class TCMLoss(nn.Module):
         """
         if indices_tuple is not None:
             raise ValueError("indices_tuple must be None: TCM finds its hard pairs itself; leave the miner out")
-        loss, *seen = _tcm(embeddings, labels, ref_emb, ref_labels, None, groups, ref_groups, self.options)
-        self._seen = (seen[0], seen[1])
+        loss, penalty, count = _tcm(embeddings, labels, ref_emb, ref_labels, None, groups, ref_groups, self.options)
+        self._seen = penalty, count, loss.dtype
         return loss
 
     def against_bank(
@@ -394,8 +395,9 @@ class TCMLoss(nn.Module):
             return self(embeddings, labels, groups=groups), rows
         # Two sets of pairs, since the batch's own need their similarities, and their gradient, once for both orders.
         sums = add([sums_of(rows, None, None, options), sums_of(rows, bank, None, options)])
-        self._seen = (sums.penalty.detach(), sums.hard)
-        return sums.loss(options.lambda_plus, options.lambda_minus).to(loss_dtype(rows.x)), rows
+        loss = sums.loss(options.lambda_plus, options.lambda_minus).to(loss_dtype(rows.x))
+        self._seen = sums.penalty.detach(), sums.hard, loss.dtype
+        return loss, rows
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.options._asdict().items())

@@ -802,6 +802,8 @@ def test_module(backend: str) -> None:
     used(x.requires_grad_(), y)
     assert used.stats is not None
     assert [t.item() for t in used.stats] == [t.item() for t in stats]
+    used(x.detach().double(), y)
+    assert used.stats.violation_plus.dtype == torch.float64
     assert not any(t.requires_grad for t in used.stats)
     for module in (
         criterion,
