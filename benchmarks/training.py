@@ -153,7 +153,7 @@ def one_thread() -> Iterator[None]:
 def spread(values: Sequence[float], form: str) -> str:
     """'mean +- standard deviation' in the format `form`; of one value just that."""
     mean = format(statistics.mean(values), form)
-    if float(mean) == 0:
+    if not mean.strip("+-0.,"):
         mean = mean.replace("-", "+" if form.startswith("+") else "")  # too small to be shown: no sign
     return f"{mean} +- {format(statistics.stdev(values), form.replace('+', ''))}" if len(values) > 1 else mean
 

@@ -148,6 +148,12 @@ def test_table_says_what_the_scores_say() -> None:
     assert lines[3].endswith("| 90.0 | 91.0 | ↑ +1.0, better in 1 |")
 
 
+def test_spread() -> None:
+    assert spread([1.0, 3.0], "+.1f") == "+2.0 +- 1.4"
+    assert spread([-0.01], "+.1f") == "+0.0" and spread([-0.01], ".1f") == "0.0"  # too small to be shown: no sign
+    assert spread([7895.4], ",.0f") == "7,895"
+
+
 def test_only_paired_seeds_are_compared() -> None:
     whole = made_up([-0.001, -0.002, -0.003])
     part = whole._replace(with_tcm={1: whole.with_tcm[1]})
