@@ -171,7 +171,7 @@ def constant_when_compiled(function: F) -> F:
 
     This is what `torch.compiler.assume_constant_result` does, which imports the compiler first: a second, and Triton.
     """
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]  # a function has what it is given
     return function
 
 
@@ -188,6 +188,7 @@ def eager_when_compiled(reason: str) -> Callable[[F], F]:
                 return torch.compiler.disable(function, reason=reason)(*arguments, **keywords)
             return function(*arguments, **keywords)
 
+        # What the compiler looks for on a function; mypy knows no attributes of functions.
         eager._torchdynamo_disable = True  # type: ignore[attr-defined]
         eager._torchdynamo_disable_msg = reason  # type: ignore[attr-defined]
         return cast(F, eager)

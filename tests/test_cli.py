@@ -513,7 +513,7 @@ def test_utility_picture_shows_the_curves(data: tuple[Any, Any]) -> None:
     assert np.allclose(np.interp(worst[inside, 0], result.distance, result.worst_utility), worst[inside, 1], atol=1e-3)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the error is that of a machine without a GPU")
 @pytest.mark.parametrize("command", ["opis", "calibrate", "margins", "compare"])
 def test_device_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str) -> None:
     np.savez(tmp_path / "e.npz", embeddings=np.eye(4), labels=np.arange(4) // 2)

@@ -69,13 +69,13 @@ def build(source: str, flags: str, *, suffix: str = "", root: Path = ROOT) -> Pa
 
 
 @cache
-def emulated() -> Any:
-    """The module of the emulated kernels."""
+def emulated(source: str = "module.cpp", name: str = "tcm_emulated") -> Any:
+    """The module `name` of emulated kernels, bound in `source`: the loss's, if nothing else is said."""
     pybind11 = pytest.importorskip("pybind11", reason="the emulated kernels are bound with pybind11")
     include = f"-I {pybind11.get_include()} -I {sysconfig.get_paths()['include']}"
-    path = build("module.cpp", f"-O3 -fPIC -shared -fvisibility=hidden {include}", suffix=".so")
-    loader = importlib.machinery.ExtensionFileLoader("tcm_emulated", str(path))
-    spec = importlib.util.spec_from_loader("tcm_emulated", loader)
+    path = build(source, f"-O3 -fPIC -shared -fvisibility=hidden {include}", suffix=".so")
+    loader = importlib.machinery.ExtensionFileLoader(name, str(path))
+    spec = importlib.util.spec_from_loader(name, loader)
     assert spec is not None
     module = importlib.util.module_from_spec(spec)
     loader.exec_module(module)

@@ -1,10 +1,6 @@
 """The CUDA kernels that count pairs, on a CPU as in test_emulator: against fp64, and against the blocked form."""
 
-import importlib.machinery
-import importlib.util
-import sysconfig
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +10,18 @@ from batches import KINDS, dyadic, embeddings
 from count_oracle import CountCall, Tables
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_emulator import SANITIZERS, SCHEDULES, SIZES, WIDTHS, Bug, assert_found, build, build_bugs, run_alone
+from test_emulator import (
+    SANITIZERS,
+    SCHEDULES,
+    SIZES,
+    WIDTHS,
+    Bug,
+    assert_found,
+    build,
+    build_bugs,
+    emulated,
+    run_alone,
+)
 
 from tcm_fused.pair_counts import pair_counts_blocked
 
@@ -24,26 +31,12 @@ PATHS = pytest.mark.parametrize("path", [OLDER, HOPPER], ids=["sm_80", "sm_90"])
 SHARED = ((227 << 10, 228 << 10), (163 << 10, 164 << 10), (99 << 10, 100 << 10))
 
 
-@cache
-def emulated() -> Any:
-    """The module of the emulated kernels."""
-    pybind11 = pytest.importorskip("pybind11", reason="the emulated kernels are bound with pybind11")
-    include = f"-I {pybind11.get_include()} -I {sysconfig.get_paths()['include']}"
-    path = build("counts_module.cpp", f"-O3 -fPIC -shared -fvisibility=hidden {include}", suffix=".so")
-    loader = importlib.machinery.ExtensionFileLoader("tcm_counts_emulated", str(path))
-    spec = importlib.util.spec_from_loader("tcm_counts_emulated", loader)
-    assert spec is not None
-    module = importlib.util.module_from_spec(spec)
-    loader.exec_module(module)
-    return module
-
-
 @dataclass(frozen=True)
 class Call(CountCall):
     """That of the oracle, run by the emulated kernels and by the blocked form."""
 
     def run(self, **knobs: Any) -> Tables:
-        counts, class_counts, best = emulated().pair_counts(
+        counts, class_counts, best = emulated("counts_module.cpp", "tcm_counts_emulated").pair_counts(
             x=self.x, y=self.y, classes=self.classes, thresholds=self.thresholds, bits=self.bits, **knobs
         )
         return counts, class_counts, best

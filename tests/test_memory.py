@@ -243,11 +243,12 @@ def test_what_is_filled_follows_from_the_labels() -> None:
 
 
 def test_a_checkpoint_is_of_tensors_alone(tmp_path: Path) -> None:
-    safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is optional")
+    from safetensors.torch import load_file, save_file
+
     criterion, other = memory(10, warm_up=1), memory(10, warm_up=1)
     steps(criterion, [draw(4) for _ in range(3)])
-    safetensors.save_file(criterion.state_dict(), tmp_path / "memory.safetensors")
-    other.load_state_dict(safetensors.load_file(tmp_path / "memory.safetensors"))
+    save_file(criterion.state_dict(), tmp_path / "memory.safetensors")
+    other.load_state_dict(load_file(tmp_path / "memory.safetensors"))
     assert (other.calls, other.filled) == (criterion.calls, criterion.filled) == (3, 8)
     batches = [draw(4) for _ in range(3)]
     assert steps(other, batches) == steps(criterion, batches)

@@ -82,7 +82,7 @@ def _above(embeddings: Tensor, labels: Tensor, temperature: float) -> tuple[Tens
     return above.sum(dim=(3, 4)), above[pick, :, :, pick, :]
 
 
-class ArcFace(ArcFaceLoss):  # type: ignore[misc]
+class ArcFace(ArcFaceLoss):  # type: ignore[misc]  # its base has no types
     """pytorch-metric-learning's ArcFace, kept off cosines of exactly 1, where the gradient of its arccos is infinite.
 
     In two dimensions float32 rounds the cosine to 1 for every embedding within 0.02 degrees of its class's weight.

@@ -29,12 +29,7 @@ py::tuple pair_counts_emulated(const Array<float>& x, const Array<int64_t>& y, i
   problem.x = x.data(), problem.y = y.data(), problem.threshold = thresholds.data();
   problem.bits = bits, problem.sm = sm, problem.sm_count = sm_count;
   problem.shared_per_block = shared_per_block, problem.shared_per_sm = shared_per_sm;
-  using emulator::Schedule;
-  emulator::options = {schedule == "in order"   ? Schedule::kInOrder
-                       : schedule == "greedy"   ? Schedule::kGreedy
-                       : schedule == "backward" ? Schedule::kBackward
-                                                : Schedule::kShuffled,
-                       seed};
+  emulator::options = {emulator::schedule_of(schedule), seed};
   Tuning tuning;
   tuning.window = window, tuning.chunk = chunk, tuning.one_chunk = one_chunk;
   CountOutcome out = emulate_counts(problem, tuning);

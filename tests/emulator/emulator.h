@@ -99,6 +99,13 @@ struct Options {
 };
 inline Options options;
 
+// By the name that the tests have for it.
+inline Schedule schedule_of(const std::string& name) {
+  if (name == "in order") return Schedule::kInOrder;
+  if (name == "greedy") return Schedule::kGreedy;
+  return name == "backward" ? Schedule::kBackward : Schedule::kShuffled;
+}
+
 struct Error : std::runtime_error {
   using std::runtime_error::runtime_error;
 };

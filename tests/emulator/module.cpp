@@ -44,12 +44,7 @@ py::tuple tcm_loss_emulated(const py::array& x, const Labels& y, const std::opti
   problem.row_offset = row_offset.value_or(-1);
   for (int side = 0; side < 2; ++side) problem.margin[side] = margin[side], problem.lambda[side] = lambda[side];
   problem.sm = sm, problem.sm_count = sm_count;
-  using emulator::Schedule;
-  emulator::options = {schedule == "in order"   ? Schedule::kInOrder
-                       : schedule == "greedy"   ? Schedule::kGreedy
-                       : schedule == "backward" ? Schedule::kBackward
-                                                : Schedule::kShuffled,
-                       seed};
+  emulator::options = {emulator::schedule_of(schedule), seed};
   Tuning tuning;
   tuning.block = block, tuning.chunk = chunk, tuning.one_chunk = one_chunk;
   Outcome out = emulate(problem, grad_x, grad_ref, tuning);
