@@ -11,7 +11,8 @@ import pytorch_metric_learning
 import torch
 
 from benchmarks.gate import DENSITIES, check_fused
-from tcm_fused import __version__, ops, tcm_loss
+from tcm_fused import __version__, tcm_loss
+from tcm_fused.backends import choice
 
 _LOAD_BEFORE = os.getloadavg()[0]  # others' work on this machine: near 0, or the times mean little
 
@@ -37,8 +38,8 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
         python=platform.python_version(),
         torch=torch.__version__,
         tcm_fused=__version__,
-        backend="cpu" if ops.why_unavailable("cpu") is None else "torch",
-        build=ops.build_info(),
+        backend="cpu" if choice.why_unavailable("cpu") is None else "torch",
+        build=choice.build_info(),
         pytorch_metric_learning=pytorch_metric_learning.__version__,
     )
 

@@ -43,8 +43,9 @@ from benchmarks.training import (
     spread,
     train,
 )
-from tcm_fused import Calibration, OPISResult, TCMLoss, calibrate, opis, ops, tcm_loss
-from tcm_fused.plots import plot_pareto
+from tcm_fused import Calibration, OPISResult, TCMLoss, calibrate, opis, tcm_loss
+from tcm_fused.backends import choice
+from tcm_fused.thresholds.plots import plot_pareto
 
 # Ten classes spread evenly over a circle are 36 degrees apart. The defaults of the loss, 0.9 and 0.5, are for many
 # dimensions; on the circle they would call neighbouring classes (cos 36 = 0.81) hard however compact they are.
@@ -255,7 +256,7 @@ def print_times(fastest: dict[int, dict[str, float]]) -> None:
 
 def machine() -> str:
     """What the times were taken on."""
-    backend = "C++ kernel" if ops.why_unavailable("cpu") is None else "PyTorch fallback"
+    backend = "C++ kernel" if choice.why_unavailable("cpu") is None else "PyTorch fallback"
     instructions = torch.backends.cpu.get_cpu_capability()
     return f"tcm_fused's {backend}, {torch.get_num_threads()} CPU threads, {instructions}, torch {torch.__version__}"
 

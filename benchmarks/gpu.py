@@ -61,7 +61,7 @@ def stages(facts: dict[str, Any], speed: Path) -> list[Stage]:
     python = sys.executable
     build = {"TCM_FUSED_CUDA": "1", "MAX_JOBS": os.environ.get("MAX_JOBS", str(os.cpu_count() or 2))}
     build["TORCH_CUDA_ARCH_LIST"] = os.environ.get("TORCH_CUDA_ARCH_LIST", facts["capability"])
-    tests = (python, "-m", "pytest", "-q", "-m", "cuda", "-p", "no:cacheprovider", "tests/test_cuda.py", "-k")
+    tests = (python, "-m", "pytest", "-q", "-m", "cuda", "-p", "no:cacheprovider", "tests/kernels/test_cuda.py", "-k")
     # Every tensor is an allocation of its own, so that memcheck sees where it ends.
     separate = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     sanitizer = ("compute-sanitizer", "--error-exitcode=9", "--print-limit=20", "--tool")

@@ -23,8 +23,8 @@ from benchmarks.gate import DENSITIES, check_fused, check_opis
 from benchmarks.peers import PEERS, forward_backward, make_batch, make_classes
 from benchmarks.report import Goal, at_least, at_most, goal_table
 from tcm_fused import opis, tcm_loss
-from tcm_fused.opis import OPISResult
 from tcm_fused.reference import tcm_reference
+from tcm_fused.thresholds.opis import OPISResult
 
 Step = Callable[[], object]
 Figures = dict[str, dict[str, Any]]  # name of a case -> what was measured

@@ -2,14 +2,14 @@
 
 from typing import TYPE_CHECKING, Any
 
-from tcm_fused.calibration import Calibration, Margins, calibrate, suggest_margins
 from tcm_fused.distributed import DistributedTCMLoss
 from tcm_fused.loss import TCMLoss, TCMStats, tcm_loss
 from tcm_fused.memory import CrossBatchMemory
-from tcm_fused.opis import OPISResult, opis
+from tcm_fused.thresholds.calibration import Calibration, Margins, calibrate, suggest_margins
+from tcm_fused.thresholds.opis import OPISResult, opis
 
 if TYPE_CHECKING:
-    from tcm_fused.metric import OPIS
+    from tcm_fused.thresholds.metric import OPIS
 
 __version__ = "0.1.0"
 __all__ = [
@@ -32,7 +32,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """`OPIS` is imported when it is first used: it needs torchmetrics."""
     if name == "OPIS":
-        from tcm_fused.metric import OPIS
+        from tcm_fused.thresholds.metric import OPIS
 
         return OPIS
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from tcm_fused import __version__, calibrate, opis, ops, suggest_margins
-from tcm_fused.files import SUFFIXES, Labelled, load, write_whole
-from tcm_fused.rates import Worst
+from tcm_fused import __version__, calibrate, opis, suggest_margins
+from tcm_fused.backends import choice
+from tcm_fused.thresholds.files import SUFFIXES, Labelled, load, write_whole
+from tcm_fused.thresholds.rates import Worst
 
 _LONG = 20_000  # rows from which on a bar is shown
 _PICTURES = (".png", ".pdf", ".svg")
@@ -28,8 +29,8 @@ def info() -> dict[str, Any]:
     """Version, torch, device, each backend with the reason where it is not available, and the build's facts."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu ({platform.machine()})"
     backends = {}
-    for name in ops.BACKENDS:
-        reason = ops.why_unavailable(name)
+    for name in choice.BACKENDS:
+        reason = choice.why_unavailable(name)
         backends[name] = {"available": reason is None, "reason": reason}
     return {
         "version": __version__,
@@ -37,7 +38,7 @@ def info() -> dict[str, Any]:
         "device": device,
         "threads": torch.get_num_threads(),
         "backends": backends,
-        "build": ops.build_info(),
+        "build": choice.build_info(),
     }
 
 
@@ -148,7 +149,7 @@ def _compare(arguments: argparse.Namespace) -> None:
     if arguments.json:
         _write_json(arguments.json, {name: result.to_dict() for name, result in results.items()})
     if arguments.plot:
-        from tcm_fused.plots import plot_pareto
+        from tcm_fused.thresholds.plots import plot_pareto
 
         _save_picture(arguments.plot, plot_pareto(results))
 
@@ -230,7 +231,7 @@ def _check_outputs(arguments: argparse.Namespace) -> None:
     if arguments.plot is not None:
         if arguments.plot.suffix.lower() not in _PICTURES:
             raise ValueError(f"cannot draw {arguments.plot}: its name must end in one of {', '.join(_PICTURES)}")
-        importlib.import_module("tcm_fused.plots")  # its error names what to install
+        importlib.import_module("tcm_fused.thresholds.plots")  # its error names what to install
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -15,10 +15,13 @@ import torch
 import torch.distributed as dist  # which `import torch` has imported already
 from torch import Tensor
 
-from tcm_fused import ops
-from tcm_fused.loss import Options, TCMLoss, _check_choice, _one_fp16_product, check_sets, sums_of
-from tcm_fused.pair_sums import PairSums, Rows, add, wants_gradient
-from tcm_fused.reference import loss_dtype
+from tcm_fused.arguments import Options, Rows, check_choice, check_sets, one_fp16_product
+from tcm_fused.backends.choice import choose
+from tcm_fused.backends.numerics import loss_dtype
+from tcm_fused.backends.operators import WithGradient
+from tcm_fused.loss import TCMLoss, sums_of
+from tcm_fused.pair_sums import PairSums, add, wants_gradient
+from tcm_fused.tracing import eager_when_compiled
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -85,7 +88,7 @@ reduction='violating', group_pairs='within', precision='auto', backend='auto', g
         self.grad_reduction = grad_reduction
         self.ring = ring
 
-    @ops.eager_when_compiled("the ranks tell each other their sizes")
+    @eager_when_compiled("the ranks tell each other their sizes")
     def forward(
         self,
         embeddings: Tensor,
@@ -155,12 +158,12 @@ reduction='violating', group_pairs='within', precision='auto', backend='auto', g
         """All that can be wrong on this rank alone."""
         options = self.options
         options.check()
-        _check_choice("grad_reduction", self.grad_reduction, ("mean", "sum"))
+        check_choice("grad_reduction", self.grad_reduction, ("mean", "sum"))
         for name, value in (("embeddings", embeddings), ("labels", labels), ("groups", groups)):
             if hasattr(value, "to_local"):
                 raise TypeError(f"{name} must be this rank's own rows, got {type(value).__name__}; pass .to_local()")
         rows, _ = check_sets(embeddings, labels, None, None, None, groups, None)
-        ops.choose(options.backend, rows.x.device.type, rows.x.dtype, options.penalty == "squared")
+        choose(options.backend, rows.x.device.type, rows.x.dtype, options.penalty == "squared")
         # So that rows without a label have gradient 0 where that of all others is NaN.
         return rows._replace(x=torch.where((rows.y >= 0)[:, None], rows.x, 0))
 
@@ -190,7 +193,7 @@ reduction='violating', group_pairs='within', precision='auto', backend='auto', g
         # All rows' gradients are NaN then, those too that were never with the one that is not finite (in no group).
         weight = torch.where(total.penalty.isnan().any(), torch.nan, weight)
         loss = total.loss(options.lambda_plus, options.lambda_minus).to(loss_dtype(rows.x))
-        return ops.WithGradient.apply(complete, loss, weight), columns
+        return WithGradient.apply(complete, loss, weight), columns
 
     def _terms(self, rows: Rows, bank: Rows | None) -> str:
         """What all ranks must agree on."""
@@ -199,7 +202,7 @@ reduction='violating', group_pairs='within', precision='auto', backend='auto', g
         return (
             f"embeddings of D={rows.x.shape[1]} in {rows.x.dtype} on {rows.x.device.type}, "
             f"groups {'given' if rows.groups is not None else 'not given'}, "
-            f"{'fp16' if _one_fp16_product(rows.x, options.precision) else 'fp32'} products, "
+            f"{'fp16' if one_fp16_product(rows.x, options.precision) else 'fp32'} products, "
             f"{0 if bank is None else len(bank.y)} rows of a memory, "
             f"{type(self).__name__}({', '.join(map(repr, numbers))}, {self.grad_reduction!r}, ring={self.ring!r})"
         )
@@ -329,7 +332,7 @@ def _ring_sums(rows: Rows, n: int, group: "dist.ProcessGroup", options: Options)
     What fails here is raised by the function that is returned: columns that others wait for are passed on first.
     """
     dtype, wide = rows.x.dtype, loss_dtype(rows.x)
-    options = options._replace(precision="fp16" if _one_fp16_product(rows.x, options.precision) else "fp32")
+    options = options._replace(precision="fp16" if one_fp16_product(rows.x, options.precision) else "fp32")
     wanted = wants_gradient(rows.x)
     failure: Exception | None = None
     parts: list[PairSums] = []
@@ -351,7 +354,7 @@ def _ring_sums(rows: Rows, n: int, group: "dist.ProcessGroup", options: Options)
         if failure is not None:
             raise failure
         total = add(parts)
-        return total._replace(penalty=ops.WithGradient.apply(rows.x, total.penalty, grad)) if wanted else total
+        return total._replace(penalty=WithGradient.apply(rows.x, total.penalty, grad)) if wanted else total
 
     return sums
 

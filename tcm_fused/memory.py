@@ -6,10 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tcm_fused.arguments import Rows
+from tcm_fused.backends.numerics import loss_dtype
 from tcm_fused.loss import TCMLoss
-from tcm_fused.ops import eager_when_compiled
-from tcm_fused.pair_sums import Rows
-from tcm_fused.reference import EPS, loss_dtype
+from tcm_fused.reference import EPS
+from tcm_fused.tracing import eager_when_compiled
 
 _NO_GROUP = torch.iinfo(torch.int64).min  # of what was stored without groups
 

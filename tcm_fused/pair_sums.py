@@ -6,22 +6,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tcm_fused import ops
-from tcm_fused.reference import loss_dtype, wide_dtype
+from tcm_fused.arguments import Rows
+from tcm_fused.backends.numerics import loss_dtype, wide_dtype
+from tcm_fused.backends.operators import WithGradient
+from tcm_fused.tracing import eager_when_compiled
 
 # x [N, D], y [N], ref_x [M, D] or None, ref_y [M] or None, row_offset, whether gradients by x and by ref_x are wanted
 # -> penalty [2], differentiable, count [2], and its gradients [2, N, D] and [2, M, D]
 PairOperator = Callable[
     [Tensor, Tensor, Tensor | None, Tensor | None, int | None, bool, bool], tuple[Tensor, Tensor, Tensor, Tensor]
 ]
-
-
-class Rows(NamedTuple):
-    """One set of embeddings with what belongs to each."""
-
-    x: Tensor  # [N, D]
-    y: Tensor  # [N] int64
-    groups: Tensor | None  # [N] int64
 
 
 class PairSums(NamedTuple):
@@ -52,7 +46,7 @@ def add(parts: Sequence[PairSums]) -> PairSums:
     return PairSums(penalty, hard, divisor)
 
 
-@ops.eager_when_compiled("the groups are read on the host")
+@eager_when_compiled("the groups are read on the host")
 def _grouped(
     operator: PairOperator, rows: Rows, columns: Rows | None, row_offset: int | None, reduction: str, group_pairs: str
 ) -> PairSums:
@@ -82,7 +76,7 @@ def _grouped(
                 grad[:, y >= 0] = torch.nan
     for (x, _, _), grad in sets:
         if grad is not None:
-            penalty = penalty + ops.WithGradient.apply(x, torch.zeros_like(penalty), grad)
+            penalty = penalty + WithGradient.apply(x, torch.zeros_like(penalty), grad)
     return PairSums(penalty, hard, divisor)
 
 

@@ -13,7 +13,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is downloaded, nor looked up
 import pytest
 import torch
 
-from tcm_fused import ops
+from tcm_fused.backends import choice
 
 try:
     from hypothesis import settings
@@ -44,7 +44,7 @@ def gpu_backend(request: pytest.FixtureRequest) -> str:
 
 
 def _skip_without(name: str) -> None:
-    reason = ops.why_unavailable(name)
+    reason = choice.why_unavailable(name)
     if reason is None and name == "triton" and os.environ["TRITON_INTERPRET"] == "1":
         reason = "Triton's kernels run in its interpreter; on a GPU set TRITON_INTERPRET=0"
     if reason is not None:

@@ -17,7 +17,7 @@ from tcm_fused.integrations.hard_pairs import KEYS, HardPairs
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
 
-    from tcm_fused.metric import OPIS
+    from tcm_fused.thresholds.metric import OPIS
 except ImportError as error:
     raise ImportError(
         "tcm_fused.integrations.lightning needs Lightning and torchmetrics: pip install lightning torchmetrics, or "

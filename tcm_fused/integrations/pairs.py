@@ -5,9 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tcm_fused.loss import Options, TCMStats, _stats
-from tcm_fused.ops import _OnceDifferentiable, _scale
-from tcm_fused.reference import _project, _unit_and_norm, loss_dtype, wide_dtype
+from tcm_fused.arguments import Options
+from tcm_fused.backends.numerics import loss_dtype, project, unit_and_norm, wide_dtype
+from tcm_fused.backends.operators import OnceDifferentiable, scale_saved
+from tcm_fused.loss import TCMStats, stats_of
 
 CHUNK = 4096  # pairs worked at once, in two blocks of [CHUNK, D]; on a CPU 1024 to 16,384 take the same time
 
@@ -53,7 +54,7 @@ def pair_loss(
                 f"{names[side]} and {len(pairs[side + 1])} {names[side + 1]}"
             )
     loss, penalty, count = _PairLoss.apply(x, ref_x, *pairs, options)
-    return loss, _stats(penalty, count, loss.dtype)
+    return loss, stats_of(penalty, count, loss.dtype)
 
 
 class _PairLoss(torch.autograd.Function):
@@ -71,8 +72,8 @@ class _PairLoss(torch.autograd.Function):
         options: Options,
     ) -> tuple[Tensor, Tensor, Tensor]:
         dtype, wide = torch.promote_types(loss_dtype(x), loss_dtype(ref_x)), wide_dtype(x)
-        x_hat, norm = _unit_and_norm(x.to(dtype), _in_pairs(x, a1, a2))
-        ref_hat, ref_norm = _unit_and_norm(ref_x.to(dtype), _in_pairs(ref_x, p, n))
+        x_hat, norm = unit_and_norm(x.to(dtype), _in_pairs(x, a1, a2))
+        ref_hat, ref_norm = unit_and_norm(ref_x.to(dtype), _in_pairs(ref_x, p, n))
         squared = options.penalty == "squared"
         penalty = torch.zeros(2, dtype=wide, device=x.device)
         count = torch.zeros(2, dtype=torch.int64, device=x.device)
@@ -100,8 +101,8 @@ class _PairLoss(torch.autograd.Function):
         weight = torch.stack([options.lambda_plus / n_plus, options.lambda_minus / n_minus])
         weight, penalty = (torch.where(finite, t, torch.nan) for t in (weight, penalty))
         ctx.save_for_backward(
-            _project(weight, g_rows, x_hat, norm) if g_rows else None,
-            _project(weight, g_columns, ref_hat, ref_norm) if g_columns else None,
+            project(weight, g_rows, x_hat, norm) if g_rows else None,
+            project(weight, g_columns, ref_hat, ref_norm) if g_columns else None,
         )
         ctx.embeddings = x, ref_x
         ctx.mark_non_differentiable(penalty, count)
@@ -110,7 +111,7 @@ class _PairLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         grads: list[Tensor | None] = [None] * 7
-        scale = _OnceDifferentiable.apply if torch.is_grad_enabled() else _scale
+        scale = OnceDifferentiable.apply if torch.is_grad_enabled() else scale_saved
         for argument, (saved, x) in enumerate(zip(ctx.saved_tensors, ctx.embeddings, strict=True)):
             if saved is not None:
                 # Cast last: a gradient too small for float16 is multiplied by the loss scale before it is rounded.

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from tcm_fused.arguments import Options
 from tcm_fused.integrations.pairs import pair_loss
-from tcm_fused.loss import Options, TCMStats, tcm_loss
+from tcm_fused.loss import TCMStats, tcm_loss
 
 try:
     from pytorch_metric_learning import losses

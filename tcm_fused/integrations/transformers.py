@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tcm_fused.integrations.hard_pairs import HardPairs
-from tcm_fused.opis import check_options, opis
+from tcm_fused.thresholds.opis import check_options, opis
 
 try:
     from transformers import Trainer, TrainerCallback
@@ -45,7 +45,7 @@ class TCMCallback(TrainerCallback):
             without gradients, with the model in evaluation mode. None: no OPIS. For `SentenceTransformerTrainer`:
             `lambda model, batch: (model(trainer.collect_features(batch)[0][0])["sentence_embedding"], batch["label"])`.
         criterion: a module that has the TCM losses in it, if the trainer has none: where a function calls them.
-        options: those of `tcm_fused.opis`.
+        options: those of `tcm_fused.thresholds.opis`.
     """
 
     def __init__(

@@ -1,0 +1,220 @@
+"""What a call was given: options and sets of rows, and every check of them."""
+
+import math
+import numbers
+import sys
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from tcm_fused.backends import choice
+from tcm_fused.tracing import constant_when_compiled
+
+PRECISIONS = ("auto", "fp32", "fp16")
+_AUTOCAST_DEVICES = tuple(filter(torch.amp.is_autocast_available, ("cpu", "cuda", "mps", "xpu")))
+
+
+class Rows(NamedTuple):
+    """One set of embeddings with what belongs to each."""
+
+    x: Tensor  # [N, D]
+    y: Tensor  # [N] int64
+    groups: Tensor | None  # [N] int64
+
+
+class Options(NamedTuple):
+    """What of a call is not data."""
+
+    margin_plus: float
+    margin_minus: float
+    lambda_plus: float
+    lambda_minus: float
+    penalty: str
+    reduction: str
+    group_pairs: str
+    precision: str
+    backend: str
+
+    def check(self) -> None:
+        """Raises TypeError or ValueError."""
+        check_choice("penalty", self.penalty, ("hinge", "squared"))
+        check_choice("reduction", self.reduction, ("violating", "all"))
+        check_choice("group_pairs", self.group_pairs, ("within", "across"))
+        check_choice("precision", self.precision, PRECISIONS)
+        check_choice("backend", self.backend, ("auto", *choice.BACKENDS))
+        for name in ("margin_plus", "margin_minus"):
+            check_number(name, getattr(self, name))
+        for name in ("lambda_plus", "lambda_minus"):
+            check_number(name, getattr(self, name), least=0.0)
+
+
+def check_sets(
+    embeddings: Tensor,
+    labels: Tensor,
+    ref_emb: Tensor | None,
+    ref_labels: Tensor | None,
+    row_offset: int | None,
+    groups: Tensor | None,
+    ref_groups: Tensor | None,
+) -> tuple[Rows, Rows | None]:
+    """Rows and columns (None: the rows) as the operators take them; raises TypeError, ValueError or RuntimeError."""
+    check_set("embeddings", embeddings, "labels", labels)
+    if row_offset is not None and (not isinstance(row_offset, numbers.Integral) or isinstance(row_offset, bool)):
+        raise TypeError(f"row_offset must be an int or None, got {type(row_offset).__name__}")
+    if (ref_emb is None) != (ref_labels is None):
+        given, missing = ("ref_labels", "ref_emb") if ref_emb is None else ("ref_emb", "ref_labels")
+        raise ValueError(f"{given} came without {missing}; give both or neither")
+    if ref_emb is not None:
+        check_set("ref_emb", ref_emb, "ref_labels", ref_labels)
+        _check_reference(embeddings, ref_emb, row_offset)
+    elif row_offset not in (None, 0):
+        raise ValueError(f"row_offset={row_offset} needs ref_emb; without it the rows are the columns, from 0 on")
+    _check_groups(embeddings, ref_emb, row_offset, groups, ref_groups)
+    groups, ref_groups = (None if t is None else t.long() for t in (groups, ref_groups))
+    if not torch.compiler.is_compiling():
+        _check_differentiation(embeddings, ref_emb)
+    if ref_emb is None or ref_labels is None:
+        return Rows(embeddings, int64_labels(labels, "labels"), groups), None
+    if ref_emb.dtype != embeddings.dtype:  # under autocast
+        wide = torch.float64 if embeddings.dtype == torch.float64 else torch.float32
+        embeddings, ref_emb = embeddings.to(wide), ref_emb.to(wide)
+    columns = Rows(ref_emb, int64_labels(ref_labels, "ref_labels"), ref_groups)
+    return Rows(embeddings, int64_labels(labels, "labels"), groups), columns
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is not known; choose one of {', '.join(map(repr, choices))}")
+
+
+def check_number(name: str, value: Any, least: float = -math.inf) -> None:
+    if not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    try:
+        number = float(value)
+    except OverflowError:  # an int beyond the range of a float
+        number = math.inf
+    # Not math.isfinite: torch.compile cannot trace it where the number changes from call to call.
+    if not max(least, -sys.float_info.max) <= number <= sys.float_info.max:
+        raise ValueError(
+            f"{name} must be finite{f' and at least {least:g}' if math.isfinite(least) else ''}, got {value}"
+        )
+
+
+def one_fp16_product(embeddings: Tensor, precision: str) -> bool:
+    """Whether similarities may come from one fp16 product, on kernels that have it."""
+    if precision != "auto":
+        return precision == "fp16"
+    if embeddings.dtype == torch.float32:
+        return _in_autocast(embeddings) or _user_allows_less_than_float32(embeddings.device.type)
+    return embeddings.dtype != torch.float64
+
+
+def _in_autocast(x: Tensor) -> bool:
+    return x.device.type in _AUTOCAST_DEVICES and torch.is_autocast_enabled(x.device.type)
+
+
+@constant_when_compiled  # torch.compile cannot trace it, and compiles again when the setting changes
+def _user_allows_less_than_float32(device_type: str) -> bool:
+    if device_type == "cpu":  # no kernel there has less
+        return False
+    try:
+        return torch.get_float32_matmul_precision() != "highest"
+    except RuntimeError:  # the user has set what is newer than that: torch.backends.cuda.matmul.fp32_precision
+        return torch.backends.cuda.matmul.fp32_precision not in ("none", "ieee")
+
+
+def _check_differentiation(*embeddings: Tensor | None) -> None:
+    """Only reverse-mode autograd is served; torch's own words, or silence, would not say so for the rest."""
+    for x in embeddings:
+        if x is None:
+            continue
+        forward_mode = forward_ad.unpack_dual(x).tangent is not None
+        if forward_mode or torch._C._functorch.is_gradtrackingtensor(x):
+            raise RuntimeError(
+                "tcm_loss has neither forward-mode derivatives nor those of torch.func; use backward(), "
+                "torch.autograd.grad, or tcm_fused.reference.tcm_reference, which is plain autograd"
+            )
+
+
+def check_set(name: str, x: Any, labels_name: str, labels: Any) -> None:
+    """x [N, D] floating, labels [N] of integers, on one device."""
+    for argument, value in ((name, x), (labels_name, labels)):
+        check_tensor(argument, value)
+    if x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
+    if labels.is_floating_point() or labels.is_complex():
+        raise TypeError(f"{labels_name} must have an integer dtype, got {labels.dtype}; use {labels_name}.long()")
+    if x.ndim != 2 or x.shape[1] == 0:
+        raise ValueError(f"{name} must have shape [N, D] with D at least 1, got {list(x.shape)}")
+    if labels.ndim != 1 or labels.shape[0] != x.shape[0]:
+        raise ValueError(
+            f"{labels_name} must have shape [{x.shape[0]}], one label for each row of {name}, got {list(labels.shape)}"
+        )
+    if labels.device != x.device:
+        raise ValueError(f"{labels_name} are on {labels.device}, {name} on {x.device}; move them to one device")
+
+
+def check_tensor(name: str, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if value.layout != torch.strided or value.is_nested:
+        layout = "nested" if value.is_nested else value.layout
+        raise TypeError(f"{name} must be a dense tensor, got {layout}; use {name}.to_dense() or padding")
+
+
+def _check_reference(embeddings: Tensor, ref_emb: Tensor, row_offset: Any) -> None:
+    if ref_emb.shape[1] != embeddings.shape[1]:
+        raise ValueError(f"ref_emb has D={ref_emb.shape[1]}, embeddings have D={embeddings.shape[1]}; they must agree")
+    if ref_emb.device != embeddings.device:
+        raise ValueError(f"ref_emb is on {ref_emb.device}, embeddings on {embeddings.device}; move them to one device")
+    if ref_emb.dtype != embeddings.dtype and not _in_autocast(embeddings):
+        raise TypeError(f"ref_emb is {ref_emb.dtype}, embeddings are {embeddings.dtype}; cast one, or use autocast")
+    if row_offset is None:
+        return
+    last = ref_emb.shape[0] - embeddings.shape[0]
+    if not 0 <= row_offset <= last:
+        raise ValueError(
+            f"row_offset={row_offset} puts the {embeddings.shape[0]} rows outside the {ref_emb.shape[0]} columns of "
+            f"ref_emb; it must be from 0 to {last}"
+            if last >= 0
+            else f"row_offset={row_offset} needs every row among the columns, but ref_emb has {ref_emb.shape[0]} rows "
+            f"and embeddings have {embeddings.shape[0]}; use row_offset=None"
+        )
+
+
+def _check_groups(embeddings: Tensor, ref_emb: Any, row_offset: Any, groups: Any, ref_groups: Any) -> None:
+    if (ref_groups is None) != (groups is None or ref_emb is None):
+        raise ValueError(
+            "ref_groups came without groups and ref_emb; give all three, or leave it out"
+            if ref_groups is not None
+            else "groups and ref_emb came without ref_groups; give the group of each row of ref_emb as well"
+        )
+    for name, value, x in (("groups", groups, embeddings), ("ref_groups", ref_groups, ref_emb)):
+        if value is None:
+            continue
+        check_tensor(name, value)
+        if value.is_floating_point() or value.is_complex():
+            raise TypeError(f"{name} must have an integer dtype, got {value.dtype}; use {name}.long()")
+        if value.shape != x.shape[:1]:
+            raise ValueError(f"{name} must have shape [{x.shape[0]}], one group for each row, got {list(value.shape)}")
+        if value.device != x.device:
+            of = "embeddings" if name == "groups" else "ref_emb"
+            raise ValueError(f"{name} are on {value.device}, {of} on {x.device}; move them to one device")
+    if ref_groups is not None and row_offset is not None:
+        own = ref_groups[row_offset : row_offset + len(groups)]
+        if not torch.equal(own.long(), groups.long()):
+            raise ValueError(
+                f"row_offset={row_offset} says which columns are the rows themselves, but their ref_groups differ from "
+                "groups; a row and its own column are of one group"
+            )
+
+
+def int64_labels(labels: Tensor, name: str) -> Tensor:
+    """On a GPU, where looking would wait for the device, and under torch.compile, a label from 2**63 on is negative."""
+    looks = labels.dtype == torch.uint64 and labels.device.type == "cpu" and not torch.compiler.is_compiling()
+    if looks and bool((labels.view(torch.int64) < 0).any()):
+        raise ValueError(f"{name} must be below 2**63")
+    return labels.to(torch.int64)

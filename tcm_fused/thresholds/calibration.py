@@ -1,0 +1,263 @@
+"""Which threshold to deploy and which margins to train with: `calibrate`, `suggest_margins`."""
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from tcm_fused.arguments import check_choice
+from tcm_fused.thresholds.rates import (
+    HALF,
+    Array,
+    Histogram,
+    Pairs,
+    Rates,
+    Worst,
+    as_distance,
+    check_rate,
+    lowest,
+    plain,
+    utility_of,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_FARS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+
+
+class Operation(NamedTuple):
+    """A threshold with the rates over all pairs that it gives."""
+
+    similarity: float
+    distance: float
+    far: float  # false accept rate
+    frr: float  # false reject rate
+
+
+class TAR(NamedTuple):
+    """True accept rate at a bound on the false accept rate; NaN where no threshold meets the bound."""
+
+    bound: float
+    similarity: float
+    far: float  # the false accept rate reached
+    tar: float
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """What `calibrate` found: a threshold, and what it means for all pairs and for each of C classes."""
+
+    bound: dict[str, float]  # what was asked for: {"far": ...} or {"frr": ...}
+    threshold: Operation
+    class_ids: Array  # [C] labels of the classes that have at least two samples, ascending
+    class_sizes: Array  # [C]
+    class_far: Array  # [C] false accept rate of each class: of the pairs with one sample in it
+    class_frr: Array  # [C] false reject rate of each class
+    equal_error: Operation  # where the two rates are nearest to each other; the error is their mean
+    best_utility: Operation  # where the utility (b = 1) of the rates over all pairs is highest
+    tar_at_far: list[TAR]  # at FAR 1e-6 ... 1e-1
+    pairs: tuple[int, int]  # unordered positive and negative pairs: rates below 1 / pairs cannot be told from 0
+    recall_at_1: float
+    left_out: int  # classes of one sample
+    histogram: Histogram
+
+    @property
+    def equal_error_rate(self) -> float:
+        """Mean of the two rates at `equal_error`."""
+        return (self.equal_error.far + self.equal_error.frr) / 2
+
+    def spread(self) -> dict[str, dict[str, float]]:
+        """Mean, standard deviation, lowest and highest of the classes' rates."""
+        return {
+            name: {
+                "mean": float(rate.mean()),
+                "std": float(rate.std()),
+                "min": float(rate.min()),
+                "max": float(rate.max()),
+            }
+            for name, rate in (("far", self.class_far), ("frr", self.class_frr))
+        }
+
+    def worst(self, k: int = 10, rate: str = "frr") -> list[Worst]:
+        """The k classes with the highest false reject rate (or `rate="far"`), the highest first."""
+        check_choice("rate", rate, ("far", "frr"))
+        values = self.class_frr if rate == "frr" else self.class_far
+        order = lowest(-values, k)
+        return [Worst(int(self.class_ids[c]), int(self.class_sizes[c]), float(values[c])) for c in order]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, in types that JSON knows; NaN becomes None."""
+        return {**plain(self), "equal_error_rate": self.equal_error_rate, "spread": self.spread()}
+
+    def plot(self, axes: "Axes | None" = None) -> "Axes":
+        """Draw the similarities of positives and negatives with the threshold; needs matplotlib."""
+        from tcm_fused.thresholds.plots import plot_similarities
+
+        return plot_similarities(self, axes)
+
+
+def calibrate(
+    embeddings: Any,
+    labels: Any,
+    *,
+    far: float | None = None,
+    frr: float | None = None,
+    backend: str = "auto",
+    progress: bool = False,
+) -> Calibration:
+    """The threshold that meets a bound on one error rate, and what it costs in all and for each class.
+
+    Give one of `far` and `frr`. far: the lowest threshold whose false accept rate (share of all negative pairs with at
+    least that similarity) is at most `far`. frr: the highest threshold whose false reject rate (share of all positive
+    pairs below it) is at most `frr`. Thresholds are multiples of 2^-17 = 7.6e-6 in similarity, below 1; rates at them
+    are exact, for similarities in the precision of `opis`.
+
+    Two passes over the pairs. Arguments otherwise as in `opis`.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `opis`; ValueError also where no threshold meets the bound.
+
+    Example:
+        >>> x = np.array([[1, 0], [0.96, 0.28], [0, 1], [-1, 0]])
+        >>> found = calibrate(x, np.array([0, 0, 1, 1]), far=0.1)
+        >>> found.threshold.far, found.threshold.frr, found.class_frr.tolist()
+        (0.0, 0.5, [0.0, 1.0])
+    """
+    name, bound = _one_bound(far, frr)
+    pairs = Pairs(embeddings, labels, backend, progress)
+    rates = pairs.count(np.empty(0)).rates
+    curves = _curves(rates)
+    chosen = _lowest_far(curves[0], bound) if name == "far" else _highest_frr(curves[1], bound)
+    if chosen is None:
+        raise ValueError(
+            f"no threshold meets far={bound}: at similarity 1 the false accept rate is still {curves[0][-1]:.3g}; "
+            "rows of different classes are the same"
+        )
+    equal = _middle(np.abs(curves[0] - curves[1]), np.min)
+    best = _middle(utility_of(1 - curves[1], 1 - curves[0], 1.0), np.max)
+    # For each class at the chosen threshold.
+    counts = pairs.count(np.array([chosen / HALF - 1]))
+    positives, negatives, _ = counts.accepted(np.array([0]))
+    return Calibration(
+        bound={name: bound},
+        threshold=_operation(curves, chosen),
+        class_ids=pairs.class_ids,
+        class_sizes=pairs.class_sizes,
+        class_far=negatives[:, 0] / pairs.class_negatives,
+        class_frr=(pairs.class_positives - positives[:, 0]) / pairs.class_positives,
+        equal_error=_operation(curves, equal),
+        best_utility=_operation(curves, best),
+        tar_at_far=[_tar(rates, at) for at in _FARS],
+        pairs=(rates.positives, rates.negatives),
+        recall_at_1=counts.recall_at_1,
+        left_out=pairs.left_out,
+        histogram=rates.histogram(),
+    )
+
+
+def _one_bound(far: float | None, frr: float | None) -> tuple[str, float]:
+    if (far is None) == (frr is None):
+        raise ValueError(f"give exactly one of far and frr, got far={far} and frr={frr}")
+    return ("far", check_rate("far", far)) if far is not None else ("frr", check_rate("frr", frr))
+
+
+def _curves(rates: Rates) -> tuple[Array, Array]:
+    """False accept and reject rate on the grid without similarity 1, where rounding decides about equal rows."""
+    return rates.far[:-1], rates.frr[:-1]
+
+
+def _lowest_far(far: Array, bound: float) -> int | None:
+    """The first point of the grid with a false accept rate of at most `bound`."""
+    return int(np.argmax(far <= bound)) if far[-1] <= bound else None
+
+
+def _highest_frr(frr: Array, bound: float) -> int:
+    """The last point of the grid with a false reject rate of at most `bound`; at similarity -1 none is rejected."""
+    return int(np.flatnonzero(frr <= bound)[-1])
+
+
+def _middle(values: Array, best: Any) -> int:
+    """Middle of the first run of the grid that has the best value: a gap between the pairs has one value throughout."""
+    start = int(np.argmax(values == best(values)))
+    run = np.flatnonzero(values[start:] != values[start])
+    length = int(run[0]) if len(run) else len(values) - start
+    return start + (length - 1) // 2
+
+
+def _operation(curves: tuple[Array, Array], k: int) -> Operation:
+    similarity = k / HALF - 1
+    return Operation(similarity, float(as_distance(np.array(similarity))), float(curves[0][k]), float(curves[1][k]))
+
+
+def _tar(rates: Rates, bound: float) -> TAR:
+    k = _lowest_far(_curves(rates)[0], bound)
+    if k is None:
+        return TAR(bound, math.nan, math.nan, math.nan)
+    return TAR(bound, k / HALF - 1, float(rates.far[k]), int(rates.accepted_positives[k]) / rates.positives)
+
+
+@dataclass(frozen=True, eq=False)
+class Margins:
+    """What `suggest_margins` found. Pairs are ordered here, as in the loss: (i, j) and (j, i) count as two."""
+
+    margin_plus: float
+    margin_minus: float
+    count_plus: int  # positive pairs below margin_plus: those the loss would mine
+    count_minus: int  # negative pairs from margin_minus on
+    share_plus: float  # of all positive pairs
+    share_minus: float  # of all negative pairs
+    histogram: Histogram
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, in types that JSON knows."""
+        return plain(self)
+
+    def plot(self, axes: "Axes | None" = None) -> "Axes":
+        """Draw the similarities of positives and negatives with the margins; needs matplotlib."""
+        from tcm_fused.thresholds.plots import plot_similarities
+
+        return plot_similarities(self, axes)
+
+
+def suggest_margins(
+    embeddings: Any, labels: Any, *, far: float, frr: float, backend: str = "auto", progress: bool = False
+) -> Margins:
+    """Margins for `tcm_loss` that bind for given shares of the pairs of held-out data.
+
+    margin_minus is the lowest similarity that at most the share `far` of the negative pairs reach, and margin_plus the
+    highest that at most the share `frr` of the positive pairs fall short of, both from the multiples of 2^-17. So the
+    loss would mine these shares: margin_plus is the float32 number just below its multiple, since the loss takes a
+    pair at the margin as hard. One pass over the pairs; arguments otherwise as in `opis`.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `calibrate`.
+
+    Example:
+        >>> x = np.array([[1, 0], [0.96, 0.28], [0, 1], [-0.8, 0.6]])
+        >>> found = suggest_margins(x, np.array([0, 0, 1, 1]), far=0.3, frr=0.5)
+        >>> round(found.margin_plus, 4), round(found.margin_minus, 4), found.count_plus, found.count_minus
+        (0.96, 0.0, 2, 2)
+    """
+    far, frr = check_rate("far", far), check_rate("frr", frr)
+    rates = Pairs(embeddings, labels, backend, progress).count(np.empty(0)).rates
+    curves = _curves(rates)
+    minus, plus = _lowest_far(curves[0], far), _highest_frr(curves[1], frr)
+    if minus is None:
+        raise ValueError(
+            f"no margin_minus meets far={far}: the share {curves[0][-1]:.3g} of the negative pairs has similarity 1; "
+            "rows of different classes are the same"
+        )
+    count_plus = 2 * (rates.positives - int(rates.accepted_positives[plus]))
+    count_minus = 2 * int(rates.accepted_negatives[minus])
+    return Margins(
+        # Just below the point of the grid, since the loss takes a pair at the margin as hard.
+        margin_plus=float(np.nextafter(np.float32(plus / HALF - 1), np.float32(-2))),
+        margin_minus=minus / HALF - 1,
+        count_plus=count_plus,
+        count_minus=count_minus,
+        share_plus=count_plus / (2 * rates.positives),
+        share_minus=count_minus / (2 * rates.negatives),
+        histogram=rates.histogram(),
+    )

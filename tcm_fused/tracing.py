@@ -1,0 +1,40 @@
+"""How functions meet torch.compile, without importing the compiler."""
+
+import sys
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, TypeVar, cast
+
+import torch
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def constant_when_compiled(function: F) -> F:
+    """torch.compile calls `function` once, when it traces, and does not look inside.
+
+    This is what `torch.compiler.assume_constant_result` does, which imports the compiler first: a second, and Triton.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]  # a function has what it is given
+    return function
+
+
+def eager_when_compiled(reason: str) -> Callable[[F], F]:
+    """torch.compile runs the function as it is, between two graphs; with fullgraph=True it raises, and says why.
+
+    This is what `torch.compiler.disable` does, which imports the compiler first.
+    """
+
+    def decorate(function: F) -> F:
+        @wraps(function)
+        def eager(*arguments: Any, **keywords: Any) -> Any:
+            if "torch._dynamo" in sys.modules:  # else nothing is compiled
+                return torch.compiler.disable(function, reason=reason)(*arguments, **keywords)
+            return function(*arguments, **keywords)
+
+        # What the compiler looks for on a function; mypy knows no attributes of functions.
+        eager._torchdynamo_disable = True  # type: ignore[attr-defined]
+        eager._torchdynamo_disable_msg = reason  # type: ignore[attr-defined]
+        return cast(F, eager)
+
+    return decorate
