@@ -84,6 +84,20 @@ def check_sets(
     return Rows(embeddings, int64_labels(labels, "labels"), groups), columns
 
 
+def check_bank(batch: Rows, bank: Rows | None) -> Rows | None:
+    """The rows of a memory as columns for `batch`, in its dtype; None if there are none. Raises ValueError."""
+    if bank is None:
+        return None
+    if bank.x.shape[1] != batch.x.shape[1]:
+        raise ValueError(f"embeddings have D={batch.x.shape[1]}, the memory holds D={bank.x.shape[1]}; they must agree")
+    if bank.x.device != batch.x.device:
+        raise ValueError(
+            f"embeddings are on {batch.x.device}, the memory on {bank.x.device}; move the memory with "
+            f".to({str(batch.x.device)!r})"
+        )
+    return bank._replace(x=bank.x.to(batch.x.dtype)) if len(bank.y) else None
+
+
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name}={value!r} is not known; choose one of {', '.join(map(repr, choices))}")
@@ -160,6 +174,11 @@ def check_set(name: str, x: Any, labels_name: str, labels: Any) -> None:
 def check_tensor(name: str, value: Any) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if hasattr(value, "to_local"):  # a DTensor
+        raise TypeError(
+            f"{name} must be a plain tensor, got {type(value).__name__}, whose rows may lie on several ranks; pass "
+            f"{name}.to_local() to DistributedTCMLoss, or {name}.full_tensor()"
+        )
     if value.layout != torch.strided or value.is_nested:
         layout = "nested" if value.is_nested else value.layout
         raise TypeError(f"{name} must be a dense tensor, got {layout}; use {name}.to_dense() or padding")

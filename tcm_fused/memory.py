@@ -94,32 +94,19 @@ class CrossBatchMemory(nn.Module):
 
         With groups, what was stored without any takes no part.
         """
-        loss, batch = self.loss.against_bank(embeddings, labels, groups, self._bank)
+        loss, batch = self.loss.against_bank(embeddings, labels, groups, self._stored(groups is not None))
         if self.training:
             self.calls += 1
             if self.calls > self.warm_up:
                 self._store(batch)
         return loss
 
-    def _bank(self, batch: Rows) -> Rows | None:
-        """What is stored, in the dtype of the batch; None if nothing is."""
+    def _stored(self, with_groups: bool) -> Rows | None:
+        """The filled slots; None before the first batch is stored."""
         if self.embeddings.shape[1] == 0:
             return None
-        if self.embeddings.shape[1] != batch.x.shape[1]:
-            raise ValueError(
-                f"embeddings have D={batch.x.shape[1]}, the memory holds D={self.embeddings.shape[1]}; they must agree"
-            )
-        if self.embeddings.device != batch.x.device:
-            raise ValueError(
-                f"embeddings are on {batch.x.device}, the memory on {self.embeddings.device}; move the memory with "
-                f".to({str(batch.x.device)!r})"
-            )
-        if self.filled == 0:
-            return None
         x, y, groups = (t[: self.filled] for t in (self.embeddings, self.labels, self.groups))
-        if batch.groups is None:
-            return Rows(x.to(batch.x.dtype), y, None)
-        return Rows(x.to(batch.x.dtype), torch.where(groups == _NO_GROUP, -1, y), groups)
+        return Rows(x, torch.where(groups == _NO_GROUP, -1, y), groups) if with_groups else Rows(x, y, None)
 
     @torch.inference_mode(False)  # for the buffers, which are written in calls with gradients as well
     @torch.no_grad()

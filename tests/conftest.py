@@ -10,8 +10,11 @@ from collections.abc import Iterator
 os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is downloaded, nor looked up
 
+import numpy as np
 import pytest
 import torch
+from support.parts import Pools
+from support.ranks import Ranks
 
 from tcm_fused.backends import choice
 
@@ -73,3 +76,23 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def pools(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pools]:
+    pools = Pools(tmp_path_factory.mktemp("ranks"))
+    yield pools
+    for pool in pools.values():
+        pool.close()
+
+
+@pytest.fixture(params=[2, 3, 4])
+def ranks(request: pytest.FixtureRequest, pools: Pools) -> Ranks:
+    return pools[request.param]
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    seed = int.from_bytes(os.urandom(4))
+    print(f"seed {seed}")  # pytest shows it where a test fails
+    return np.random.default_rng(seed)
