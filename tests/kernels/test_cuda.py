@@ -644,5 +644,5 @@ def test_hopper_runs_its_own_kernels() -> None:
         torch.ops.tcm_fused.counts(x.detach(), y.to(DEVICE), 5, torch.zeros(1, device=DEVICE), 17, None)
         torch.cuda.synchronize()
     names = [event.key for event in profile.key_averages()]
-    for parts in (("similarity_sm90", "HardPairs"), ("similarity_sm90", "PairCounter"), ("masked_sum_sm90",)):
+    for parts in (("similarity_sm90", "LossVisitor"), ("similarity_sm90", "CountVisitor"), ("masked_sum_sm90",)):
         assert any(all(part in name for part in parts) for name in names), (parts, names)
