@@ -381,12 +381,12 @@ def test_pair_counts_refuse_what_the_kernels_trust() -> None:
     x, y = on_gpu(70, 5)
     t, progress = torch.tensor([0.5], device=DEVICE), torch.zeros(2, dtype=torch.int64)
     for arguments, message in (
-        ((x, y.cpu(), 3, t, 6, None), "one CUDA device"),
-        ((x, y, 3, t.cpu(), 6, None), "one CUDA device"),
+        ((x, y.cpu(), 3, t, 6, None), "classes must be .* on their device"),
+        ((x, y, 3, t.cpu(), 6, None), "thresholds must be .* on the device"),
         ((x.double(), y, 3, t.double(), 6, None), "must be float32"),
         ((x, y, 3, t.double(), 6, None), "thresholds"),
         ((x, y.int(), 3, t, 6, None), "int64"),
-        ((x, y[1:], 3, t, 6, None), r"\[N, D\]"),
+        ((x, y[1:], 3, t, 6, None), "one for each"),
         ((x, y, 3, t, 21, None), "bits"),
         ((x, y, -1, t, 6, None), "classes"),
         ((x, y, 3, t, 6, progress.cuda()), "on the CPU"),
@@ -588,12 +588,12 @@ def test_operator_refuses_what_the_kernels_trust() -> None:
     x, y = on_gpu(70, 5)
     rest: Any = (None, 0.9, 0.1, 1.0, 2.0, False, False, False, True, True)
     for sets, message in (
-        ((x, y.cpu(), None, None), "one CUDA device"),
+        ((x, y.cpu(), None, None), "labels must be .* on their device"),
         ((x, y[1:], None, None), "labels"),
         ((x, y.int(), None, None), "int64"),
         ((x.double(), y, None, None), "float16, bfloat16 or float32"),
         ((x, y, x, None), "both ref_x and ref_y"),
-        ((x, y, x[:, :3], y), "embeddings must be"),
+        ((x, y, x[:, :3], y), "one width"),
         ((x, y, x.half(), y), "one dtype"),
     ):
         with pytest.raises(RuntimeError, match=message):
