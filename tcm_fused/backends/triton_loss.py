@@ -244,7 +244,7 @@ def run(
 
 
 def on_device(numbers: Tensor, device: torch.device) -> Tensor:
-    """[2] float64 on the device: filled in where it is on the CPU, since a copy would wait and breaks a graph's capture."""
+    """[2] float64 on the device. Numbers from the CPU are filled in: a copy would wait, and break a graph's capture."""
     if numbers.device == device:
         return numbers
     plus, minus = numbers.tolist()
