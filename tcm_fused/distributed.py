@@ -16,9 +16,9 @@ from tcm_fused import ranks
 from tcm_fused.arguments import Options, Rows, check_bank, check_choice, check_sets, one_fp16_product
 from tcm_fused.backends.choice import choose
 from tcm_fused.backends.numerics import loss_dtype
-from tcm_fused.backends.operators import WithGradient
-from tcm_fused.loss import TCMLoss, sums_of
-from tcm_fused.pair_sums import PairSums, add, wants_gradient
+from tcm_fused.backends.operators import WithGradient, wants_gradient
+from tcm_fused.loss import TCMLoss
+from tcm_fused.pair_sums import PairSums, add, pair_sums
 from tcm_fused.tracing import eager_when_compiled
 
 if TYPE_CHECKING:
@@ -81,6 +81,7 @@ reduction='violating', group_pairs='within', precision='auto', backend='auto', g
         **options: Any,
     ) -> None:
         super().__init__(*args, **options)
+        check_choice("grad_reduction", grad_reduction, ("mean", "sum"))
         self.process_group = process_group
         self.grad_reduction = grad_reduction
         self.ring = ring
@@ -151,6 +152,7 @@ reduction='violating', group_pairs='within', precision='auto', backend='auto', g
             if stores and self.ring:
                 raise ValueError("ring=True never holds the global batch, which a memory stores; use ring=False")
             options = self._checked_options()
+            check_choice("grad_reduction", self.grad_reduction, ("mean", "sum"))
             rows = self._checked_rows(embeddings, labels, groups, group)
             bank = check_bank(rows, bank)
             packed = ranks.pack(rows)
@@ -165,32 +167,29 @@ reduction='violating', group_pairs='within', precision='auto', backend='auto', g
             agreement.device = rows.x.device
             if isinstance(passed, Exception):
                 raise passed
-            batch = sums_of(rows, columns, n * dist.get_rank(group), options) if passed is None else passed
+            batch = pair_sums(rows, columns, n * dist.get_rank(group), options) if passed is None else passed
             complete = 2 * batch.penalty  # the gradient of pairs (i, j), and of (j, i) on other ranks
             if bank is not None:
-                stored = sums_of(rows, bank, None, options)  # of columns that are constant
+                stored = pair_sums(rows, bank, None, options)  # of columns that are constant
                 batch, complete = add([batch, stored]), complete + stored.penalty
         total = _add_up(batch, group)
         self._seen = total.penalty, total.hard, loss_dtype(rows.x)
         divisor = total.divisor.clamp_min(1).double()
-        weight = torch.stack([options.lambda_plus / divisor[0], options.lambda_minus / divisor[1]])
+        weights = options.weights(rows.x)
+        weight = torch.stack([weights[0] / divisor[0], weights[1] / divisor[1]])
         if self.grad_reduction == "mean":
             weight *= len(sizes)
         # All rows' gradients are NaN then, those too that were never with the one that is not finite (in no group).
         weight = torch.where(total.penalty.isnan().any(), torch.nan, weight)
-        loss = total.loss(options.lambda_plus, options.lambda_minus).to(loss_dtype(rows.x))
+        loss = total.loss(weights).to(loss_dtype(rows.x))
         return WithGradient.apply(complete, loss, weight), columns
-
-    def _checked_options(self) -> Options:
-        options = self.options
-        options.check()
-        check_choice("grad_reduction", self.grad_reduction, ("mean", "sum"))
-        return options
 
     def _checked_rows(
         self, embeddings: Tensor, labels: Tensor, groups: Tensor | None, group: dist.ProcessGroup
     ) -> Rows:
         rows, _ = check_sets(embeddings, labels, None, None, None, groups, None)
+        for values in (self.options.margins, self.options.weights):
+            values(rows.x)  # raises if they are on another device
         choose(self.backend, rows.x.device.type, rows.x.dtype, self.penalty == "squared")
         devices = ranks.device_types(group)
         if rows.x.device.type not in devices:
@@ -249,7 +248,7 @@ def _ring_part(rows: Rows, columns: Rows | None, grad: Tensor, options: Options)
     """
     if columns is not None:
         columns = columns._replace(x=columns.x.to(rows.x.dtype))
-    part = sums_of(rows, columns, None, options)
+    part = pair_sums(rows, columns, None, options)
     for side in range(len(grad)):
         (by_side,) = torch.autograd.grad(part.penalty[side], rows.x, retain_graph=side == 0)
         # Where rows are columns it is that of the pairs (j, i) too, which a factor 2 will stand for.

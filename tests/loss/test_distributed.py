@@ -42,7 +42,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tcm_fused import CrossBatchMemory, DistributedTCMLoss, TCMLoss, distributed
 from tcm_fused.arguments import Rows
-from tcm_fused.loss import sums_of
+from tcm_fused.pair_sums import pair_sums
 
 BACKENDS = ("cpu", "torch")
 
@@ -256,10 +256,10 @@ def held_columns(rank: int, batch: Batch) -> int:
         if columns is not None:
             stored.append(StorageWeakRef(columns.x.untyped_storage()))
         most = max(most, sum(not storage.expired() for storage in stored))
-        return sums_of(rows, columns, *others)
+        return pair_sums(rows, columns, *others)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(distributed, "sums_of", spy)
+        patch.setattr(distributed, "pair_sums", spy)
         local(rank, batch)
     assert len(stored) == dist.get_world_size() - 1
     return most

@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import distribute_tensor
 
 from tcm_fused import CrossBatchMemory, DistributedTCMLoss, TCMLoss, calibrate, distributed, opis, tcm_loss
-from tcm_fused.loss import sums_of
+from tcm_fused.pair_sums import pair_sums
 from tcm_fused.ranks import Packed
 
 # Wrong arguments: an error on all ranks at once, after which the group goes on working.
@@ -231,18 +231,18 @@ def test_a_rank_that_fails_is_an_error_on_the_others(pools: Pools, function: Any
 
 
 def failing_inside(rank: int, batch: Batch, calls: int) -> tuple[str, Result]:
-    """Rank 1 fails in the given call of `sums_of`, is caught, and all go on in the same group."""
+    """Rank 1 fails in the given call of `pair_sums`, is caught, and all go on in the same group."""
     x, y, _ = batch.part(rank)
     made = 0
 
     def spy(*arguments: Any) -> Any:
         nonlocal made
         made += 1
-        return sums_of(*arguments) if made < calls else out_of_memory()
+        return pair_sums(*arguments) if made < calls else out_of_memory()
 
     with pytest.MonkeyPatch.context() as patch:
         if rank == 1:
-            patch.setattr(distributed, "sums_of", spy)
+            patch.setattr(distributed, "pair_sums", spy)
         with pytest.raises(RuntimeError) as caught:
             batch.criterion()(torch.full_like(x, torch.nan), y)
     return f"{type(caught.value).__name__}: {caught.value}", local(rank, batch)
@@ -266,7 +266,7 @@ def failing_everywhere(rank: int, batch: Batch) -> Result:
     """All ranks fail in the middle, are caught, and go on with other embeddings in the same group."""
     x, y, _ = batch.part(rank)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(distributed, "sums_of", lambda *_: 1 // 0)
+        patch.setattr(distributed, "pair_sums", lambda *_: 1 // 0)
         with pytest.raises(ZeroDivisionError):
             batch.criterion()(torch.full_like(x, torch.nan), y)
     return local(rank, batch)
