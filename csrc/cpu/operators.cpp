@@ -2,11 +2,15 @@
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
 #include <algorithm>
+#include <array>
+#include <mutex>
+#include <set>
 #include <type_traits>
 
 #include "../tensor_args.h"
 #include "counts.h"
 #include "loss.h"
+#include "memory.h"
 
 #ifdef STABLE_TORCH_ERROR_CODE_CHECK
 #define TCM_CHECK STABLE_TORCH_ERROR_CODE_CHECK
@@ -47,12 +51,26 @@ void product(const real* a, int64_t m, const real* b, int64_t n, int64_t d, int6
   TCM_CHECK(aoti_torch_cpu_mm_out(out.handle, left.handle, right.handle));
 }
 
+// oneDNN generates code for each shape and thread at its first use, and writes through a null pointer if there is no
+// memory for it. So that is asked for first, by one thread at a time.
+void brgemm(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldc, bool add, const float* a,
+            const float* b, float* c) {
+  constexpr size_t kCode = 4 << 20;
+  static std::mutex mutex;
+  static thread_local std::set<std::array<int64_t, 7>> generated;
+  std::array<int64_t, 7> shape{m, n, k, lda, ldb, ldc, add};
+  std::unique_lock<std::mutex> lock(mutex, std::defer_lock);
+  bool is_new = !generated.contains(shape);
+  if (is_new) lock.lock(), require_memory(kCode, "the code of a matrix product");
+  at::native::cpublas::brgemm(m, n, k, lda, ldb, ldc, add, a, b, c, false);
+  if (is_new) generated.insert(shape);
+}
+
 // In steps of 256 columns: the operands of a step stay in cache, and its partial sums are shorter, so rounded less.
 void transposed_product(const float* a, int64_t m, const float* b, int64_t n, int64_t d, int64_t b_stride, float* s,
                         int64_t stride) {
   for (int64_t k = 0; k < d; k += 256)
-    at::native::cpublas::brgemm(m, n, std::min<int64_t>(256, d - k), d, b_stride, stride, k > 0, a + k, b + k * b_stride,
-                                s, false);
+    brgemm(m, n, std::min<int64_t>(256, d - k), d, b_stride, stride, k > 0, a + k, b + k * b_stride, s);
 }
 
 template <class real>
@@ -63,7 +81,7 @@ void add_product(const real* a, int64_t m, int64_t n, const real* b, int64_t d, 
 
 void add_brgemm(const float* a, int64_t m, int64_t n, const float* b, int64_t d, float* c) {
   for (int64_t k = 0; k < d; k += 256)  // so that the operands of a step stay in cache
-    at::native::cpublas::brgemm(m, std::min<int64_t>(256, d - k), n, n, d, d, true, a, b + k, c + k, false);
+    brgemm(m, std::min<int64_t>(256, d - k), n, n, d, d, true, a, b + k, c + k);
 }
 
 constexpr int64_t kWorthThreads = 1 << 19;  // multiplications; below, starting threads costs more than they save
@@ -74,9 +92,10 @@ void parallel_for(int64_t size, const std::function<void(int64_t, int64_t)>& bod
 
 template <class real>
 Host<real> host(int64_t multiplications) {
-  bool alone = multiplications < kWorthThreads;
+  int threads = multiplications < kWorthThreads ? 1 : static_cast<int>(torch::stable::get_num_threads());
+  if (threads > 1) require_threads(threads - 1);
   Host<real> host{
-      .threads = alone ? 1 : static_cast<int>(torch::stable::get_num_threads()),
+      .threads = threads,
       .parallel_for = parallel_for,
       .product = product<real>,
       .add_product = add_product<real>,
