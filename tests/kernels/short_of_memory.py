@@ -1,7 +1,8 @@
 """Calls of the kernels in processes whose address space may grow by so much and no more; prints how each ended.
 
-`python short_of_memory.py RUNS SEED` forks a process for each call from one that has torch loaded but has started no thread
-and generated no code yet. A line each: the exit status (negative: a signal), the call, and the error if there was one.
+`python short_of_memory.py RUNS SEED` forks a process for each call from one that has torch loaded but has started no
+thread and generated no code yet. One line for each: the exit status (negative: a signal), the call, and the error if
+there was one.
 """
 
 import os

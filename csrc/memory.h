@@ -1,6 +1,5 @@
-// Memory that is asked for before it is needed, where a library below would end the process for want of it: OpenMP when
-// it cannot start a thread, oneDNN when there is no room for the code that it generates. So want of memory is an
-// exception. Only an address space that is limited (RLIMIT_AS, a full swap) is ever short of it.
+// Want of memory as an exception. Two libraries below would end the process: OpenMP when it cannot start a thread, oneDNN
+// when there is no room for the code that it generates. So what they need is asked for first, and given back.
 #pragma once
 
 #include <cstdlib>
@@ -8,7 +7,6 @@
 #include <string>
 #include <system_error>
 #include <thread>
-#include <utility>
 #include <vector>
 
 #ifdef __linux__
@@ -16,11 +14,13 @@
 #include <sys/mman.h>
 #endif
 
-namespace tcm::cpu {
+namespace tcm {
 
 class OutOfMemory : public std::bad_alloc {  // MemoryError in Python
  public:
-  explicit OutOfMemory(std::string text) : text_(std::move(text)) {}
+  explicit OutOfMemory(const std::string& text) : text_("tcm_fused: not enough memory: " + text) {}
+  OutOfMemory(size_t bytes, const char* purpose)
+      : OutOfMemory(std::to_string((bytes >> 20) + 1) + " MiB are needed for " + purpose) {}
   const char* what() const noexcept override { return text_.c_str(); }
 
  private:
@@ -31,8 +31,7 @@ class OutOfMemory : public std::bad_alloc {  // MemoryError in Python
 inline void require_memory([[maybe_unused]] size_t bytes, [[maybe_unused]] const char* purpose) {
 #ifdef __linux__
   void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (memory == MAP_FAILED)
-    throw OutOfMemory("tcm_fused: not enough memory: " + std::to_string(bytes >> 20) + " MiB are needed for " + purpose);
+  if (memory == MAP_FAILED) throw OutOfMemory(bytes, purpose);
   munmap(memory, bytes);
 #endif
 }
@@ -48,7 +47,7 @@ inline void require_threads(int threads) {
     pthread_attr_destroy(&attributes);
   }
 #endif
-  require_memory(threads * (stack + kEach), "threads; fewer are set by torch.set_num_threads");
+  require_memory(threads * (stack + kEach), "threads; torch.set_num_threads sets fewer");
   // There may be a limit on their number too. Only at the first time: to start threads costs more than a small problem.
   static thread_local int rehearsed = 0;
   if (threads <= rehearsed) return;
@@ -56,10 +55,9 @@ inline void require_threads(int threads) {
   try {
     for (int k = 0; k < threads; ++k) all.emplace_back([] {});
   } catch (const std::system_error&) {
-    throw OutOfMemory("tcm_fused: " + std::to_string(threads) +
-                      " threads could not be started; fewer are set by torch.set_num_threads");
+    throw OutOfMemory(std::to_string(threads) + " threads cannot be started; torch.set_num_threads sets fewer");
   }
   rehearsed = threads;
 }
 
-}  // namespace tcm::cpu
+}  // namespace tcm
