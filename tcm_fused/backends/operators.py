@@ -3,7 +3,7 @@
 Three operators of the loss share one schema. `tcm_fused::fused` is the kernel that the extension registers for a
 device, `tcm_fused::triton` that for GPUs without it, and `tcm_fused::blocked` is plain PyTorch and runs anywhere. All
 return the gradient with the loss (one pass over the pairs), so that backward is a multiplication. In the same way
-`tcm_fused::pair_counts` and `tcm_fused::pair_counts_blocked` count the pairs for OPIS.
+`tcm_fused::counts` and `tcm_fused::pair_counts_blocked` count the pairs for OPIS.
 """
 
 from typing import Any
@@ -118,6 +118,47 @@ for _name in ("fused", "triton", "blocked"):
     _LIBRARY.define(_name + _SCHEMA)
     torch.library.register_fake(f"tcm_fused::{_name}", _fake, lib=_LIBRARY)
     torch.library.register_autograd(f"tcm_fused::{_name}", _backward, setup_context=_setup_context, lib=_LIBRARY)
+_LIBRARY.define(
+    "loss(Tensor x, Tensor y, Tensor? ref_x, Tensor? ref_y, int? row_offset, Tensor margins, Tensor weights, "
+    "bool squared, bool fp16, bool grad_x, bool grad_ref) "
+    "-> (Tensor loss, Tensor grad_x, Tensor grad_ref, Tensor penalty, Tensor count)"
+)
+_LIBRARY.define(
+    "penalties(Tensor x, Tensor y, Tensor? ref_x, Tensor? ref_y, int? row_offset, Tensor margins, "
+    "bool squared, bool fp16, bool grad_x, bool grad_ref) "
+    "-> (Tensor penalty, Tensor grad_x, Tensor grad_ref, Tensor count)"
+)
+
+
+def _run_kernel(
+    x: Tensor,
+    y: Tensor,
+    ref_x: Tensor | None,
+    ref_y: Tensor | None,
+    row_offset: int | None,
+    margin_plus: float,
+    margin_minus: float,
+    lambda_plus: float,
+    lambda_minus: float,
+    squared: bool,
+    fp16: bool,
+    per_side: bool,
+    grad_x: bool,
+    grad_ref: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    rows, options = (x, y, ref_x, ref_y, row_offset), (squared, fp16, grad_x, grad_ref)
+    margins = torch.tensor([margin_plus, margin_minus], dtype=torch.float64)
+    if not per_side:
+        weights = torch.tensor([lambda_plus, lambda_minus], dtype=torch.float64)
+        done: tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+        done = torch.ops.tcm_fused.loss(*rows, margins, weights, *options)
+        return done
+    penalty, by_x, by_ref, count = torch.ops.tcm_fused.penalties(*rows, margins, *options)
+    return x.new_empty((), dtype=loss_dtype(x)), by_x, by_ref, penalty, count
+
+
+_LIBRARY.impl("fused", _run_kernel, "CPU")
+_LIBRARY.impl("fused", _run_kernel, "CUDA")
 _LIBRARY.impl("blocked", tcm_blocked, "CompositeExplicitAutograd")
 _LIBRARY.impl("triton", _run_triton, "CUDA")  # which is also what torch calls ROCm
 _LIBRARY.impl("triton", _run_triton, "CPU")  # in Triton's interpreter
@@ -142,12 +183,12 @@ def _fake_counts(
     )
 
 
-for _name in ("pair_counts", "pair_counts_blocked"):
+for _name in ("counts", "pair_counts_blocked"):
     _LIBRARY.define(_name + _COUNT_SCHEMA)
     torch.library.register_fake(f"tcm_fused::{_name}", _fake_counts, lib=_LIBRARY)
 _LIBRARY.impl("pair_counts_blocked", pair_counts_blocked, "CompositeExplicitAutograd")
 COUNTERS = {
-    "cpu": torch.ops.tcm_fused.pair_counts.default,
-    "cuda": torch.ops.tcm_fused.pair_counts.default,
+    "cpu": torch.ops.tcm_fused.counts.default,
+    "cuda": torch.ops.tcm_fused.counts.default,
     "torch": torch.ops.tcm_fused.pair_counts_blocked.default,
 }
