@@ -1,27 +1,38 @@
-// The counts, their sizes for tests included, for ctypes.
-#include "pair_counts.cu"
+// The counts for ctypes, their sizes for tests included: see kernels.py.
+#include "counts.cu"
 
 extern "C" {
-struct FakeCounts {
-  int64_t n, d, classes, thresholds, bits, sm, sm_count, shared_per_block, shared_per_sm, window;
+
+struct CountsCall {
+  int64_t n, d, classes, thresholds, bits, sm, sm_count, shared_per_block, shared_per_sm, window, chunk, one_chunk;
   const void *x, *y, *threshold;
   void *count, *class_count, *best;
 };
-static tcm::cuda::PairCountProblem problem_of(const FakeCounts& f) {
-  tcm::cuda::PairCountProblem p{};
-  p.n = f.n, p.d = f.d, p.classes = f.classes, p.thresholds = f.thresholds, p.bits = static_cast<int>(f.bits);
-  p.x = static_cast<const float*>(f.x), p.y = static_cast<const int64_t*>(f.y),
-  p.threshold = static_cast<const float*>(f.threshold);
-  p.sm = f.sm, p.sm_count = f.sm_count, p.shared_per_block = f.shared_per_block, p.shared_per_sm = f.shared_per_sm;
+
+static tcm::CountProblem<float> problem_of(const CountsCall& c) {
+  tcm::CountProblem<float> p{};
+  p.n = c.n, p.d = c.d, p.classes = c.classes, p.thresholds = c.thresholds, p.bits = static_cast<int>(c.bits);
+  p.x = static_cast<const float*>(c.x), p.y = static_cast<const int64_t*>(c.y);
+  p.threshold = static_cast<const float*>(c.threshold);
   return p;
 }
-int64_t fake_counts_bytes(const FakeCounts* f) { return tcm::cuda::workspace_bytes(problem_of(*f)); }
-const char* fake_counts(const FakeCounts* f, void* workspace) {
-  tcm::cuda::PairCountResult r{};
-  r.count = static_cast<int64_t*>(f->count), r.class_count = static_cast<int64_t*>(f->class_count),
-  r.best = static_cast<float*>(f->best);
+static tcm::cuda::Device device_of(const CountsCall& c) {
+  return {static_cast<int>(c.sm), static_cast<int>(c.sm_count), static_cast<int>(c.shared_per_block),
+          static_cast<int>(c.shared_per_sm)};
+}
+
+int64_t counts_bytes(const CountsCall* c) { return tcm::cuda::workspace_bytes(problem_of(*c), device_of(*c)); }
+const char* counts_run(const CountsCall* c, void* workspace) {
+  tcm::CountResult<float> r{};
+  const int64_t cells = problem_of(*c).cells(), class_cells = (c->classes + 1) * c->thresholds;
+  for (int side = 0; side < 2; ++side) {
+    r.count[side] = static_cast<int64_t*>(c->count) + side * cells;
+    r.class_count[side] = static_cast<int64_t*>(c->class_count) + side * class_cells;
+    r.best[side] = static_cast<float*>(c->best) + side * c->n;
+  }
   tcm::cuda::Tuning t;
-  if (f->window >= 0) t.window = static_cast<int>(f->window);
-  return tcm::cuda::run_counts(problem_of(*f), r, workspace, nullptr, t);
+  t.window = static_cast<int>(c->window), t.chunk = c->chunk, t.one_chunk = c->one_chunk;
+  return tcm::cuda::run_counts(problem_of(*c), device_of(*c), r, workspace, nullptr, t);
 }
-}
+
+}  // extern "C"

@@ -1,34 +1,42 @@
-// The loss, its sizes for tests included, for ctypes.
-#include "tcm_loss.cu"
+// The loss for ctypes, its sizes for tests included: see kernels.py.
+#include "loss.cu"
 
 extern "C" {
-struct FakeLoss {
-  int64_t symmetric, n, m, d, type, fp16, row_offset, per_side, sm, sm_count, block, chunk, one_chunk;
+
+struct LossCall {
+  int64_t symmetric, n, m, d, type, fp16, row_offset, sm, sm_count, rectangle, chunk, one_chunk;
   const void *x, *y, *ref_x, *ref_y;
+  const double *device_margin, *device_weight;  // null: the numbers below
   void *loss, *grad_x, *grad_ref, *penalty, *count;
-  double margin[2], lambda[2];
+  double margin[2], weight[2];
 };
-static tcm::cuda::Problem problem_of(const FakeLoss& f) {
-  tcm::cuda::Problem p{};
-  p.symmetric = f.symmetric, p.n = f.n, p.m = f.m, p.d = f.d, p.type = static_cast<tcm::cuda::Type>(f.type),
-  p.fp16 = f.fp16;
-  p.x = f.x, p.y = static_cast<const int64_t*>(f.y), p.ref_x = f.ref_x, p.ref_y = static_cast<const int64_t*>(f.ref_y);
-  p.row_offset = f.row_offset, p.per_side = f.per_side, p.sm = f.sm, p.sm_count = f.sm_count;
-  for (int k = 0; k < 2; ++k) p.margin[k] = f.margin[k], p.lambda[k] = f.lambda[k];
+
+static tcm::Problem<void> problem_of(const LossCall& c) {
+  tcm::Problem<void> p{};
+  p.symmetric = c.symmetric != 0, p.n = c.n, p.m = c.m, p.d = c.d, p.fp16 = c.fp16 != 0, p.row_offset = c.row_offset;
+  p.x = c.x, p.y = static_cast<const int64_t*>(c.y);
+  p.ref_x = c.ref_x, p.ref_y = static_cast<const int64_t*>(c.ref_y);
+  p.margin = {{c.margin[0], c.margin[1]}, c.device_margin};
+  p.weight = {{c.weight[0], c.weight[1]}, c.device_weight};
   return p;
 }
-static tcm::cuda::Tuning tuning_of(const FakeLoss& f) {
+static tcm::cuda::Device device_of(const LossCall& c) {
+  return {static_cast<int>(c.sm), static_cast<int>(c.sm_count), 0, 0};
+}
+static tcm::cuda::Tuning tuning_of(const LossCall& c) {
   tcm::cuda::Tuning t;
-  if (f.block) t.block = static_cast<int>(f.block);
-  if (f.chunk) t.chunk = f.chunk, t.one_chunk = f.one_chunk;
+  t.rectangle = static_cast<int>(c.rectangle), t.chunk = c.chunk, t.one_chunk = c.one_chunk;
   return t;
 }
-int64_t fake_loss_bytes(const FakeLoss* f) { return tcm::cuda::bytes_of(problem_of(*f), tuning_of(*f)); }
-const char* fake_loss(const FakeLoss* f, void* workspace) {
-  tcm::cuda::Result r{};
-  r.loss = static_cast<float*>(f->loss), r.grad_x = static_cast<float*>(f->grad_x),
-  r.grad_ref = static_cast<float*>(f->grad_ref);
-  r.penalty = static_cast<double*>(f->penalty), r.count = static_cast<int64_t*>(f->count);
-  return tcm::cuda::run(problem_of(*f), r, workspace, nullptr, tuning_of(*f));
+
+int64_t loss_bytes(const LossCall* c) { return tcm::cuda::bytes_of(problem_of(*c), device_of(*c), tuning_of(*c)); }
+const char* loss_run(const LossCall* c, void* workspace) {
+  tcm::Result<float> r{};
+  r.loss = static_cast<float*>(c->loss), r.grad_x = static_cast<float*>(c->grad_x);
+  r.grad_ref = static_cast<float*>(c->grad_ref);
+  r.penalty = static_cast<double*>(c->penalty), r.count = static_cast<int64_t*>(c->count);
+  return tcm::cuda::run(problem_of(*c), static_cast<tcm::cuda::Type>(c->type), device_of(*c), r, workspace, nullptr,
+                        tuning_of(*c));
 }
-}
+
+}  // extern "C"
