@@ -17,6 +17,12 @@ struct Tuning {
 
 inline int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
+#if defined(TCM_FUSED_GUARD)  // tests/ptx_machine sees to it that no kernel touches these bytes
+void guard(void* memory, int64_t bytes);
+#else
+inline void guard(void*, int64_t) {}
+#endif
+
 // Hands out the workspace from its start on, with gaps that nobody touches; with no workspace it only counts.
 class Layout {
  public:
@@ -55,6 +61,47 @@ inline unsigned blocks(int64_t size, int64_t each) {
 
 // Enqueues the prologue (prologue.cuh): sorted labels and x^, and the sums over tiles where wanted.
 cudaError_t prologue(const Work& w, Type type, bool sums, const Tuning& tuning, cudaStream_t stream);
+
+// Starts `kernel` on `stream`; what went wrong, or cudaSuccess.
+template <class... Parameters>
+cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
+                   Parameters... arguments) {
+  const void* function = reinterpret_cast<const void*>(kernel);
+  if (shared_bytes > 48 << 10) {  // more than that only by leave: as much as there is, whoever launches it next
+    int device = 0, most = 0;
+    cudaError_t error = cudaGetDevice(&device);
+    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    if (error == cudaSuccess) error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+    if (error != cudaSuccess) return error;
+  }
+  void* pointers[] = {&arguments...};
+  return cudaLaunchKernel(function, grid, block, pointers, shared_bytes, stream);
+}
+
+// Describes a matrix [rows, columns] of halves to the copy engine; false if the driver cannot.
+inline bool describe(TensorMap& map, const Half* matrix, int64_t rows, int columns) {
+  void* function = nullptr;
+  cudaDriverEntryPointQueryResult found;
+  if (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault,
+      &found) != cudaSuccess ||
+      found != cudaDriverEntryPointSuccess)
+    return false;
+  cuuint64_t size[] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)},
+      pitch[] = {size[0] * sizeof(Half)};
+  cuuint32_t box[] = {kBoxColumns, kBoxRows}, stride[] = {1, 1};
+  return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function)(
+             &map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, const_cast<Half*>(matrix), size, pitch, box, stride,
+             CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
+
+// Threads a block of the kernel can have on the current device, as its code there was compiled; 0: there is none.
+template <class Kernel>
+int most_threads(Kernel* kernel) {
+  cudaFuncAttributes attributes;
+  return cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)) == cudaSuccess
+      ? attributes.maxThreadsPerBlock : 0;
+}
 
 // Whether the device, its driver and the code compiled for it allow products by warpgroups; if so, describes x^ for
 // them.

@@ -1,18 +1,14 @@
-// Hopper's machine operations (sm_90a), by the same rule: barriers in shared memory that count arrivals and bytes,
-// copies of boxes of a matrix by the copy engine, products by warpgroups. Part of ptx.cuh.
+// Hopper's machine operations (sm_90a), in PTX: barriers in shared memory that count arrivals and bytes, copies of boxes
+// of a matrix by the copy engine, products by warpgroups.
 #pragma once
 
-#include "ptx.cuh"
+#include <cuda.h>  // types only
 
-#if defined(__CUDACC__)
-#include <cuda.h>  // types only; the one function is looked up at run time
-#endif
+#include "ptx.cuh"
 
 namespace tcm::cuda {
 
 constexpr int kBoxRows = 128, kBoxColumns = 64;  // of halves: 128 bytes a row, the width of a swizzle
-
-#if defined(__CUDACC__)
 
 // Whether the code being compiled may use warpgroups; asked at run time, see `most_threads`.
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -151,115 +147,5 @@ template <int kRegisters>
 __device__ __forceinline__ void more_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
-
-// Describes a matrix [rows, columns] of halves to the copy engine; false if the driver cannot.
-inline bool describe(TensorMap& map, const Half* matrix, int64_t rows, int columns) {
-  void* function = nullptr;
-  cudaDriverEntryPointQueryResult found;
-  if (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault,
-      &found) != cudaSuccess ||
-      found != cudaDriverEntryPointSuccess)
-    return false;
-  cuuint64_t size[] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)},
-      pitch[] = {size[0] * sizeof(Half)};
-  cuuint32_t box[] = {kBoxColumns, kBoxRows}, stride[] = {1, 1};
-  return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function)(
-             &map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, const_cast<Half*>(matrix), size, pitch, box, stride,
-             CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
-}
-
-// Threads a block of the kernel can have on the current device, as its code there was compiled; 0: there is none.
-template <class Kernel>
-int most_threads(Kernel* kernel) {
-  cudaFuncAttributes attributes;
-  return cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)) == cudaSuccess
-      ? attributes.maxThreadsPerBlock : 0;
-}
-
-#else  // the model
-
-#define TCM_SM90 1
-
-using TensorMap = emulator::TensorMap;
-using Barrier = emulator::Barrier;
-
-inline void barrier_init(Barrier& barrier, int arrivals) { emulator::init_barrier(barrier, arrivals); }
-inline void barriers_ready() {}
-inline void barrier_arrive(Barrier& barrier) { emulator::arrive_at(barrier, 0); }
-inline void barrier_expect(Barrier& barrier, int bytes) { emulator::arrive_at(barrier, bytes); }
-inline void barrier_wait(Barrier& barrier, int parity) { emulator::wait_for(barrier, parity); }
-inline void copy_box(void* to, const TensorMap& map, Barrier& barrier, int row, int column) {
-  emulator::require(emulator::aligned(to, 1024), "copy_box: not aligned");
-  emulator::start_box(to, map, barrier, row, column);
-}
-
-inline uint64_t operand(const void* rows) {
-  return static_cast<uint64_t>(static_cast<const unsigned char*>(rows) - shared_memory());
-}
-inline uint64_t operand_at(uint64_t operand, int column) { return operand + column * 2; }
-
-inline uint64_t operand_across(const void* blocks, int row) { return operand(blocks) + row * 128; }
-inline void writes_to_products() {}
-
-inline void warpgroup_fence() {}
-inline void warpgroup_commit() { emulator::commit_products(); }
-
-// One product of all threads of a warpgroup: a from shared memory or registers, b by rows or across.
-inline void multiply_together(const emulator::Product& one, emulator::Product* const* all) {
-  static float a[64][16], b[16][256];
-  static double d[64][256];
-  auto half = [](uint64_t at) {
-    at ^= (at >> 7 & 7) << 4;
-    Half h;
-    memcpy(&h.bits, shared_memory() + at, 2);
-    return to_float(h);
-  };
-  for (int row = 0; row < 64; ++row)
-    for (int k = 0; k < 16; ++k) {
-      uint32_t pair = all[row / 16 * 32 + row % 8 * 4 + k % 8 / 2]->registers[row / 8 % 2 + k / 8 * 2];
-      a[row][k] = !one.across ? half(one.a + row * 128 + k * 2) : to_float(k % 2 == 0 ? low(pair) : high(pair));
-    }
-  for (int column = 0; column < one.columns; ++column)
-    for (int k = 0; k < 16; ++k)
-      b[k][column] = half(one.across ? one.b + column / 64 * (128 * 128) + k * 128 + column % 64 * 2
-          : one.b + column * 128 + k * 2);
-  memset(d, 0, sizeof d);
-  for (int row = 0; row < 64; ++row)
-    for (int k = 0; k < 16; ++k)
-      for (int column = 0; column < one.columns; ++column) d[row][column] += static_cast<double>(a[row][k]) * b[k][column];
-  for (int thread = 0; thread < 128; ++thread)
-    for (int k = 0; k < one.columns / 2; ++k) {
-      float& out = all[thread]->d[k];
-      int row = thread / 32 * 16 + thread % 32 / 4 + k / 2 % 2 * 8, column = k / 4 * 8 + thread % 4 * 2 + k % 2;
-      out = toward_zero(d[row][column] + (one.accumulate ? out : 0.0f));
-    }
-}
-template <int kPending>
-inline void warpgroup_wait() {
-  emulator::wait_products(kPending, multiply_together);
-}
-inline void warpgroup_multiply(float (&d)[128], uint64_t a, uint64_t b, bool accumulate) {
-  emulator::start_product({d, 256, false, a, b, accumulate, {}});
-}
-inline void warpgroup_multiply(float (&d)[64], const uint32_t (&a)[4], uint64_t b) {
-  emulator::start_product({d, 128, true, 0, b, true, {a[0], a[1], a[2], a[3]}});
-}
-
-template <int kRegisters>
-inline void fewer_registers() {}
-template <int kRegisters>
-inline void more_registers() {}
-
-inline bool describe(TensorMap& map, const Half* matrix, int64_t rows, int columns) {
-  map = {reinterpret_cast<const unsigned char*>(matrix), rows, columns, kBoxRows};
-  return true;
-}
-template <class Kernel>
-int most_threads(Kernel*) {
-  return 1024;
-}
-
-#endif
 
 }  // namespace tcm::cuda
