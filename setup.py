@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import ClassVar, NamedTuple
 
 from setuptools import Command, setup
+from setuptools.command.build import build as BuildAll
 
 
 def chosen(name: str, *choices: str) -> str:
@@ -250,6 +251,14 @@ class BuildCuda(Command):
         print(build.name, *(path.with_suffix(".log") for path in compile_kernels(build)), sep="\n")
 
 
+class CleanBuild(BuildAll):
+    """A wheel of what is there: setuptools would put modules of earlier builds in, since moved or deleted."""
+
+    def run(self) -> None:
+        shutil.rmtree(self.build_lib, ignore_errors=True)
+        super().run()
+
+
 class Build(BuildExtension):
     """The extension, its CUDA kernels first."""
 
@@ -322,7 +331,8 @@ def extension() -> "CppExtension":
     )
 
 
+commands = {"build": CleanBuild}
 if WITH_EXTENSION:
-    setup(ext_modules=[extension()], cmdclass={"build_ext": Build, "build_cuda": BuildCuda})
+    setup(ext_modules=[extension()], cmdclass={**commands, "build_ext": Build, "build_cuda": BuildCuda})
 else:
-    setup()
+    setup(cmdclass=commands)
