@@ -78,8 +78,8 @@ def _why_nowhere() -> str:
             f"was left out (TCM_FUSED_EXTENSION=0): `{BUILD}` there builds it"
         )
     return (
-        f"tcm_fused was installed without its C++ extension ({NAME}; TCM_FUSED_EXTENSION=0): with a C++20 compiler, "
-        f"and without that variable, `{BUILD}` in a clone installs both"
+        f"tcm_fused was installed without its C++ extension ({NAME}; TCM_FUSED_EXTENSION=0): to have it, "
+        f"`{BUILD}` in a clone, with a C++20 compiler and without that variable"
     )
 
 
