@@ -4,7 +4,9 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test lint bench info gpu registers clean
+TORCH ?= 2.13.0 2.11.0
+
+.PHONY: demo test quick lint bench info gpu registers wheel clean
 
 demo: $(VENV)/built
 	$(RUN) -m benchmarks.demo
@@ -30,6 +32,12 @@ gpu:
 registers: $(VENV)/built
 	$(RUN) tests/kernels/test_ptxas.py
 
+# Into dist/, with the CUDA kernels inside; tried in a new environment with each torch of TORCH (2.11.0: gigabytes).
+wheel: $(VENV)/built
+	rm -rf dist
+	TCM_FUSED_CUDA=1 $(VENV)/bin/pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+	$(RUN) tests/build/smoke.py dist/*.whl $(TORCH)
+
 $(VENV)/installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --requirement requirements.txt
@@ -40,4 +48,4 @@ $(VENV)/built: $(VENV)/installed setup.py pyproject.toml $(shell find csrc -type
 	touch $@
 
 clean:
-	rm -rf $(VENV) build out *.egg-info tcm_fused/*.so
+	rm -rf $(VENV) build dist out *.egg-info tcm_fused/*.so

@@ -20,8 +20,7 @@ try:
     from tcm_fused.thresholds.metric import OPIS
 except ImportError as error:
     raise ImportError(
-        "tcm_fused.integrations.lightning needs Lightning and torchmetrics: pip install lightning torchmetrics, or "
-        "'tcm_fused[lightning]'"
+        "tcm_fused.integrations.lightning needs Lightning and torchmetrics: pip install lightning torchmetrics"
     ) from error
 
 

@@ -22,8 +22,7 @@ try:
     from pytorch_metric_learning.utils import common_functions, loss_and_miner_utils
 except ImportError as error:
     raise ImportError(
-        "tcm_fused.integrations.pytorch_metric_learning needs that library: pip install pytorch-metric-learning, or "
-        "'tcm_fused[pytorch-metric-learning]'"
+        "tcm_fused.integrations.pytorch_metric_learning needs that library: pip install pytorch-metric-learning"
     ) from error
 
 

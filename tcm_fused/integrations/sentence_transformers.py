@@ -31,7 +31,7 @@ try:
 except ImportError as error:
     raise ImportError(
         "tcm_fused.integrations.sentence_transformers needs that library, 6.2 or later: "
-        "pip install 'sentence-transformers[train]', or 'tcm_fused[sentence-transformers]'"
+        "pip install 'sentence-transformers[train]'"
     ) from error
 
 ClassLabels = Callable[[Tensor | None], Sequence[Tensor]]

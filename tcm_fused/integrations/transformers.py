@@ -21,8 +21,7 @@ try:
     from transformers import Trainer, TrainerCallback
 except ImportError as error:
     raise ImportError(
-        "tcm_fused.integrations.transformers needs that library: pip install 'transformers[torch]', or "
-        "'tcm_fused[transformers]'"
+        "tcm_fused.integrations.transformers needs that library: pip install 'transformers[torch]'"
     ) from error
 
 
@@ -45,7 +44,7 @@ class TCMCallback(TrainerCallback):
             without gradients, with the model in evaluation mode. None: no OPIS. For `SentenceTransformerTrainer`:
             `lambda model, batch: (model(trainer.collect_features(batch)[0][0])["sentence_embedding"], batch["label"])`.
         criterion: a module that has the TCM losses in it, if the trainer has none: where a function calls them.
-        options: those of `tcm_fused.thresholds.opis`.
+        options: those of `tcm_fused.opis`.
     """
 
     def __init__(

@@ -115,7 +115,7 @@ def _read_parquet(path: Path) -> Array:
         import pyarrow
         from pyarrow import parquet
     except ImportError as error:
-        raise ImportError("parquet files need pyarrow: pip install pyarrow, or 'tcm_fused[files]'") from error
+        raise ImportError("parquet files need pyarrow: pip install pyarrow") from error
     try:
         table = parquet.read_table(path)
         index = (table.schema.pandas_metadata or {}).get("index_columns", [])

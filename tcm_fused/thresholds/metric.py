@@ -12,8 +12,16 @@ from tcm_fused.thresholds.opis import OPISResult, check_options, opis
 try:
     from torchmetrics import Metric
     from torchmetrics.utilities import dim_zero_cat
-except ImportError as error:
-    raise ImportError("OPIS needs torchmetrics: pip install torchmetrics, or 'tcm_fused[metrics]'") from error
+except Exception as error:  # RuntimeError too: it imports torchvision, which may not be that of this torch
+    _why_no_torchmetrics = error
+
+    class Metric:  # type: ignore[no-redef]
+        """In its place, so that `OPIS` can be named, documented and looked for without torchmetrics, but not made."""
+
+        def __new__(cls, *_: Any, **__: Any) -> Any:
+            raise ImportError(
+                f"OPIS needs torchmetrics ({_why_no_torchmetrics}): pip install torchmetrics"
+            ) from _why_no_torchmetrics
 
 
 class OPIS(Metric):

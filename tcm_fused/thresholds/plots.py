@@ -18,7 +18,7 @@ try:
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 except ImportError as error:
-    raise ImportError("pictures need matplotlib: pip install matplotlib, or 'tcm_fused[plots]'") from error
+    raise ImportError("pictures need matplotlib: pip install matplotlib") from error
 
 # From Paul Tol's "muted" colours, which the colour-blind can tell apart; line styles differ as well.
 BLUE, ROSE, GREEN, SAND = "#332288", "#CC6677", "#117733", "#999933"

@@ -161,7 +161,7 @@ class Pairs:
         try:
             from tqdm import tqdm
         except ImportError as error:
-            raise ImportError("progress=True needs tqdm: pip install tqdm, or 'tcm_fused[progress]'") from error
+            raise ImportError("progress=True needs tqdm: pip install tqdm") from error
         done = torch.zeros(2, dtype=torch.int64)
         stream = torch.cuda.current_stream(self.x.device) if self.x.is_cuda else None  # which is a matter of threads
 

@@ -141,8 +141,8 @@ def test_without_torchmetrics(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.setitem(sys.modules, "torchmetrics", None)
     monkeypatch.delitem(sys.modules, "tcm_fused.thresholds.metric")
-    with pytest.raises(ImportError, match=r"tcm_fused\[metrics\]"):
-        _ = tcm_fused.OPIS
+    with pytest.raises(ImportError, match=r"^OPIS needs torchmetrics .*: pip install torchmetrics$"):
+        tcm_fused.OPIS(**OPTIONS)
 
 
 def test_no_such_name() -> None:
