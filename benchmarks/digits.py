@@ -47,7 +47,7 @@ from benchmarks.training import (
     turned,
 )
 from tcm_fused import TCMLoss, __version__, opis
-from tcm_fused.thresholds.files import write_whole
+from tcm_fused.thresholds.outputs import write_whole
 
 WIDTH = 16  # of the embeddings
 NETWORKS: dict[str, Callable[[], nn.Module]] = {"MLP": partial(make_mlp, WIDTH), "CNN": partial(make_cnn, WIDTH)}

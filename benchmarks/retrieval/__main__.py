@@ -17,7 +17,7 @@ from benchmarks.retrieval.datasets import DATASETS, TEST_SETS, load
 from benchmarks.retrieval.losses import BASES, WITH_WEIGHTS
 from benchmarks.retrieval.networks import SMALL, import_timm
 from benchmarks.retrieval.training import Margins, Run, Settings
-from tcm_fused.thresholds.files import write_whole
+from tcm_fused.thresholds.outputs import write_whole
 
 _PICTURES = (".png", ".pdf", ".svg")
 

@@ -26,7 +26,7 @@ from benchmarks.retrieval.images import BalancedBatches, CentreImages, TrainImag
 from benchmarks.retrieval.losses import make_base
 from benchmarks.retrieval.networks import make_network
 from tcm_fused import TCMLoss, __version__, opis
-from tcm_fused.thresholds.files import write_whole
+from tcm_fused.thresholds.outputs import write_whole
 
 _REPORT = 20  # steps between looks at the loss: each waits for the device
 
