@@ -134,7 +134,7 @@ def _add_opis_options(command: argparse.ArgumentParser) -> None:
 def _opis(arguments: argparse.Namespace) -> None:
     data, embeddings, labels = _read(arguments)
     result = opis(embeddings, labels, **_opis_options(arguments), **_progress(data))
-    _write(arguments, result, data)
+    written = _write(arguments, result, data)
     percent = f"{100 * arguments.epsilon:g}%"
     print(f"{_rows(data)}, {len(result.class_ids):,} classes ({result.left_out:,} more of one sample left out)")
     print(f"{'OPIS':14} {result.opis:.4g}")
@@ -153,6 +153,7 @@ def _opis(arguments: argparse.Namespace) -> None:
     )
     print(f"{'utility':14} mean of all classes {result.class_utility.mean():.4f}; the lowest:")
     _print_worst(result.worst(arguments.worst), data)
+    print("".join(written), end="")
 
 
 def _calibrate(arguments: argparse.Namespace) -> None:
@@ -165,7 +166,7 @@ def _calibrate(arguments: argparse.Namespace) -> None:
         backend=arguments.backend,
         **_progress(data),
     )
-    _write(arguments, found, data)
+    written = _write(arguments, found, data)
     print(f"{_rows(data)}; {found.pairs[0]:,} positive and {found.pairs[1]:,} negative pairs")
     print(f"\n{'':22}{'similarity':>22}{'distance':>22}{'false accepts':>16}{'false rejects':>16}")
     for name, at in (
@@ -187,6 +188,7 @@ def _calibrate(arguments: argparse.Namespace) -> None:
         text = f"{100 * at_far.tar:12.2f} %{_exact(at_far.similarity):>22}" if known else f"{'no threshold':>14}"
         few = "   fewer than one pair" if at_far.bound * found.pairs[1] < 1 else ""
         print(f"{at_far.bound:<22.0e}{text}{few}")
+    print("".join(written), end="")
 
 
 def _margins(arguments: argparse.Namespace) -> None:
@@ -199,13 +201,14 @@ def _margins(arguments: argparse.Namespace) -> None:
         backend=arguments.backend,
         **_progress(data),
     )
-    _write(arguments, found, data)
+    written = _write(arguments, found, data)
     plus, minus = _exact(found.margin_plus), _exact(found.margin_minus)
     print(f"{'margin_plus':14} {plus}")
     print(f"{'':14} {found.count_plus:,} positive pairs lie below it, {100 * found.share_plus:.3g} % of all")
     print(f"{'margin_minus':14} {minus}")
     print(f"{'':14} {found.count_minus:,} negative pairs reach it, {100 * found.share_minus:.3g} % of all")
     print(f"TCMLoss(margin_plus={plus}, margin_minus={minus})")
+    print("".join(written), end="")
 
 
 def _compare(arguments: argparse.Namespace) -> None:
@@ -219,19 +222,22 @@ def _compare(arguments: argparse.Namespace) -> None:
         data = load(path, None)
         embeddings, labels = _placed(arguments, data)
         results[name] = opis(embeddings, labels, **_opis_options(arguments), **_progress(data))
+    written = []
     if arguments.json:
-        _write_json(arguments.json, {name: result.to_dict() for name, result in results.items()})
+        written.append(_write_json(arguments.json, {name: result.to_dict() for name, result in results.items()}))
     if arguments.plot:
         from tcm_fused.thresholds.plots import plot_pareto
 
         # Matplotlib takes text between dollars for mathematics.
-        _save_picture(arguments.plot, plot_pareto({name.replace("$", r"\$"): r for name, r in results.items()}))
+        axes = plot_pareto({name.replace("$", r"\$"): result for name, result in results.items()})
+        written.append(_save_picture(arguments.plot, axes))
     width = max(len(printable(name)) for name in (*results, "model"))
     percent = f"{100 * arguments.epsilon:g}%-OPIS"
     print(f"{'model':{width}}{'OPIS':>12}{percent:>12}{'recall@1':>12}{'utility':>12}")
     for name, result in sorted(results.items(), key=lambda item: item[1].opis):
         scores = f"{result.opis:12.4g}{result.eps_opis:12.4g}{100 * result.recall_at_1:10.2f} %"
         print(f"{printable(name):{width}}{scores}{result.class_utility.mean():12.4f}")
+    print("".join(written), end="")
 
 
 def _opis_options(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -293,22 +299,27 @@ def _print_worst(worst: list[Worst], data: Labelled) -> None:
         print(f"{'':14} class {printable(name)} ({item.size:,} samples): {item.value:.4f}")
 
 
-def _write(arguments: argparse.Namespace, result: Any, data: Labelled) -> None:
-    """The files that were asked for."""
+def _write(arguments: argparse.Namespace, result: Any, data: Labelled) -> list[str]:
+    """The files that were asked for; returns lines that say so, for the end of the page.
+
+    Before the page, which a reader may cut short, such as `| head`.
+    """
+    written = []
     if arguments.json:
         content = result.to_dict()
         if data.names is not None and "class_ids" in content:
             content["class_names"] = [str(data.names[c]) for c in content["class_ids"]]
-        _write_json(arguments.json, content)
+        written.append(_write_json(arguments.json, content))
     if arguments.plot:
-        _save_picture(arguments.plot, result.plot())
+        written.append(_save_picture(arguments.plot, result.plot()))
+    return written
 
 
-def _write_json(path: Path, content: Any) -> None:
+def _write_json(path: Path, content: Any) -> str:
     write_whole(path, lambda part: part.write_text(json.dumps(content, allow_nan=False) + "\n", encoding="utf-8"))
-    print(f"wrote {printable(path)}")
+    return f"wrote {printable(path)}\n"
 
 
-def _save_picture(path: Path, axes: Any) -> None:
+def _save_picture(path: Path, axes: Any) -> str:
     write_whole(path, lambda part: axes.figure.savefig(part, format=path.suffix[1:].lower()))
-    print(f"drew {printable(path)}")
+    return f"drew {printable(path)}\n"

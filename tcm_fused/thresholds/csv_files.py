@@ -15,7 +15,7 @@ import numpy as np
 
 from tcm_fused.thresholds.arrays import check_memory
 from tcm_fused.thresholds.rates import Array
-from tcm_fused.thresholds.tables import NUMBER, as_numbers, import_pyarrow, is_missing
+from tcm_fused.thresholds.tables import NUMBER, as_numbers, import_pyarrow, is_missing, numbers
 
 _SEPARATORS = ",;\t"
 _QUOTED = re.compile(r'"(?:[^"]|"")*"')
@@ -59,7 +59,13 @@ def open_embeddings(path: Path) -> Csv:
     first = _cells(line, separator)
     first_line = _table(content[: len(line)], separator, len(first))
     others = _table(content[len(line) :], separator, len(first))
-    return Csv(path, first, first_line, others, _header_of_numbers(first, others), False)
+    header = _header_of_numbers(first, others)
+    if others is None and header == (True,):
+        raise ValueError("it is empty but for a header")
+    for name, column in zip(first, others.columns if others is not None else (), strict=False):
+        if name or len(header) == 2:  # not an index
+            numbers(column, f"the column of {name!r}")
+    return Csv(path, first, first_line, others, header, False)
 
 
 def open_labels(path: Path) -> Csv:
@@ -89,7 +95,8 @@ def settle(x: Csv | int, y: Csv | int) -> tuple[bool, bool]:
     found = [(a, b) for a, n in zip(hx, nx, strict=True) for b, m in zip(hy, ny, strict=True) if n == m]
     if not found:
         raise ValueError(
-            f"embeddings have {_counted(hx, nx)} and labels {_counted(hy, ny)}; there must be a label for each row"
+            f"labels must have shape [{nx[-1]}], one label for each row of embeddings, but those have "
+            f"{_counted(hx, nx)}, and labels {_counted(hy, ny)}"
         )
     if len(found) > 1:
         raise ValueError(_unclear(x) if isinstance(x, Csv) else "")
@@ -115,9 +122,9 @@ def labels_of(file: Csv, header: bool) -> Array:
     if any(missing) and all(m or NUMBER.fullmatch(text) for m, text in zip(missing, texts, strict=True)):
         row = missing.index(True)
         raise ValueError(f"row {row + 1} has no label but {texts[row]!r}, and all others are numbers")
-    numbers = _integers(texts) if all(map(_INTEGER.fullmatch, texts)) else _floats(texts)
+    values = _integers(texts) if all(map(_INTEGER.fullmatch, texts)) else _floats(texts)
     # Text that differs stays apart: "1" and "01" are two classes.
-    return np.array(texts) if numbers is None or len(np.unique(numbers)) < len(set(texts)) else numbers
+    return np.array(texts) if values is None or len(np.unique(values)) < len(set(texts)) else values
 
 
 def _integers(texts: list[str]) -> Array | None:
@@ -229,17 +236,17 @@ def _header_of_numbers(first: list[str], others: Any) -> tuple[bool, ...]:
     return (True, False) if _may_name_columns(np.array(first, dtype=float), others) else (False,)
 
 
-def _may_name_columns(numbers: Array, others: Any) -> bool:
+def _may_name_columns(names: Array, others: Any) -> bool:
     """Whether they are like the names that pandas gives to columns, or years, or frequencies, and unlike the rows."""
     types = import_pyarrow(".csv").types
-    steps = np.diff(numbers)
-    if len(numbers) > 2 and bool((steps > 0).all()) and bool(np.allclose(steps, steps[0], rtol=1e-6, atol=0)):
+    steps = np.diff(names)
+    if len(names) > 2 and bool((steps > 0).all()) and bool(np.allclose(steps, steps[0], rtol=1e-6, atol=0)):
         return True
-    whole = bool(np.isfinite(numbers).all() and (numbers == np.rint(numbers)).all())
+    whole = bool(np.isfinite(names).all() and (names == np.rint(names)).all())
     whole_rows = others is not None and all(types.is_integer(kind) for kind in others.schema.types)
-    if not whole or len(np.unique(numbers)) < len(numbers):
+    if not whole or len(np.unique(names)) < len(names):
         return False
-    return not whole_rows or (len(numbers) > 2 and bool((steps > 0).all()))
+    return not whole_rows or (len(names) > 2 and bool((steps > 0).all()))
 
 
 def _header_of_labels(first: str, others: Any) -> tuple[tuple[bool, ...], bool]:

@@ -64,7 +64,7 @@ def as_numbers(columns: list[Any], names: list[str] | None) -> Array:
     Raises:
         ValueError: a value is missing or no number, or a column seems to be no feature; the message names it.
     """
-    arrays = [_numbers(column, _name(names, k)) for k, column in enumerate(columns)]
+    arrays = [numbers(column, _name(names, k)) for k, column in enumerate(columns)]
     _refuse_no_features(arrays, names)
     found = np.empty((len(arrays[0]), len(arrays)), np.result_type(*(a.dtype for a in arrays)))
     for k, column in enumerate(arrays):
@@ -80,7 +80,7 @@ def _listed(names: list[str]) -> str:
     return ", ".join(map(repr, names[:8])) + (" ..." if len(names) > 8 else "")
 
 
-def _numbers(column: Any, name: str) -> Array:
+def numbers(column: Any, name: str) -> Array:
     """A column of integers or floats."""
     types = import_pyarrow("table").types
     _refuse_nulls(name, column)
@@ -114,8 +114,8 @@ def _refuse_no_features(columns: list[Array], names: list[str] | None) -> None:
     for k, column in enumerate(columns):
         if whole[k] and not all(whole) and column.any():  # zeros are a feature that changes nothing
             raise ValueError(
-                f"{_name(names, k)} holds whole numbers and others do not: it may be an index, an identifier or labels. "
-                "Leave it out (pandas: to_csv(index=False)), or, if it is a feature, write it like the others (1.0)"
+                f"{_name(names, k)} holds whole numbers, others do not: it may be an index, an identifier or labels; "
+                "leave it out (pandas: to_csv(index=False)), or, if it is a feature, write it like the others (1.0)"
             )
     if _may_be_index(columns):
         raise ValueError(
@@ -173,5 +173,5 @@ def _matrix(column: Any) -> Array:
     if len(lengths) > 1:
         raise ValueError(f"its lists must be of one length, but have from {min(lengths)} to {max(lengths)} numbers")
     flat = import_pyarrow(".parquet").chunked_array([chunk.flatten() for chunk in column.chunks])
-    inner = _matrix(flat) if _is_list(flat.type) else _numbers(flat, "the column of lists")
+    inner = _matrix(flat) if _is_list(flat.type) else numbers(flat, "the column of lists")
     return inner.reshape(len(column), lengths.pop(), *inner.shape[1:])
