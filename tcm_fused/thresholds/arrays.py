@@ -21,6 +21,11 @@ def read_npy(path: Path) -> Array:
     Raises:
         ValueError, OSError: there is none, or it is damaged, pickled or shorter than it says.
     """
+    with path.open("rb") as stream:
+        if stream.read(len(npy.MAGIC_PREFIX)) == npy.MAGIC_PREFIX:
+            stream.seek(0)
+            size = _array_size(stream)
+            _check_whole("it", size, path.stat().st_size - stream.tell())
     found = np.load(path, mmap_mode="r", allow_pickle=False)
     if not isinstance(found, np.ndarray):  # an .npz by another name
         raise ValueError("it is not a single array")
@@ -62,9 +67,13 @@ def _check_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, file_size: 
     """By its own header and the archive's, before anything is unpacked."""
     with archive.open(member) as stream:
         size = _array_size(stream)
-    if size is not None and size > member.file_size:
-        raise ValueError(f"its array {member.filename} is cut off: {member.file_size:,} of {size:,} bytes are there")
+    _check_whole(f"its array {member.filename}", size, member.file_size)
     check_memory(max(size or 0, member.file_size), min(member.compress_size, file_size))
+
+
+def _check_whole(what: str, size: int | None, there: int) -> None:
+    if size is not None and size > there:
+        raise ValueError(f"{what} is cut off: {there:,} of {size:,} bytes are there")
 
 
 def _array_size(stream: IO[bytes]) -> int | None:
@@ -76,4 +85,6 @@ def _array_size(stream: IO[bytes]) -> int | None:
     shape, _, dtype = readers[version](stream)
     if min(shape, default=0) < 0:
         raise ValueError(f"its header has the shape {shape}")
+    if dtype.hasobject:  # of pickled objects the size is not known
+        return None
     return math.prod(shape) * dtype.itemsize

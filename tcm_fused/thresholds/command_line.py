@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import json
 import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,13 @@ def _add(
     commands: Any, name: str, run: Callable[[argparse.Namespace], None], short: str, long: str, example: str
 ) -> argparse.ArgumentParser:
     """A command, with the options that all have that read embeddings."""
-    command: argparse.ArgumentParser = commands.add_parser(name, help=short, description=long, epilog=example)
+    command: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=short,
+        description=textwrap.fill(long, 80),
+        epilog=example,
+        formatter_class=argparse.RawDescriptionHelpFormatter,  # a line of the example that is broken cannot be copied
+    )
     command.set_defaults(run=run)
     command.add_argument("--json", type=Path, metavar="OUT.json", help="write everything that was found")
     command.add_argument("--plot", type=Path, metavar="OUT.png", help="draw it (.png, .pdf or .svg)")

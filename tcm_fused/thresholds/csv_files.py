@@ -15,7 +15,7 @@ import numpy as np
 
 from tcm_fused.thresholds.arrays import check_memory
 from tcm_fused.thresholds.rates import Array
-from tcm_fused.thresholds.tables import NUMBER, as_numbers, import_pyarrow, is_missing, numbers
+from tcm_fused.thresholds.tables import NUMBER, as_numbers, import_pyarrow, is_missing, may_be_index, numbers
 
 _SEPARATORS = ",;\t"
 _QUOTED = re.compile(r'"(?:[^"]|"")*"')
@@ -110,7 +110,21 @@ def embeddings_of(file: Csv, header: bool) -> Array:
     names = file.first[_unnamed(file.first) :] if header else None
     if names is not None and "" in names:
         raise ValueError(f"the column {len(file.first) - len(names) + names.index('') + 1} has no name in the header")
-    return as_numbers(file.columns(header), names)
+    found = as_numbers(file.columns(header), names)
+    if names is not None and len(names) == len(file.first) - 1:
+        _check_index(file.others.column(0), found)
+    return found
+
+
+def _check_index(column: Any, features: Array) -> None:
+    """ValueError if the column without a name, which is left out, may be a feature of the same kind as the others."""
+    types = import_pyarrow(".csv").types
+    whole = types.is_integer(column.type) and features.dtype.kind in "iu"
+    if types.is_floating(column.type) or (whole and not may_be_index([column.to_numpy(), *features.T])):
+        raise ValueError(
+            "the first column has no name and may be an index or a feature; name it, or leave it out (pandas: "
+            "to_csv(index=False))"
+        )
 
 
 def labels_of(file: Csv, header: bool) -> Array:
@@ -244,9 +258,7 @@ def _may_name_columns(names: Array, others: Any) -> bool:
         return True
     whole = bool(np.isfinite(names).all() and (names == np.rint(names)).all())
     whole_rows = others is not None and all(types.is_integer(kind) for kind in others.schema.types)
-    if not whole or len(np.unique(names)) < len(names):
-        return False
-    return not whole_rows or (len(names) > 2 and bool((steps > 0).all()))
+    return whole and len(np.unique(names)) == len(names) and (len(names) > 2 or not whole_rows)
 
 
 def _header_of_labels(first: str, others: Any) -> tuple[tuple[bool, ...], bool]:

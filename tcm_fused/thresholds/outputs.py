@@ -42,7 +42,7 @@ def _is_replaced(path: Path, old: os.stat_result | None) -> bool:
 
 
 def _replace(target: Path, old: os.stat_result | None, save: Callable[[Path], Any]) -> None:
-    part = target.with_name(_part_name())
+    part = target.with_name(part_name())
     with clearing(lambda: part.unlink(missing_ok=True)):
         # Nobody else reads it before it has the mode of the file that it replaces; a new one has that of the umask.
         os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666 if old is None else 0o600))
@@ -89,7 +89,7 @@ def _descriptor(path: Path) -> int | None:
     return None
 
 
-def _part_name() -> str:
+def part_name() -> str:
     """Short, since names of files may have 255 bytes only, and that of the file itself may take them all."""
     return f".{os.getpid()}-{secrets.token_hex(4)}.part"
 
@@ -129,10 +129,14 @@ def check_picture(path: Path | None) -> None:
 
 
 def check_folder(folder: Path) -> None:
-    """Make a folder for outputs, with those above it; ValueError if files cannot be written there."""
+    """ValueError if files cannot be written into a folder, which is yet to be made, or not."""
+    there = Path(os.path.realpath(folder))
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _try_folder(folder)
+        while _status(there) is None:
+            there = there.parent
+        if not there.is_dir():
+            raise ValueError(f"cannot write into {folder}: {there} is no folder")
+        _try_folder(there)
     except OSError as error:
         raise ValueError(f"cannot write into {folder}: {error.strerror or error}") from error
 
@@ -163,7 +167,7 @@ def _check_writable(path: Path) -> None:
 
 def _try_folder(folder: Path) -> None:
     """By doing it: rights alone say nothing of a file system that is read-only."""
-    part = folder / _part_name()
+    part = folder / part_name()
     with clearing(lambda: part.unlink(missing_ok=True)):
         part.touch(exist_ok=False)
 

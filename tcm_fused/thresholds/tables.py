@@ -117,14 +117,14 @@ def _refuse_no_features(columns: list[Array], names: list[str] | None) -> None:
                 f"{_name(names, k)} holds whole numbers, others do not: it may be an index, an identifier or labels; "
                 "leave it out (pandas: to_csv(index=False)), or, if it is a feature, write it like the others (1.0)"
             )
-    if _may_be_index(columns):
+    if may_be_index(columns):
         raise ValueError(
             f"{_name(names, 0)} may be an index that numbers the rows, or a feature; leave it out (pandas: "
             "to_csv(index=False)), or save features that count up with numpy.save"
         )
 
 
-def _may_be_index(columns: list[Array]) -> bool:
+def may_be_index(columns: list[Array]) -> bool:
     """Whether the first column counts up, or alone has another value in each row."""
     first, *others = columns
     if len(first) < 3:
@@ -169,7 +169,7 @@ def _matrix(column: Any) -> Array:
     _refuse_nulls("the column of lists", column)
     if len(column) == 0:
         return np.empty(0)
-    lengths = {len(row) for row in column}
+    lengths = column.combine_chunks().value_lengths().unique().to_pylist()
     if len(lengths) > 1:
         raise ValueError(f"its lists must be of one length, but have from {min(lengths)} to {max(lengths)} numbers")
     flat = import_pyarrow(".parquet").chunked_array([chunk.flatten() for chunk in column.chunks])
