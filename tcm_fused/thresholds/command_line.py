@@ -236,7 +236,7 @@ def _compare(arguments: argparse.Namespace) -> None:
         from tcm_fused.thresholds.plots import plot_pareto
 
         # Matplotlib takes text between dollars for mathematics.
-        axes = plot_pareto({name.replace("$", r"\$"): result for name, result in results.items()})
+        axes = plot_pareto({printable(name).replace("$", r"\$"): result for name, result in results.items()})
         written.append(_save_picture(arguments.plot, axes))
     width = max(len(printable(name)) for name in (*results, "model"))
     percent = f"{100 * arguments.epsilon:g}%-OPIS"
