@@ -45,7 +45,10 @@ from benchmarks.training import (
 )
 from tcm_fused import Calibration, OPISResult, TCMLoss, calibrate, opis, tcm_loss
 from tcm_fused.backends import choice
+from tcm_fused.thresholds.outputs import check_folder, check_outputs, write_whole
 from tcm_fused.thresholds.plots import plot_pareto
+from tcm_fused.thresholds.terminal import Parser, printable
+from tcm_fused.thresholds.terminal import run as run_command
 
 # Ten classes spread evenly over a circle are 36 degrees apart. The defaults of the loss, 0.9 and 0.5, are for many
 # dimensions; on the circle they would call neighbouring classes (cos 36 = 0.81) hard however compact they are.
@@ -285,7 +288,7 @@ def draw_embeddings(without: Run, with_: Run, labels: Tensor, path: Path) -> Non
         f"{len(labels)} test images, seed {run.seed}. Arrow: mean direction of a digit. Distance from the middle: norm."
     )
     figure.text(0.5, 0.02, note, ha="center", fontsize=11, color="#666666")
-    figure.savefig(path, dpi=160)
+    _save(figure, path, dpi=160)
 
 
 def draw_plane(axes: Axes, embeddings: Tensor, labels: Tensor) -> None:
@@ -339,7 +342,7 @@ def draw_opis(worlds: dict[str, tuple[Run, Run]], path: Path) -> None:
     for axes in panels[:-1].flat:
         axes.get_legend().remove()  # one row of them is enough
         axes.set_xlabel("")
-    figure.savefig(path, dpi=130)
+    _save(figure, path, dpi=130)
 
 
 def draw_similarities(runs: tuple[Run, Run], path: Path) -> None:
@@ -350,7 +353,7 @@ def draw_similarities(runs: tuple[Run, Run], path: Path) -> None:
         run.score.calibration.plot(axes)
         axes.set_title(f"{name}: {axes.get_title(loc='left').lower()}", loc="left", fontsize=12)
     panels[1].set_ylabel("")
-    figure.savefig(path, dpi=130)
+    _save(figure, path, dpi=130)
 
 
 def draw_pareto(pairs: Sequence[tuple[Run, Run]], path: Path) -> None:
@@ -359,7 +362,7 @@ def draw_pareto(pairs: Sequence[tuple[Run, Run]], path: Path) -> None:
     runs = {f"{names[run.with_tcm]}, seed {run.seed}": run.score.opis for pair in pairs for run in pair}
     axes = plot_pareto(runs)
     figure: Any = axes.figure
-    figure.savefig(path, dpi=150)
+    _save(figure, path, dpi=150)
 
 
 def draw_times(fastest: dict[int, dict[str, float]], path: Path) -> None:
@@ -376,7 +379,7 @@ def draw_times(fastest: dict[int, dict[str, float]], path: Path) -> None:
         )
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
-    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_major_formatter("{x:,g}")
     axes.set_xticks(SIZES, [f"{n:,}" for n in SIZES])
     axes.minorticks_off()
     axes.set_xlabel("batch size N", fontsize=12)
@@ -385,12 +388,16 @@ def draw_times(fastest: dict[int, dict[str, float]], path: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_title(f"TCM loss, forward and backward, D = {WIDTH}, fp32", fontsize=14, color=INK, loc="left", pad=24)
     axes.text(0, 1.02, machine(), transform=axes.transAxes, fontsize=10, color="#666666")
-    figure.savefig(path, dpi=160)
+    _save(figure, path, dpi=160)
+
+
+def _save(figure: Any, path: Path, dpi: int) -> None:
+    write_whole(path, lambda part: figure.savefig(part, format="png", dpi=dpi))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train, print, draw, time."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m benchmarks.demo",
         description="Train a small network on handwritten digits with ArcFace, without and with TCM, and compare them; "
         "then time the loss against eager PyTorch and pytorch-metric-learning.",
@@ -404,9 +411,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=positive, default=3, help="how often to train both ways; the first is drawn")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder of the pictures, made if missing")
     options = parser.parse_args(arguments)
-    load_before = os.getloadavg()[0]
-    options.out.mkdir(parents=True, exist_ok=True)
+    run_command(parser, parser.prog, lambda: _work(options))
 
+
+def _work(options: argparse.Namespace) -> None:
+    load_before = os.getloadavg()[0]
+    check_folder(options.out)
+    options.out.mkdir(parents=True, exist_ok=True)
+    names = ("embeddings", "opis", "similarities", "pareto", "speed")
+    pictures = {name: options.out / f"demo_{name}.png" for name in names}
+    check_outputs(pictures.values())
     split = load()
     digits = Task(split, 2, MARGIN_PLUS, MARGIN_MINUS, WEIGHT)
     unseen_digits = Task(open_world(split), OPEN_WIDTH, OPEN_MARGIN_PLUS, OPEN_MARGIN_MINUS, OPEN_WEIGHT)
@@ -417,20 +431,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     pairs = train_all(digits, "10 digits", options.seeds, options.epochs)
     print_training(pairs)
-    draw_embeddings(*pairs[0], split.test_y, options.out / "demo_embeddings.png")
+    draw_embeddings(*pairs[0], split.test_y, pictures["embeddings"])
 
     unseen = train_all(unseen_digits, "unseen digits", OPEN_SEEDS * options.seeds, min(options.epochs, OPEN_EPOCHS))
     print_open_world(unseen)
-    draw_opis({"Digits seen": pairs[0], "Digits unseen": unseen[0]}, options.out / "demo_opis.png")
-    draw_similarities(unseen[0], options.out / "demo_similarities.png")
-    draw_pareto(unseen[: options.seeds], options.out / "demo_pareto.png")
+    draw_opis({"Digits seen": pairs[0], "Digits unseen": unseen[0]}, pictures["opis"])
+    draw_similarities(unseen[0], pictures["similarities"])
+    draw_pareto(unseen[: options.seeds], pictures["pareto"])
 
     fastest = time_losses()
     print_times(fastest)
     print(f"Load average when this began: {load_before:.1f}. Where other work runs, the times are not the loss's own.")
-    draw_times(fastest, options.out / "demo_speed.png")
-    names = ("embeddings", "opis", "similarities", "pareto", "speed")
-    print("\nPictures (of seed 0, where of one):", *(str(options.out / f"demo_{name}.png") for name in names))
+    draw_times(fastest, pictures["speed"])
+    print("\nPictures (of seed 0, where of one):", *map(printable, pictures.values()))
 
 
 if __name__ == "__main__":

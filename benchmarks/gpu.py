@@ -166,10 +166,10 @@ def _output(*command: str) -> str:
 
 def write(target: Path, result: dict[str, Any]) -> None:
     """The whole file or none of it."""
+    from tcm_fused.thresholds.outputs import write_whole  # only here, where it is known that there is a torch
+
     target.parent.mkdir(parents=True, exist_ok=True)
-    draft = target.with_suffix(".tmp")
-    draft.write_text(json.dumps(result, indent=1) + "\n")
-    draft.replace(target)
+    write_whole(target, lambda part: part.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8"))
 
 
 def run(chosen: list[Stage], facts: dict[str, Any], target: Path, speed: Path, seconds: float = TOTAL) -> bool:

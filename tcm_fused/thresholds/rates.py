@@ -219,8 +219,13 @@ def lowest(values: Array, k: int) -> Array:
 
 
 def as_distance(similarity: Array) -> Array:
-    """d = sqrt(2 - 2 s) of unit vectors."""
-    return np.sqrt(np.maximum(2 - 2 * similarity, 0))
+    """d = sqrt(2 - 2 s) of unit vectors, float64, rounded so that `as_similarity` does not lead above s.
+
+    So a distance that is printed and given again accepts the pairs at it, as the similarity does.
+    """
+    distance = np.sqrt(np.maximum(2 - 2 * np.asarray(similarity, dtype=np.float64), 0))
+    above = as_similarity(distance) > similarity
+    return np.where(above, np.nextafter(distance, np.inf), distance)
 
 
 def as_similarity(distance: Array) -> Array:

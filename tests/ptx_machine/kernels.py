@@ -91,7 +91,7 @@ class Kernels:
         penalties: bool = False,
         grad_x: bool = True,
         grad_ref: bool = True,
-        knobs: Knobs = Knobs(),  # noqa: B008
+        knobs: Knobs = Knobs(),
     ) -> tuple[float, Array | None, Array | None, Array, Array]:
         """Loss, gradients by x and by ref_x, penalty [2] and count [2].
 
@@ -139,7 +139,7 @@ class Kernels:
         return result  # type: ignore[return-value]
 
     def counts(
-        self, x: Array, y: Array, classes: int, thresholds: Array, bits: int, knobs: Knobs = Knobs(), **shared: int  # noqa: B008
+        self, x: Array, y: Array, classes: int, thresholds: Array, bits: int, knobs: Knobs = Knobs(), **shared: int
     ) -> tuple[Array, Array, Array]:
         """Counts [2, cells], those of each class [2, classes + 1, T], and the largest similarities [2, N]."""
         machine, (n, d) = self.machine, x.shape
