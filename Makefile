@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test lint bench info gpu registers clean
+.PHONY: demo test lint docs bench info gpu registers clean
 
 demo: $(VENV)/built
 	$(RUN) -m benchmarks.demo
@@ -16,6 +16,14 @@ lint: $(VENV)/built
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+# Every page in build/pages by a link to it, so that links between pages are the same there as in the repository.
+docs: $(VENV)/documents
+	mkdir -p build/pages/benchmarks
+	for page in README.md CONTRIBUTING.md CHANGELOG.md LICENSE docs; do ln -sfn ../../$$page build/pages/$$page; done
+	ln -sfn ../../../benchmarks/results build/pages/benchmarks/results
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --quiet
+	@echo "open build/site/index.html"
 
 bench: $(VENV)/built
 	$(RUN) -m pytest benchmarks --benchmark-json=benchmarks/results/cpu.json
@@ -33,6 +41,10 @@ registers: $(VENV)/built
 $(VENV)/installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --requirement requirements.txt
+	touch $@
+
+$(VENV)/documents: docs/requirements.txt $(VENV)/installed
+	$(VENV)/bin/pip install --quiet --requirement docs/requirements.txt
 	touch $@
 
 $(VENV)/built: $(VENV)/installed setup.py pyproject.toml $(shell find csrc -type f)
