@@ -1,10 +1,13 @@
 """The table and the picture of a training step's parts, on made-up times."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 from benchmarks.figures import draw_cost
-from benchmarks.report import cost_table
+from benchmarks.report import cost_table, goal_table, goals, opis_table, time_table
+
+ROOT = Path(__file__).parents[2]
 
 
 def step(n: int, left_out: dict[str, str], shares: dict[str, float], **medians: float) -> dict[str, Any]:
@@ -44,3 +47,12 @@ def test_cost_picture(tmp_path: Path) -> None:
     timed = {name: info for name, info in INFOS.items() if "seconds" in info}
     draw_cost(timed, "a machine", tmp_path / "cost.png")
     assert (tmp_path / "cost.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_page_shows_these_figures() -> None:
+    """After `make bench`, what it printed goes into the page."""
+    page = (ROOT / "docs/results.md").read_text()
+    benchmarks = json.loads((ROOT / "benchmarks/results/cpu.json").read_text())["benchmarks"]
+    infos = {benchmark["name"]: benchmark["extra_info"] for benchmark in benchmarks}
+    for table in (goal_table(goals(infos)), time_table(infos), opis_table(infos), cost_table(infos)):
+        assert table in page
