@@ -1,4 +1,4 @@
-# make demo | test | bench | info: each sets up .venv and builds the extension first, if that is not done yet.
+# make demo | test | docs | bench | info: each sets up .venv and builds what it needs first, if that is not done yet.
 # make gpu: on a machine with an NVIDIA GPU, with the Python, torch and nvcc that are there; needs no network.
 PYTHON ?= python3
 VENV := .venv

@@ -282,5 +282,7 @@ def test_examples_run(path: Path, names: dict[str, Any], tmp_path: Path, monkeyp
         from support.tiny_bert import encoder
 
         names["model"] = encoder(tmp_path / "bert")
+    so_far: dict[str, Any] = {}
     for example in examples:
-        exec(compile(example, f"{path.name}: {example[:60]}", "exec"), names)
+        so_far |= names
+        exec(compile(example, f"{path.name}: {example[:60]}", "exec"), so_far)
