@@ -17,12 +17,13 @@ lint: $(VENV)/built
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-# Every page in build/pages by a link to it, so that links between pages are the same there as in the repository.
+# Every page in build/pages by a link to it, so that links between pages are the same there as in the repository. Not
+# --quiet: warnings that are not shown do not count as errors.
 docs: $(VENV)/documents
 	mkdir -p build/pages/benchmarks
 	for page in README.md CONTRIBUTING.md CHANGELOG.md LICENSE docs; do ln -sfn ../../$$page build/pages/$$page; done
 	ln -sfn ../../../benchmarks/results build/pages/benchmarks/results
-	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build
 	@echo "open build/site/index.html"
 
 bench: $(VENV)/built
