@@ -1,4 +1,4 @@
-# make demo | test | bench | info: each sets up .venv and builds the extension first, if that is not done yet.
+# make demo | test | docs | bench | info: each sets up .venv and builds what it needs first, if that is not done yet.
 # make gpu: on a machine with an NVIDIA GPU, with the Python, torch and nvcc that are there; needs no network.
 PYTHON ?= python3
 VENV := .venv
@@ -6,7 +6,7 @@ RUN := $(VENV)/bin/python
 
 TORCH ?= 2.13.0 2.11.0
 
-.PHONY: demo test quick lint bench info gpu registers wheel clean
+.PHONY: demo test quick lint docs bench info gpu registers wheel clean
 
 demo: $(VENV)/built
 	$(RUN) -m benchmarks.demo
@@ -18,6 +18,15 @@ lint: $(VENV)/built
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+# Every page in build/pages by a link to it, so that links between pages are the same there as in the repository. Not
+# --quiet: warnings that are not shown do not count as errors.
+docs: $(VENV)/documents
+	mkdir -p build/pages/benchmarks
+	for page in README.md CONTRIBUTING.md CHANGELOG.md LICENSE docs; do ln -sfn ../../$$page build/pages/$$page; done
+	ln -sfn ../../../benchmarks/results build/pages/benchmarks/results
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build
+	@echo "open build/site/index.html"
 
 bench: $(VENV)/built
 	$(RUN) -m pytest benchmarks --benchmark-json=benchmarks/results/cpu.json
@@ -41,6 +50,10 @@ wheel: $(VENV)/built
 $(VENV)/installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --requirement requirements.txt
+	touch $@
+
+$(VENV)/documents: docs/requirements.txt $(VENV)/installed
+	$(VENV)/bin/pip install --quiet --requirement docs/requirements.txt
 	touch $@
 
 $(VENV)/built: $(VENV)/installed setup.py pyproject.toml $(shell find csrc -type f)

@@ -152,9 +152,7 @@ def time_table(infos: Infos) -> str:
         seconds, peaks = info.get("seconds", {}), info.get("peak_bytes", {})
         times = [_time(seconds[name]) if name in seconds else "" for name in columns]
         memory = ", ".join(_memory(peaks[name]) for name in columns if name in peaks)
-        lines.append(
-            f"| {n} | {m} | {info['d']} | {info['hard_negatives'] / (n * m):.2g} | {' | '.join(times)} | {memory} |"
-        )
+        lines.append(f"| {n} | {m} | {info['d']} | {info['hard']} | {' | '.join(times)} | {memory} |")
     return "\n".join(lines)
 
 

@@ -11,7 +11,9 @@ from matplotlib.figure import Figure
 
 from benchmarks import figures
 from benchmarks.figures import draw_cost
-from benchmarks.report import cost_table, main
+from benchmarks.report import cost_table, goal_table, goals, main, opis_table, time_table
+
+ROOT = Path(__file__).parents[2]
 
 
 def step(n: int, left_out: dict[str, str], shares: dict[str, float], **medians: float) -> dict[str, Any]:
@@ -112,3 +114,12 @@ def test_damaged_results(tmp_path: Path, capsys: pytest.CaptureFixture[str], con
         said = capsys.readouterr().err
         assert str(given) in said and message in said
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_page_shows_these_figures() -> None:
+    """After `make bench`, what it printed goes into the page."""
+    page = (ROOT / "docs/results.md").read_text()
+    benchmarks = json.loads((ROOT / "benchmarks/results/cpu.json").read_text())["benchmarks"]
+    infos = {benchmark["name"]: benchmark["extra_info"] for benchmark in benchmarks}
+    for table in (goal_table(goals(infos)), time_table(infos), opis_table(infos), cost_table(infos)):
+        assert table in page

@@ -97,7 +97,9 @@ def test_architectures(
     assert (build.includes, build.runtime) == ((f"{nvcc}/include",), f"{nvcc}/lib/libcudart_static.a")
     said = capsys.readouterr().out
     assert ("no CUDA kernels for compute capability 7.5" in said) == ("7.5" in wish)
-    assert (f"no CUDA kernels for compute capability 10.0+PTX, which {build.nvcc} does not know yet" in said) == (not wish)
+    assert (f"no CUDA kernels for compute capability 10.0+PTX, which {build.nvcc} does not know yet" in said) == (
+        not wish
+    )
 
 
 @pytest.mark.parametrize(
@@ -342,7 +344,9 @@ def test_wheel_without_the_extension(tree: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
         metadata = archive.read(next(name for name in names if name.endswith("/METADATA"))).decode()
-    expected = {path.relative_to(tree).as_posix() for path in tree.glob("tcm_fused/**/*") if path.suffix in (".py", ".pyi")}
+    expected = {
+        path.relative_to(tree).as_posix() for path in tree.glob("tcm_fused/**/*") if path.suffix in (".py", ".pyi")
+    }
     assert {name for name in names if ".dist-info/" not in name} == {*expected, "tcm_fused/py.typed"}
     required = [line for line in metadata.splitlines() if line.startswith("Requires-Dist") and "extra ==" not in line]
     assert required == ["Requires-Dist: torch>=2.11", "Requires-Dist: numpy"]
