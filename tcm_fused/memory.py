@@ -7,9 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from tcm_fused.arguments import Rows
-from tcm_fused.backends.numerics import loss_dtype
+from tcm_fused.backends.numerics import EPS, loss_dtype
 from tcm_fused.loss import TCMLoss
-from tcm_fused.reference import EPS
 from tcm_fused.tracing import eager_when_compiled
 
 _NO_GROUP = torch.iinfo(torch.int64).min  # of what was stored without groups
@@ -146,7 +145,7 @@ class CrossBatchMemory(nn.Module):
         self.filled = min(self.size, self.filled + n)
 
     def get_extra_state(self) -> Tensor:
-        return torch.tensor([self.calls, self.filled])
+        return torch.tensor([self.calls, self.filled], device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
         self.calls, self.filled = state.tolist()

@@ -3,7 +3,15 @@
 import torch
 from torch import Tensor
 
-from tcm_fused.backends.numerics import as_precise_as_asked, loss_dtype, project, unit_and_norm, wide_dtype
+from tcm_fused.backends.numerics import (
+    Norms,
+    as_precise_as_asked,
+    loss_dtype,
+    product,
+    project,
+    unit_and_norms,
+    wide_dtype,
+)
 
 BLOCK = 1024  # rows and columns of one similarity tile
 
@@ -57,10 +65,10 @@ def _blocked(
     grad_ref: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`tcm_blocked` for a reference set."""
-    wide = wide_dtype(x)
+    wide = wide_dtype(x.device)
     rows, columns = y >= 0, ref_y >= 0
-    x_hat, x_norm = unit_and_norm(x, rows)
-    ref_hat, ref_norm = unit_and_norm(ref_x, columns)
+    x_hat, x_norms = unit_and_norms(x, rows)
+    ref_hat, ref_norms = unit_and_norms(ref_x, columns)
     penalty = torch.zeros(2, dtype=wide, device=x.device)
     count = torch.zeros(2, dtype=torch.int64, device=x.device)
     g_rows = [torch.zeros_like(x_hat) for _ in range(2 if grad_x else 0)]  # G+, G-
@@ -69,7 +77,7 @@ def _blocked(
         block_rows = slice(i, min(i + BLOCK, x.shape[0]))
         for j in range(0, ref_x.shape[0], BLOCK):
             block_columns = slice(j, min(j + BLOCK, ref_x.shape[0]))
-            s = x_hat[block_rows] @ ref_hat[block_columns].T
+            s = product(x_hat[block_rows], ref_hat[block_columns].T)
             pair = rows[block_rows, None] & columns[block_columns]
             if row_offset is not None:
                 own = torch.arange(i, block_rows.stop, device=x.device) + row_offset
@@ -83,25 +91,25 @@ def _blocked(
                 count[side] += hard.sum()
                 slope = 2 * excess if squared else hard.to(s.dtype)
                 if grad_x:
-                    g_rows[side][block_rows] += slope @ ref_hat[block_columns]
+                    g_rows[side][block_rows] += product(slope, ref_hat[block_columns])
                 if grad_ref:
-                    g_columns[side][block_columns] += slope.T @ x_hat[block_rows]
+                    g_columns[side][block_columns] += product(slope.T, x_hat[block_rows])
     finite = torch.isfinite(x_hat).all() & torch.isfinite(ref_hat).all()
     # From Python numbers, not a tensor of them: that would be copied to the device, and wait for it.
     n_plus, n_minus = count.clamp_min(1).to(wide)
     weight = torch.stack([lambda_plus / n_plus, lambda_minus / n_minus])
     weight, penalty = (torch.where(finite, t, torch.nan) for t in (weight, penalty))
 
-    def gradient(g: list[Tensor], x_hat: Tensor, norm: Tensor) -> Tensor:
+    def gradient(g: list[Tensor], x_hat: Tensor, norms: Norms) -> Tensor:
         if not per_side:
-            return project(weight, g, x_hat, norm)
+            return project(weight, g, x_hat, norms)
         one = torch.where(finite, torch.ones_like(weight), torch.nan).diag()  # [side, weight]
-        return torch.stack([project(one[side], g, x_hat, norm) for side in (0, 1)])
+        return torch.stack([project(one[side], g, x_hat, norms) for side in (0, 1)])
 
     return (
         (weight * penalty).sum().to(x.dtype),
-        gradient(g_rows, x_hat, x_norm) if grad_x else x.new_empty(0),
-        gradient(g_columns, ref_hat, ref_norm) if grad_ref else x.new_empty(0),
+        gradient(g_rows, x_hat, x_norms) if grad_x else x.new_empty(0),
+        gradient(g_columns, ref_hat, ref_norms) if grad_ref else x.new_empty(0),
         penalty,
         count,
     )

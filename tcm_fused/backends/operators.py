@@ -40,7 +40,7 @@ def _fake(
         x.new_empty((), dtype=dtype),
         x.new_empty((*sides, *x.shape) if grad_x else 0, dtype=dtype),
         x.new_empty((*sides, *ref_x.shape) if grad_ref and ref_x is not None else 0, dtype=dtype),
-        x.new_empty(2, dtype=wide_dtype(x)),
+        x.new_empty(2, dtype=wide_dtype(x.device)),
         x.new_empty(2, dtype=torch.int64),
     )
 
