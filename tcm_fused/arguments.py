@@ -117,7 +117,7 @@ def _sides(x: Tensor, **values: float | Tensor) -> Tensor:
             )
     dtype = wide_dtype(x.device)
     if not torch.compiler.is_compiling() and all(map(_is_known, values.values())):
-        return torch.tensor([float(value) for value in values.values()], dtype=dtype)
+        return torch.tensor([float(value) for value in values.values()], dtype=dtype, device="cpu")
     # By sums, of which torch.compile makes one graph for all values of a Python float. Of torch.full it makes one for
     # each value, and then keeps an older value elsewhere in the user's graph (seen in torch 2.13).
     zero = torch.zeros((), dtype=dtype, device=x.device)

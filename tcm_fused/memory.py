@@ -82,7 +82,7 @@ class CrossBatchMemory(nn.Module):
         self.warm_up = int(warm_up)
         self.calls = 0  # in training mode
         self.filled = 0  # no slot from here on is filled; kept here, so that no one waits for the device to tell it
-        self.register_buffer("embeddings", torch.zeros(self.size, int(embedding_size or 0)))
+        self.register_buffer("embeddings", torch.zeros(self.size, int(embedding_size or 0), dtype=torch.float32))
         self.register_buffer("labels", torch.full((self.size,), -1))
         self.register_buffer("groups", torch.full((self.size,), _NO_GROUP))
         self.register_buffer("position", torch.zeros((), dtype=torch.int64))

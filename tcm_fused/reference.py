@@ -51,7 +51,7 @@ def tcm_reference(
     loss = (weight * total / divisor.clamp_min(1)).sum()
     # 0, and in the gradient of each, or NaN if any embedding that takes part is not finite.
     everything = x_hat.sum() + ref_hat.sum()
-    non_finite = torch.where(everything.isfinite(), 0, torch.nan)
+    non_finite = torch.where(everything.isfinite(), torch.zeros_like(everything), torch.nan)
     return loss + non_finite * everything, total.detach(), count
 
 

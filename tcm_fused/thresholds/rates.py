@@ -149,7 +149,8 @@ class Pairs:
 
     def count(self, thresholds: Array) -> Counts:
         """One pass over all pairs, with the classes' counts at ascending similarities [T]."""
-        t = torch.from_numpy(thresholds).to(self.x.dtype).to(self.x.device)  # which may have no float64
+        dtype = np.float64 if self.x.dtype == torch.float64 else np.float32  # the device may have no float64
+        t = torch.from_numpy(thresholds.astype(dtype)).to(self.x.device)
         classes = len(self.class_ids)
         counts, class_counts, best = self._run(self.x, self.y, classes, t, BITS)
         hit = (best[0] > best[1] + 8 * torch.finfo(best.dtype).eps)[(self.y >= 0) & (self.y < classes)]
