@@ -144,9 +144,7 @@ for backend in ("torch", "cpu"):
         call()
 """
     environment = {"ONEDNN_VERBOSE": "1", "PYTHONPATH": ":".join(sys.path)}
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=False
-    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     control, of_calls = done.stdout.split("calls\n")
     if "attr-fpmath" not in control:
@@ -176,7 +174,12 @@ def test_environment_of_onednn(name: str, mode: str | None, rounds: bool, monkey
     products = Products(monkeypatch)
     dtypes: list[torch.dtype] = []
     watched: Any = torch.Tensor.__matmul__
-    monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: (dtypes.append(a.dtype), watched(a, b))[1])
+
+    def noted(a: Tensor, b: Tensor) -> Any:
+        dtypes.append(a.dtype)
+        return watched(a, b)
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", noted)
     assert product(torch.ones(2, 2), torch.ones(2, 2)).dtype == torch.float32
     assert (dtypes, len(products.seen)) == ([torch.float64 if rounds else torch.float32], 1)
     numerics._onednn_rounds_by_default.cache_clear()
