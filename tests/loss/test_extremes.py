@@ -108,7 +108,7 @@ def test_norms_beyond_the_dtype(form: str, dtype: torch.dtype, one_thread: None)
         for grad, of_shorter in grads:
             assert grad.any()
             finfo = torch.finfo(dtype)
-            np.testing.assert_allclose(grad, of_shorter / 64, rtol=2 * finfo.eps, atol=4 * finfo.tiny * finfo.eps)
+            np.testing.assert_allclose(grad, of_shorter / 64, rtol=16 * finfo.eps, atol=4 * finfo.tiny * finfo.eps)
 
 
 @pytest.mark.parametrize(("dtype", "scale"), CASES, ids=str)
