@@ -10,6 +10,7 @@ graph, with the autograd formula that is registered for it. In eager mode that r
 of a small batch: there a `torch.autograd.Function` calls the operator below autograd.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -236,7 +237,7 @@ def _penalties_triton(*arguments: Any) -> tuple[Tensor, ...]:
     return triton_loss.penalties_triton(*arguments)
 
 
-_FAKES = {"loss": _fake_loss, "penalties": _fake_penalties, "counts": _fake_counts}
+_FAKES: dict[str, Callable[..., Any]] = {"loss": _fake_loss, "penalties": _fake_penalties, "counts": _fake_counts}
 
 
 def _register(name: str) -> Any:

@@ -127,11 +127,11 @@ def loss_triton(
     check("loss_triton", x, y, ref_x, ref_y, row_offset, squared, margins, weights)
     with _on(x.device):
         config, processors = device_of(x.device)
-        loss, *results = run(
+        loss, by_x, by_ref, penalty, count = run(
             CONFIGS[config], processors, x, y, ref_x, ref_y, row_offset, margins, weights, fp16, grad_x, grad_ref
         )
         assert loss is not None
-        return loss, *results
+        return loss, by_x, by_ref, penalty, count
 
 
 def penalties_triton(
