@@ -119,7 +119,7 @@ def _sides(x: Tensor, **values: float | Tensor) -> Tensor:
             raise ValueError(
                 f"{name} is on {value.device}, embeddings on {x.device}; a tensor must be on the CPU or on their device"
             )
-    dtype = wide_dtype(x)
+    dtype = wide_dtype(x.device)
     if not torch.compiler.is_compiling() and all(map(_is_known, values.values())):
         numbers = (float(value) for value in values.values())
         # Under a mode (of fake tensors, say) it makes what the mode wants, which is of no use elsewhere.

@@ -174,7 +174,7 @@ reduction='violating', group_pairs='within', precision='auto', backend='auto', g
                 batch, complete = add([batch, stored]), complete + stored.penalty
         total = _add_up(batch, group)
         self._seen = total.penalty, total.hard, loss_dtype(rows.x)
-        divisor = total.divisor.clamp_min(1).double()
+        divisor = total.divisor.clamp_min(1).to(total.penalty.dtype)
         weights = options.weights(rows.x)
         weight = torch.stack([weights[0] / divisor[0], weights[1] / divisor[1]])
         if self.grad_reduction == "mean":
@@ -258,6 +258,8 @@ def _ring_part(rows: Rows, columns: Rows | None, grad: Tensor, options: Options)
 
 def _add_up(mine: PairSums, group: dist.ProcessGroup) -> PairSums:
     """Over all ranks, in rank order, so that each gets the same bits: gathered, since a reduction promises no order."""
-    packed = torch.cat([mine.penalty.detach().double().view(torch.int64), mine.hard, mine.divisor])
+    dtype = mine.penalty.dtype
+    bits = torch.int64 if dtype == torch.float64 else torch.int32
+    packed = torch.cat([mine.penalty.detach().view(bits).long(), mine.hard, mine.divisor])
     penalty, hard, divisor = ranks.all_gather(packed[None], group).unflatten(1, (3, 2)).unbind(1)
-    return PairSums(penalty.contiguous().view(torch.float64).sum(0), hard.sum(0), divisor.sum(0))
+    return PairSums(penalty.to(bits).contiguous().view(dtype).sum(0), hard.sum(0), divisor.sum(0))

@@ -7,9 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from tcm_fused.arguments import Rows
-from tcm_fused.backends.numerics import loss_dtype
+from tcm_fused.backends.numerics import EPS, loss_dtype
 from tcm_fused.loss import TCMLoss
-from tcm_fused.reference import EPS
 from tcm_fused.tracing import eager_when_compiled
 
 _NO_GROUP = torch.iinfo(torch.int64).min  # of what was stored without groups
@@ -83,7 +82,7 @@ class CrossBatchMemory(nn.Module):
         self.warm_up = int(warm_up)
         self.calls = 0  # in training mode
         self.filled = 0  # no slot from here on is filled; kept here, so that no one waits for the device to tell it
-        self.register_buffer("embeddings", torch.zeros(self.size, int(embedding_size or 0)))
+        self.register_buffer("embeddings", torch.zeros(self.size, int(embedding_size or 0), dtype=torch.float32))
         self.register_buffer("labels", torch.full((self.size,), -1))
         self.register_buffer("groups", torch.full((self.size,), _NO_GROUP))
         self.register_buffer("position", torch.zeros((), dtype=torch.int64))
@@ -133,7 +132,7 @@ class CrossBatchMemory(nn.Module):
         self.filled = min(self.size, self.filled + n)
 
     def get_extra_state(self) -> Tensor:
-        return torch.tensor([self.calls, self.filled])
+        return torch.tensor([self.calls, self.filled], device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
         self.calls, self.filled = state.tolist()

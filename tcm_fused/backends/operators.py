@@ -209,7 +209,7 @@ def _fake_results(
         x.new_empty((*sides, *of.shape) if wanted and of is not None else 0, dtype=dtype)
         for of, wanted in ((x, grad_x), (ref_x, grad_ref))
     ]
-    return grads, x.new_empty(2, dtype=wide_dtype(x)), x.new_empty(2, dtype=torch.int64)
+    return grads, x.new_empty(2, dtype=wide_dtype(x.device)), x.new_empty(2, dtype=torch.int64)
 
 
 def _fake_counts(

@@ -70,7 +70,7 @@ class TCMCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         # nan where a loss was not called, since Lightning would log its value of an earlier batch again.
-        none = torch.full((len(KEYS),), torch.nan, device=pl_module.device)
+        none = torch.full((len(KEYS),), torch.nan, dtype=torch.float32, device=pl_module.device)
         stats = dict.fromkeys(self._pairs.losses, none) | self._pairs.end_batch()
         pl_module.log_dict(self._pairs.by_key(stats), on_step=True, on_epoch=False, batch_size=1)
 

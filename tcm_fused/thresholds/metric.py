@@ -7,6 +7,7 @@ from torch import Tensor
 
 from tcm_fused.arguments import check_choice, check_set, int64_labels
 from tcm_fused.backends import choice
+from tcm_fused.backends.numerics import wide_dtype
 from tcm_fused.thresholds.opis import OPISResult, check_options, opis
 
 try:
@@ -32,8 +33,8 @@ class OPIS(Metric):
 
     Arguments: those of `opis`, and those of `torchmetrics.Metric`.
 
-    `compute` returns a dict of float64 scalars, "opis", "eps_opis" and "recall_at_1"; all else that was found is in
-    `result`, an `OPISResult`.
+    `compute` returns a dict of float64 scalars (float32 on a device that has no float64), "opis", "eps_opis" and
+    "recall_at_1"; all else that was found is in `result`, an `OPISResult`.
 
     Example:
         >>> metric = OPIS(thresholds=[0.5, 0.7, 0.9])
@@ -101,7 +102,8 @@ class OPIS(Metric):
             raise ValueError("OPIS has no embeddings yet: call update(embeddings, labels) before compute()")
         self.result = opis(dim_zero_cat(self.embeddings), dim_zero_cat(self.labels), **self.options)
         scores = {name: getattr(self.result, name) for name in ("opis", "eps_opis", "recall_at_1")}
-        return {name: torch.tensor(value, dtype=torch.float64, device=self.device) for name, value in scores.items()}
+        dtype = wide_dtype(self.device)
+        return {name: torch.tensor(value, dtype=dtype, device=self.device) for name, value in scores.items()}
 
     def reset(self) -> None:
         """Forget everything added."""

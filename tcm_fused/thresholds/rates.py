@@ -140,7 +140,8 @@ class Pairs:
     def sample(self) -> Rates:
         """Rates of about 2000 rows: blocks of rows neighbouring in label, so that there are positives among them."""
         order = self.y.argsort(stable=True)[len(self.y) - self.rows :]
-        starts = torch.linspace(0, max(self.rows - _SAMPLE_ROWS, 0), _SAMPLE_BLOCKS, device=order.device).long()
+        last = max(self.rows - _SAMPLE_ROWS, 0)
+        starts = torch.arange(_SAMPLE_BLOCKS, device=order.device) * last // (_SAMPLE_BLOCKS - 1)
         index = (starts[:, None] + torch.arange(_SAMPLE_ROWS, device=order.device)).flatten()
         index = order[index[index < self.rows].unique()]
         counts, _, _ = self._operator(self.x[index], self.y[index], 0, self.x.new_empty(0), BITS, None)
@@ -148,11 +149,12 @@ class Pairs:
 
     def count(self, thresholds: Array) -> Counts:
         """One pass over all pairs, with the classes' counts at ascending similarities [T]."""
-        t = torch.from_numpy(thresholds).to(self.x)
+        dtype = np.float64 if self.x.dtype == torch.float64 else np.float32  # the device may have no float64
+        t = torch.from_numpy(thresholds.astype(dtype)).to(self.x.device)
         classes = len(self.class_ids)
         counts, class_counts, best = self._run(self.x, self.y, classes, t, BITS)
         hit = (best[0] > best[1] + 8 * torch.finfo(best.dtype).eps)[(self.y >= 0) & (self.y < classes)]
-        return Counts(_rates(counts), class_counts.cumsum_(dim=2), hit.double().mean().item())
+        return Counts(_rates(counts), class_counts.cumsum_(dim=2), int(hit.sum()) / len(hit))
 
     def _run(self, *arguments: Any) -> Any:
         """The operator, with a bar of its progress if wanted."""
@@ -162,7 +164,7 @@ class Pairs:
             from tqdm import tqdm
         except ImportError as error:
             raise ImportError("progress=True needs tqdm: pip install tqdm") from error
-        done = torch.zeros(2, dtype=torch.int64)
+        done = torch.zeros(2, dtype=torch.int64, device="cpu")
         stream = torch.cuda.current_stream(self.x.device) if self.x.is_cuda else None  # which is a matter of threads
 
         def work() -> Any:
