@@ -11,6 +11,7 @@ from torch.autograd import forward_ad
 
 from tcm_fused.backends import choice
 from tcm_fused.tracing import constant_when_compiled
+from tcm_fused.warn import warn_caller
 
 PRECISIONS = ("auto", "fp32", "fp16")
 _AUTOCAST_DEVICES = tuple(filter(torch.amp.is_autocast_available, ("cpu", "cuda", "mps", "xpu")))
@@ -100,6 +101,17 @@ def check_number(name: str, value: Any, least: float = -math.inf) -> None:
     if not max(least, -sys.float_info.max) <= number <= sys.float_info.max:
         raise ValueError(
             f"{name} must be finite{f' and at least {least:g}' if math.isfinite(least) else ''}, got {value}"
+        )
+
+
+def warn_of_crossed_margins(margin_plus: float, margin_minus: float) -> None:
+    """A warning if the loss would be content with positive pairs that are less similar than negative ones."""
+    if margin_plus < margin_minus:
+        warn_caller(
+            f"margin_plus={margin_plus:.6g} lies below margin_minus={margin_minus:.6g}: positive pairs down to the one "
+            "and negative pairs up to the other count as good, so the two may overlap there, and no threshold tells "
+            "them apart. Margins of TCM are the other way round (0.9 and 0.5, say); suggest_margins finds such where "
+            "far and frr are large enough for the model"
         )
 
 

@@ -1,7 +1,5 @@
 """Which backend runs a call, and why one cannot."""
 
-import sys
-import warnings
 from functools import cache
 from typing import Any
 
@@ -9,6 +7,7 @@ import torch
 
 from tcm_fused.backends.operators import COUNTERS
 from tcm_fused.tracing import constant_when_compiled
+from tcm_fused.warn import warn_caller
 
 try:
     import tcm_fused._C as _C
@@ -172,7 +171,4 @@ def choose_counter(backend: str, device_type: str, dtype: torch.dtype) -> Any:
 
 @cache
 def _warn_once(message: str) -> None:
-    level = 1
-    while sys._getframe(level).f_globals.get("__name__", "").startswith("tcm_fused."):
-        level += 1
-    warnings.warn(message, stacklevel=level + 1)  # at the caller of `tcm_loss`
+    warn_caller(message)
