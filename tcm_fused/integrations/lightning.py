@@ -113,8 +113,7 @@ class TCMCallback(Callback):
         for index, metric in enumerate(self._opis):
             suffix = f"/dataloader_{index}" if len(self._opis) > 1 else ""
             metric.warned = self._warned
-            found: Any = metric.compute()
-            scores = {f"tcm/{name}{suffix}": value.float() for name, value in found.items()}
+            scores = {f"tcm/{name}{suffix}": value.float() for name, value in metric.compute().items()}
             self._warned = metric.warned
             pl_module.log_dict(scores, sync_dist=True, batch_size=1)  # all processes have the same
         self._opis = []

@@ -167,9 +167,9 @@ def calibrate(
 
     Example:
         >>> x = np.array([[1, 0], [0.96, 0.28], [0, 1], [-1, 0]])
-        >>> found = calibrate(x, np.array([0, 0, 1, 1]), far=0.1)
+        >>> found = calibrate(x, np.array([0, 0, 1, 1]), far=0.25)
         >>> found.threshold.far, found.threshold.frr, found.class_frr.tolist()
-        (0.0, 0.5, [0.0, 1.0])
+        (0.25, 0.5, [0.0, 1.0])
     """
     name, bound = _one_bound(far, frr)
     pairs = Pairs(embeddings, labels, backend, progress)

@@ -111,10 +111,10 @@ class OPIS(Metric):
             raise ValueError(f"embeddings must have {columns} columns as before, got {embeddings.shape[1]}")
         return int64_labels(y, "labels")
 
-    def compute(self) -> Tensor | dict[str, Tensor]:
-        """The score, or all three, of everything added since the last `reset`."""
+    def compute(self) -> Any:
+        """The score, or a dict of all three, of everything added since the last `reset`."""
         scores: dict[str, float] = dict.fromkeys(SCORES, math.nan)
-        found: OPISResult | str = "no embeddings were added; call update(embeddings, labels) before compute()"
+        found: OPISResult | str = "no embeddings were added"
         if len(self.labels) > 0:  # a list of batches, or after a sync one tensor
             scores, found = scores_or_nan(dim_zero_cat(self.embeddings), dim_zero_cat(self.labels), **self.options)
         if isinstance(found, str) and not self.warned and self.update_called:  # else torchmetrics warns
@@ -142,6 +142,7 @@ class OPIS(Metric):
 
     def reset(self) -> None:
         """Forget everything added."""
+        self.embeddings, self.labels = [], []  # not emptied: `Running` of torchmetrics keeps the lists themselves
         super().reset()
         self.result = None
 

@@ -86,8 +86,8 @@ def as_labels(name: str, value: Any) -> Labels:
 
 def shown(name: str) -> str:
     """A class's name as a terminal may have it: on one line, without control characters, and not too long."""
-    name = name if len(name) <= 60 else name[:57] + "..."
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in name)
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
+    return text if len(text) <= 40 else text[:37] + "..."
 
 
 def _array(name: str, value: Any, wanted: str) -> Any:
