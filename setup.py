@@ -226,7 +226,7 @@ def extension() -> CppExtension:
             *(f"-isystem{path}" for path in (build.includes if with_cuda else ())),
         ],
         # The static CUDA runtime keeps its names to itself: torch has one of its own. libtorch.so has no symbol, but
-        # brings libtorch_cuda.so where there is one, for the weak symbol in csrc/cuda/operator.cpp.
+        # brings libtorch_cuda.so where there is one, for the weak symbol in csrc/cuda/operators.cpp.
         extra_link_args=["-Wl,--exclude-libs,ALL,--no-as-needed", "-ltorch", "-lrt", "-ldl"] if with_cuda else [],
     )
 

@@ -8,7 +8,7 @@
 #include "cpu/pair_loops.h"
 
 namespace tcm::cuda {
-std::string runtime_error();  // operator.cpp
+std::string runtime_error();  // cuda/operators.cpp
 }
 
 PYBIND11_MODULE(_C, module) {

@@ -1,4 +1,5 @@
-// What every walk over the similarity tiles begins with: its host, memory, and rows sorted by label and normalised.
+// Rows or columns as both kernels want them, sorted by label and of unit length; their memory; and the products that
+// make similarities of them.
 #pragma once
 
 #include <algorithm>
@@ -6,7 +7,6 @@
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
-#include <functional>
 #include <limits>
 #include <memory>
 #include <new>
@@ -16,26 +16,11 @@
 #include <sys/mman.h>
 #endif
 
-#include "../tcm_fused.h"
+#include "../problem.h"
+#include "host.h"
 #include "pair_loops.h"
 
 namespace tcm::cpu {
-
-// What a walk needs from its host: threads and matrix products.
-template <class real>
-struct Host {
-  int threads;
-  // Runs body(begin, end) over [0, size) in up to `threads` threads; body must not throw.
-  std::function<void(int64_t size, const std::function<void(int64_t begin, int64_t end)>& body)> parallel_for;
-  // s [m, n], rows `stride` apart, = a [m, d] times the transpose of b [n, d]; with `transposed` b is that transpose,
-  // [d, n], its rows `b_stride` apart, and m and n are multiples of 16. Called by several threads at once.
-  std::function<void(const real* a, int64_t m, const real* b, int64_t n, int64_t d, int64_t b_stride, real* s,
-                     int64_t stride)>
-      product;
-  bool transposed = false;
-  // c [m, d] += a [m, n] b [n, d], m and n multiples of 64. Called by several threads at once.
-  std::function<void(const real* a, int64_t m, int64_t n, const real* b, int64_t d, real* c)> add_product;
-};
 
 constexpr int kStrip = 128;  // rows of one product on the diagonal, which stops short of what lies below it
 

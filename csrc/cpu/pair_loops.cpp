@@ -64,9 +64,9 @@ TCM_INLINE Penalty scan(const real* s, int n, real margin, real sign) {
   real sum = 0;
 #pragma omp simd reduction(+ : count, sum)
   for (int j = 0; j < n; ++j) {
-    real excess = sign * (s[j] - margin);
-    count += excess >= 0;
-    sum += excess >= 0 ? (squared ? excess * excess : excess) : 0;
+    real violation = sign * (s[j] - margin);
+    count += violation >= 0;
+    sum += violation >= 0 ? (squared ? violation * violation : violation) : 0;
   }
   return {count, static_cast<double>(sum)};
 }
@@ -75,20 +75,20 @@ template <class real>
 TCM_INLINE void weigh(const real* s, int n, real margin, real sign, real* weight) {
 #pragma omp simd
   for (int j = 0; j < n; ++j) {
-    real excess = sign * (s[j] - margin);
-    weight[j] = excess >= 0 ? 2 * excess : 0;
+    real violation = sign * (s[j] - margin);
+    weight[j] = violation >= 0 ? 2 * violation : 0;
   }
 }
 
 template <class real>
-TCM_INLINE real bins(const real* s, int n, int32_t half, int32_t* bin, real* best) {
+TCM_INLINE real cells(const real* s, int n, int32_t half, int32_t* cell, real* best) {
   real scale = static_cast<real>(half), largest = -std::numeric_limits<real>::infinity();
 #pragma omp simd reduction(max : largest)
   for (int j = 0; j < n; ++j) {
     real scaled = s[j] * scale;
     int32_t down = static_cast<int32_t>(scaled);  // towards zero, so one too many for most that are negative
     down -= scaled < static_cast<real>(down);
-    bin[j] = std::clamp(down + half, 0, 2 * half);
+    cell[j] = std::clamp(down + half, 0, 2 * half);
     best[j] = s[j] > best[j] ? s[j] : best[j];
     largest = s[j] > largest ? s[j] : largest;
   }
@@ -237,8 +237,8 @@ TCM_INLINE void projected(const RowSums<real>& sums, const real* unit, int64_t d
     target static void weighted(const real* weight, int m, int n, const real* x, int64_t d, real* g) {           \
       weighted_sum<real, width>(weight, m, n, x, d, g);                                                          \
     }                                                                                                            \
-    target static real bin_row(const real* s, int n, int32_t half, int32_t* bin, real* best) {                     \
-      return bins(s, n, half, bin, best);                                                                         \
+    target static real cell_row(const real* s, int n, int32_t half, int32_t* cell, real* best) {                   \
+      return cells(s, n, half, cell, best);                                                                       \
     }                                                                                                            \
     target static void mask_row(const real* s, int words, real margin, real sign, uint64_t* bits) {                         \
       mask(s, words, margin, sign, bits);                                                                               \
@@ -256,7 +256,7 @@ TCM_INLINE void projected(const RowSums<real>& sums, const real* unit, int64_t d
                                     real w_minus, double inverse, real* out) {                                   \
       projected(sums, unit, d, w_plus, w_minus, inverse, out);                                                   \
     }                                                                                                            \
-    static constexpr PairLoops<real> kLoops{scan_row,  scan_squared, bin_row,   mask_row, sparse, dense, \
+    static constexpr PairLoops<real> kLoops{scan_row,  scan_squared, cell_row,  mask_row, sparse, dense, \
                                             weigh_row, weighted,     transpose, squares,  scale,  gradient_row}; \
   };
 

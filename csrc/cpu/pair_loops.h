@@ -13,30 +13,30 @@ struct Penalty {
   double sum = 0;
 };
 
-// What one row of the gradient is made of: masked sums [d] over hard positives and negatives, of its own and shared.
+// The terms of one row of the gradient: masked sums [d] over hard positives and negatives, its own and shared ones.
 template <class real>
 struct RowSums {
   const real *plus, *shared_plus, *minus, *shared_minus;
 };
 
-// A pair is hard where excess = sign * (s - margin) >= 0: sign is -1 for positives (s <= m+) and +1 for
-// negatives (s >= m-). NaN is never hard.
+// A pair is hard where its violation, sign * (s - margin), is not negative: sign is -1 for positives and +1 for
+// negatives. NaN is never hard.
 template <class real>
 struct PairLoops {
-  // Hard pairs among s [n] and the sum of their excess.
+  // Hard pairs among s [n] and the sum of their violations.
   Penalty (*scan_row)(const real* s, int n, real margin, real sign);
   // The same with the sum of its squares.
   Penalty (*scan_squared)(const real* s, int n, real margin, real sign);
-  // bin [n] = floor(s * half) + half, kept within [0, 2 half]: the cell of a grid of 2 half steps on [-1, 1];
+  // cell [n] = floor(s * half) + half, kept within [0, 2 half]: the cells of a grid of 2 half steps on [-1, 1];
   // best [n] = max(best, s); returns the largest s. `half` is a power of two, so the product is exact.
-  real (*bin_row)(const real* s, int n, int32_t half, int32_t* bin, real* best);
+  real (*cell_row)(const real* s, int n, int32_t half, int32_t* cell, real* best);
   // Bit j of bits [words]: is pair j of s [64 words] hard?
   void (*mask_row)(const real* s, int words, real margin, real sign, uint64_t* bits);
   // g [m, d] += weight * M x, with M [m, n] the 0/1 matrix in bits [m, kWords] and x [n, d]: pair by pair,
   void (*sparse_sum)(const uint64_t* bits, int m, const real* x, int64_t d, real weight, real* g);
   // and at a cost that hardly depends on the number of pairs.
   void (*dense_sum)(const uint64_t* bits, int m, int n, const real* x, int64_t d, real weight, real* g);
-  // weight [n] = twice the excess of s [n] where it is hard, else 0: the slope of its square.
+  // weight [n] = twice the violation of s [n] where it is hard, else 0: the slope of its square.
   void (*weigh_row)(const real* s, int n, real margin, real sign, real* weight);
   // g [m, d] += W x, with W [m, n], n up to kTile, and x [n, d]: pair by pair, those of weight 0 left out.
   void (*weighted_sum)(const real* weight, int m, int n, const real* x, int64_t d, real* g);

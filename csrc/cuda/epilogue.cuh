@@ -31,16 +31,16 @@ __device__ __forceinline__ Totals add_partials(const Work& w) {
   return memory[0];
 }
 
-// A warp a row: dL/dx = (g - (g . x^) x^) / max(|x|, kEps) with g = w- G- - w+ G+ (twice that where the rows are the
-// columns). Rows that take no part get 0; where an embedding is not finite all others get NaN. With w.per_side w+ and w-
-// are 1 and 0, then 0 and 1 (blockIdx.z): the gradients of the two penalties, whatever the counts and lambda.
+// One warp per row: dL/dx = (g - (g . x^) x^) / max(|x|, kEps) with g = w- G- - w+ G+ (twice that where the rows are the
+// columns). Rows that take no part get 0; where an embedding is not finite all others get NaN. The gradients of
+// the penalties have w+ and w- = 1 and 0, then 0 and 1 (blockIdx.z), whatever the counts.
 __global__ void __launch_bounds__(kThreads) finish(const __grid_constant__ Work w) {
   const Totals total = add_partials(w);
   const bool finite = w.state->non_finite == 0;
   const double nan = NAN;
   double weight[2], loss = finite ? 0 : nan;
   for (int side = 0; side < 2; ++side) {
-    weight[side] = total.count[side] == 0 ? 0 : w.lambda[side] / static_cast<double>(total.count[side]);
+    weight[side] = total.count[side] == 0 ? 0 : w.state->weight[side] / static_cast<double>(total.count[side]);
     loss += weight[side] * total.penalty[side];
   }
   if (blockIdx.x == 0 && blockIdx.y == 0 && blockIdx.z == 0 && threadIdx.x == 0) {
@@ -50,12 +50,12 @@ __global__ void __launch_bounds__(kThreads) finish(const __grid_constant__ Work 
       if (w.count != nullptr) w.count[side] = total.count[side];
     }
   }
-  const Set& set = w.set[blockIdx.y];
+  const Embeddings& set = w.set[blockIdx.y];
   if (set.grad == nullptr) return;
   const float factor = w.symmetric ? 2.0f : 1.0f;
   float plus = factor * static_cast<float>(weight[kPlus]), minus = factor * static_cast<float>(weight[kMinus]);
-  if (w.per_side) plus = blockIdx.z == kPlus ? factor : 0, minus = blockIdx.z == kMinus ? factor : 0;
-  const uint8_t reads[2] = {plus != 0, minus != 0};  // of `touched`, not a condition of its own: that would be a branch
+  if (w.gradients == 2) plus = blockIdx.z == kPlus ? factor : 0, minus = blockIdx.z == kMinus ? factor : 0;
+  const uint8_t reads[2] = {plus != 0, minus != 0};  // and-ed with `touched`: a condition of its own would be a branch
   const int lane = threadIdx.x % 32;
   const int64_t part = static_cast<int64_t>(set.tiles) * kTile * w.width;
   for (int64_t k = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32; k < set.n;

@@ -1,11 +1,11 @@
-// Masked sums of a block of tiles: G_I += M_IJ X^_J, and by symmetry, or for the reference set, G_J += M_IJ^T X^_I.
+// Masked sums of a rectangle of tiles: G_I += M_IJ X^_J, and by symmetry, or for the reference set, G_J += M_IJ^T X^_I.
 //
 // A tile of G (128 rows, 128 columns, one side) belongs to one block of threads, which takes the tiles of similarities
 // of its row or column in order: no atomics, the same bits each time. Of these
 //   empty tiles   cost nothing;
 //   mixed tiles   are a product by mma.sync, or on Hopper wgmma: the bits become halves 0 and 1 in registers, operand
 //                 `a`; 2 * 128^3 flop for 34 KB from L2, 17 bytes a cycle on an A100, 33 at wgmma's rate;
-//   sparse tiles  (up to kSparse hard pairs) are summed pair by pair: 256 bytes a pair from L2, which at 1e-3 hard pairs
+//   sparse tiles  (up to kSparse hard pairs) are summed pair by pair: 256 bytes per pair from L2, which at 1e-3 hard pairs
 //                 and N = 65,536, D = 512 are 4.4 GB, against 6.6e12 flop of the products;
 //   full tiles    add one sum over the tile, the same for all rows.
 #pragma once
@@ -16,27 +16,27 @@
 namespace tcm::cuda {
 namespace {
 
-static_assert(kBlock <= kThreads, "a thread looks at one tile of its owner's row or column");
-constexpr int kQueue = 256;             // pairs a warp collects before it adds them
+static_assert(kRectangle <= kThreads, "a thread looks at one tile of its owner's row or column");
+constexpr int kQueue = 256;               // pairs that a warp collects before it adds them
 constexpr int kOwnRows = kTile / kWarps;  // rows of a warp in the second half
-constexpr int kPitch = kSlice + 4;      // floats a row of the staged sums: rows start in different banks
+constexpr int kPitch = kSlice + 4;        // floats from one row of the staged sums to the next: they start in different banks
 
 enum ItemClass { kEmpty = -1, kMixed, kFew, kFull };
 
-// Of a tile of similarities, as its owner sees it: its source's number in the block, and
-constexpr int kTransposed = 0x4000;  // the source is a row of the block: masks are read by columns
+// An item of an owner's list, a tile of similarities: the source's number in the rectangle (`kNumber`), and these bits.
+constexpr int kTransposed = 0x4000;  // the source is a row of the rectangle: masks are read by columns
 constexpr int kBoth = 0x8000;        // it has hard pairs of both sides
 constexpr int kNumber = 0x3fff;
 
-// The owner of a slice of tile `tile` of G of a side of `set`; adds up x^ of `other`, whose tiles in the block begin
+// The owner of a slice of tile `tile` of G of a side of `set`; adds up x^ of `other`, whose tiles in the rectangle begin
 // with `base`.
 struct Owner {
   int tile, set, other, base;
-  int width, row, column;  // columns of the block; the owner's place in it
+  int width, row, column;  // columns of the rectangle; the owner's place in it
   int slice, side;         // of the columns of x^; positives or negatives
 
   __device__ int source(int item) const { return base + (item & kNumber); }
-  __device__ int number(int item) const {  // of the tile in the block
+  __device__ int number(int item) const {  // of the tile in the rectangle
     return item & kTransposed ? (item & kNumber) * width + column : row * width + (item & kNumber);
   }
   __device__ int64_t masks(int item) const { return number(item) * int64_t{2} + (item & kTransposed ? 1 : 0); }
@@ -53,19 +53,19 @@ struct MaskedSumMemory {
   };
   float shared_sum[2][kSlice];             // what full tiles add, by halves of the list
   uint32_t queue[kWarps][kQueue];          // own row and source row of a pair
-  uint16_t item[3][kBlock];                // tiles by class, in order: see `Owner`
+  uint16_t item[3][kRectangle];            // tiles by class, in order: see `Owner`
   int before[3][kWarps], size[3];          // how many in each warp; how many in all
   Owner owner;                             // here, since its registers are needed for sums
 };
 
-__device__ __forceinline__ Owner find_owner(const Work& w, const Block& block, int number, int slice, int side) {
-  int rows = w.set[0].sum[0] == nullptr ? 0 : block.i1 - block.i0, width = block.j1 - block.j0;
-  if (number < rows) return {block.i0 + number, 0, 1, block.j0, width, number, number, slice, side};
-  return {block.j0 + number - rows, 1, 0, block.i0, width, number - rows, number - rows, slice, side};
+__device__ __forceinline__ Owner find_owner(const Work& w, const Rectangle& rectangle, int number, int slice, int side) {
+  int rows = w.set[0].sum[0] == nullptr ? 0 : rectangle.i1 - rectangle.i0, width = rectangle.j1 - rectangle.j0;
+  if (number < rows) return {rectangle.i0 + number, 0, 1, rectangle.j0, width, number, number, slice, side};
+  return {rectangle.j0 + number - rows, 1, 0, rectangle.i0, width, number - rows, number - rows, slice, side};
 }
 
 // The bits of sorted row `row` of `set` in the tile that begins with tile `source` of the other set.
-__device__ __forceinline__ uint4 of_side(const Set& set, int64_t row, int source, int side, uint4 bits) {
+__device__ __forceinline__ uint4 of_side(const Embeddings& set, int64_t row, int source, int side, uint4 bits) {
   bool valid = row < set.n;
   int first = valid ? set.first[row] - source * kTile : 0, last = valid ? set.last[row] - source * kTile : 0;
   uint32_t flip = side == kPlus ? 0 : ~0u;
@@ -76,11 +76,11 @@ __device__ __forceinline__ uint4 of_side(const Set& set, int64_t row, int source
 
 // Sorts the owner's tiles into memory.item by class, in order; memory.size tells how many there are of each. On the
 // diagonal those before the owner lie in its column, the others in its row.
-__device__ __forceinline__ void classify(const Work& w, const Block& block, const Owner& owner,
+__device__ __forceinline__ void classify(const Work& w, const Rectangle& rectangle, const Owner& owner,
     MaskedSumMemory& memory) {
   int lane = threadIdx.x % 32, warp = threadIdx.x / 32, item = threadIdx.x, kind = kEmpty;
-  if (item < (owner.set == 0 ? block.j1 - block.j0 : block.i1 - block.i0)) {
-    if (owner.set == 1 || (block.diagonal && owner.base + item < owner.tile)) item |= kTransposed;
+  if (item < (owner.set == 0 ? rectangle.j1 - rectangle.j0 : rectangle.i1 - rectangle.i0)) {
+    if (owner.set == 1 || (rectangle.diagonal && owner.base + item < owner.tile)) item |= kTransposed;
     int all = valid_rows(w.state->valid[owner.set], owner.tile);
     all *= valid_rows(w.state->valid[owner.other], owner.source(item));
     int2 record = all == 0 ? make_int2(0, 0) : w.record[owner.number(item)];  // no record of a tile without pairs
@@ -114,7 +114,7 @@ __device__ __forceinline__ int chunk_of(int r, int c) {
 // Copies x^ of one mixed tile (rows of the source, this slice's columns; zeros past the last) and its masks.
 __device__ __forceinline__ void load_item(const Work& w, const Owner& owner, int item, int part, int stage,
                                           MaskedSumMemory& memory) {
-  const Set& from = w.set[owner.other];
+  const Embeddings& from = w.set[owner.other];
   int64_t row = static_cast<int64_t>(part) * from.tiles * kTile + static_cast<int64_t>(owner.source(item)) * kTile;
   const int thread = afresh(threadIdx.x), r = thread / 16, c = thread % 16;
   const bool inside = owner.slice * kSlice + c * 8 < w.width;
@@ -133,8 +133,8 @@ __device__ __forceinline__ uint32_t two_halves(uint32_t word, int shift, uint32_
 }
 
 // A thread's part of the products. By warp w, g = lane / 4 and t = lane % 4, value [k] is
-//   mma.sync  row w / 2 * 32 + k / 32 * 16 + h * 8 + g, column w % 2 * 64 + k / 4 % 8 * 8 + 2 t + e   (32 x 64 a warp)
-//   wgmma     row w * 16 + h * 8 + g,                    column k / 4 * 8 + 2 t + e                     (16 x 128 a warp)
+//   mma.sync  row w / 2 * 32 + k / 32 * 16 + h * 8 + g, column w % 2 * 64 + k / 4 % 8 * 8 + 2 t + e   (32 x 64 per warp)
+//   wgmma     row w * 16 + h * 8 + g,                    column k / 4 * 8 + 2 t + e                     (16 x 128 per warp)
 // with h = k / 2 % 2 and e = k % 2.
 struct Products {
   float sum[64];
@@ -236,7 +236,7 @@ __device__ __forceinline__ void add_products(const Work& w, const Owner& owner, 
 }
 
 // Four neighbours of a row of x^.
-__device__ __forceinline__ float4 load_unit(const Set& set, int64_t row, int column, int width, int parts) {
+__device__ __forceinline__ float4 load_unit(const Embeddings& set, int64_t row, int column, int width, int parts) {
   float4 v;
   const Half* from = set.unit + row * width + column;
   uint2 four = *reinterpret_cast<const uint2*>(from);
@@ -255,7 +255,7 @@ __device__ __forceinline__ float4 operator+(float4 a, float4 b) {
 
 // The sparse tiles, for the 16 rows of the warp: pairs are queued, and added eight at a time so that eight loads are
 // under way. A lane has four columns.
-struct PairSums {
+struct SparseTiles {
   const Work& w;
   const Owner& owner;
   MaskedSumMemory& memory;
@@ -294,7 +294,7 @@ struct PairSums {
     __syncwarp();  // the queue has been read
   }
 
-  // Queues what the lanes bring: the pairs of row `row` with the set bits' rows, `offset` rows from the base.
+  // Queues the lanes' pairs: of row `row` with the rows of the set bits, counted from `offset` rows after the base.
   __device__ void queue(uint4 mask, int row, int offset, int64_t base) {
     int count = __popc(mask.x) + __popc(mask.y) + __popc(mask.z) + __popc(mask.w);
     while (__any_sync(~0u, count > 0)) {
@@ -348,14 +348,14 @@ struct PairSums {
 
 // The kernel's body. Grid: owners * slices, sides.
 template <bool kSm90>
-__device__ __forceinline__ void add_masked(const Work& w, const Block& block) {
+__device__ __forceinline__ void add_masked(const Work& w, const Rectangle& rectangle) {
   MaskedSumMemory& memory = *reinterpret_cast<MaskedSumMemory*>(shared_memory());
-  if (threadIdx.x == 0) memory.owner = find_owner(w, block, blockIdx.x / w.slices, blockIdx.x % w.slices, blockIdx.y);
+  if (threadIdx.x == 0) memory.owner = find_owner(w, rectangle, blockIdx.x / w.slices, blockIdx.x % w.slices, blockIdx.y);
   __syncthreads();
   const Owner& owner = memory.owner;
 
   // 1. What there is to add.
-  classify(w, block, owner, memory);
+  classify(w, rectangle, owner, memory);
   if (memory.size[kMixed] + memory.size[kFew] + memory.size[kFull] == 0) return;
 
   // 2. Full tiles: a thread has a column and every other tile.
@@ -385,11 +385,11 @@ __device__ __forceinline__ void add_masked(const Work& w, const Block& block) {
   __syncthreads();
 
   // 4. Sparse tiles.
-  PairSums pairs{w, owner, memory, lane, warp};
+  SparseTiles pairs{w, owner, memory, lane, warp};
   if (memory.size[kFew] > 0) pairs.run();
 
   // 5. All into G.
-  const Set& set = w.set[owner.set];
+  const Embeddings& set = w.set[owner.set];
   uint8_t* touched = set.touched + (static_cast<int64_t>(owner.side) * set.tiles + owner.tile) * w.slices + owner.slice;
   const bool add = *touched != 0;
   __syncthreads();  // all have read it
@@ -407,15 +407,15 @@ __device__ __forceinline__ void add_masked(const Work& w, const Block& block) {
 }
 
 __global__ void __launch_bounds__(kThreads, 2) masked_sum(const __grid_constant__ Work w,
-    const __grid_constant__ Block block) {
-  add_masked<false>(w, block);
+    const __grid_constant__ Rectangle rectangle) {
+  add_masked<false>(w, rectangle);
 }
 
 // By warpgroups; like `similarity_sm90` it does nothing where it is compiled for anything but sm_90a.
 __global__ void __launch_bounds__(kThreads, 2) masked_sum_sm90(const __grid_constant__ Work w,
-    const __grid_constant__ Block block) {
+    const __grid_constant__ Rectangle rectangle) {
 #if TCM_SM90
-  add_masked<true>(w, block);
+  add_masked<true>(w, rectangle);
 #endif
 }
 

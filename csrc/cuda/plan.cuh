@@ -1,16 +1,16 @@
-// What the hosts of the kernels share: the layout of the workspace, the prologue, the choice of a path.
+// Shared by the hosts of the kernels: the layout of the workspace, the prologue, the choice of a path.
 #pragma once
 
 #include <algorithm>
 
 #include "similarity_sm90.cuh"
-#include "tcm_loss.h"
+#include "kernels.h"
 
 namespace tcm::cuda {
 
-// What a test sets smaller, to see many blocks and merges with few rows, and similarities beyond the window.
+// Sizes that a test makes smaller, to have many rectangles and merges of few rows, and similarities beyond the window.
 struct Tuning {
-  int block = kBlock;
+  int rectangle = kRectangle;
   int window = INT32_MAX;  // cells; even
   int64_t chunk = kChunk, one_chunk = kOneChunk;
 };
@@ -35,7 +35,7 @@ class Layout {
   int64_t used_ = 0;
 };
 
-inline void lay_out(Layout& layout, const Work& w, Set& set, bool gradient) {
+inline void lay_out(Layout& layout, const Work& w, Embeddings& set, bool gradient) {
   int64_t rows = int64_t{set.tiles} * kTile;
   for (int k = 0; k < 2; ++k) layout.take(set.label[k], set.n), layout.take(set.order[k], set.n);
   layout.take(set.position, set.n);

@@ -9,15 +9,26 @@ namespace {
 
 constexpr int kSorted = 32;  // labels that one block of threads of `rank_labels` places
 
+__device__ __forceinline__ double side_of(const Sides& sides, int side) {
+  return sides.device == nullptr ? sides.value[side] : sides.device[side];
+}
+
+__device__ __forceinline__ State initial_state(const Work& w) {
+  State state{};
+  for (int side = 0; side < 2; ++side)
+    state.margin[side] = static_cast<float>(side_of(w.margin, side)), state.weight[side] = side_of(w.weight, side);
+  return state;
+}
+
 // Sorts each run of `chunk` labels (all, if that is n or more) into label[to], order[to]: a label's place is the number
-// of those before it, which a warp's lanes count for one label each and the warps for a share of the run each.
-// n * chunk comparisons. Also sets what later kernels add to. Negative labels are large as unsigned numbers: last.
+// of those before it. Each lane counts them for one label, each warp in its share of the run: n * chunk comparisons.
+// Also sets State, and the zeros that later kernels add to. Negative labels are large as unsigned numbers: last.
 __global__ void __launch_bounds__(kThreads) rank_labels(const __grid_constant__ Work w, int64_t chunk, int to) {
   int* below = reinterpret_cast<int*>(shared_memory());  // [kWarps, 32]
-  const Set& set = w.set[blockIdx.y];
+  const Embeddings& set = w.set[blockIdx.y];
   int64_t thread = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (blockIdx.y == 0) {
-    if (thread == 0) w.state->non_finite = w.state->valid[0] = w.state->valid[1] = 0;
+    if (thread == 0) *w.state = initial_state(w);
     for (int64_t k = thread; k < w.partials; k += int64_t{kThreads} * gridDim.x) w.partial[k] = {};
   }
   if (set.touched != nullptr)
@@ -51,7 +62,7 @@ __global__ void __launch_bounds__(kThreads) rank_labels(const __grid_constant__ 
 // Merges neighbouring sorted runs of `run` labels, from [from] to [1 - from]. The place of a label is its own number in
 // its run and that of those before it in the other, found by bisection.
 __global__ void __launch_bounds__(kThreads) merge_labels(const __grid_constant__ Work w, int64_t run, int from) {
-  const Set& set = w.set[blockIdx.y];
+  const Embeddings& set = w.set[blockIdx.y];
   const uint64_t* label = set.label[from];
   int64_t k = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (k >= set.n) return;
@@ -70,7 +81,8 @@ __global__ void __launch_bounds__(kThreads) merge_labels(const __grid_constant__
   set.position[i] = static_cast<int32_t>(place);  // the last pass has the last word
 }
 
-// Number of labels [n] (sorted) below `mine`, or `equal`: not above it. A warp asks together: 32 places a round.
+// Number of labels [n] (sorted) below `mine`, or `equal`: not above it. The lanes of a warp
+// look together, at 32 places in each round.
 __device__ __forceinline__ int64_t count_below(const uint64_t* label, int64_t n, uint64_t mine, bool equal) {
   int64_t low = 0, high = n;
   while (low < high) {
@@ -100,11 +112,11 @@ __device__ __forceinline__ void load_8(const T* x, int64_t c, int64_t d, bool wh
   }
 }
 
-// A warp a sorted row: x^, |x|, the range of its positives. In fp64, in which no square of an fp32 number over- or
+// One warp per sorted row: x^, |x|, the range of its positives. In fp64, in which no square of an fp32 number over- or
 // underflows and x^ is rounded but once.
 template <class T>
 __global__ void __launch_bounds__(kThreads) normalise(const __grid_constant__ Work w) {
-  const Set &set = w.set[blockIdx.y], &other = w.set[1 - blockIdx.y];
+  const Embeddings &set = w.set[blockIdx.y], &other = w.set[1 - blockIdx.y];
   int lane = threadIdx.x % 32;
   int64_t k = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
   if (k >= static_cast<int64_t>(set.tiles) * kTile) return;
@@ -160,10 +172,10 @@ __global__ void __launch_bounds__(kThreads) normalise(const __grid_constant__ Wo
   }
 }
 
-// Sums of x^ over each tile of rows, kDepth columns a block of threads: 8 groups of 16 rows, then the 8 sums, in order.
+// Sums of x^ over each tile of rows, kDepth columns per block of threads: 8 groups of 16 rows, then the 8 sums, in order.
 __global__ void __launch_bounds__(kThreads) sum_tiles(const __grid_constant__ Work w) {
   float2* partial = reinterpret_cast<float2*>(shared_memory());  // [8, 32]
-  const Set& set = w.set[blockIdx.z];
+  const Embeddings& set = w.set[blockIdx.z];
   if (blockIdx.x >= static_cast<unsigned>(set.tiles)) return;
   int pair = threadIdx.x % 32, group = threadIdx.x / 32;
   int64_t rows = static_cast<int64_t>(set.tiles) * kTile;

@@ -1,8 +1,8 @@
-// Similarities of a block of tiles: a product by mma.sync, each tile then seen by a visitor (of tile.cuh, say).
+// Similarities of a rectangle of tiles: a product by mma.sync, each tile then seen by a visitor (of tile.cuh, say).
 //
-// A tile is 128 x 128, each of 8 warps makes 64 x 32 of it (64 accumulators a thread), in steps of 64 columns of x^.
-// With two blocks of threads a multiprocessor (68 KB of shared memory, at most 128 registers each) the one computes
-// while the other waits or scans. 2 * 128^2 * D flop a tile against 2 * 128 * D * 2 bytes from L2: 32 bytes a cycle on
+// A tile is 128 x 128, each of 8 warps makes 64 x 32 of it (64 accumulators per thread), in steps of 64 columns of x^.
+// With two blocks of threads on a multiprocessor (68 KB of shared memory, at most 128 registers each) the one computes
+// while the other waits or scans. 2 * 128^2 * D flop per tile against 2 * 128 * D * 2 bytes from L2: 32 bytes per cycle on
 // an A100 (1,024 multiplications a cycle and multiprocessor), of about 47. For fp32 accuracy the product runs over 3 D
 // columns: high low + low high first, then scaled down, then high high on top; no second accumulator, and 3.0 times the
 // work.
@@ -28,7 +28,7 @@ struct SimilarityMemory {
 // banks.
 __device__ __forceinline__ int swizzled(int r, int c) { return r * 128 + ((c ^ (r & 7)) << 4); }
 
-__device__ __forceinline__ void load_operand(const Set& set, unsigned char* to, int width, bool low_part, int tile,
+__device__ __forceinline__ void load_operand(const Embeddings& set, unsigned char* to, int width, bool low_part, int tile,
     int column) {
   int64_t row = (low_part ? int64_t{set.tiles} * kTile : 0) + int64_t{tile} * kTile;
   int r = threadIdx.x / 8, c = threadIdx.x % 8;
@@ -49,22 +49,22 @@ __device__ __forceinline__ void load_step(const Work& w, Stages& memory, int sta
 
 template <class Visitor>
 __global__ void __launch_bounds__(kThreads, 2) similarity(const __grid_constant__ Work w,
-    const __grid_constant__ Block block, const __grid_constant__ Visitor visitor) {
+    const __grid_constant__ Rectangle rectangle, const __grid_constant__ Visitor visitor) {
   auto& memory = *reinterpret_cast<SimilarityMemory<Visitor>*>(shared_memory());
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
   const int warp_row = warp / 4 * 64, warp_column = warp % 4 * 32;
   const int of_part = w.width / kDepth, steps = of_part * (w.parts == 2 ? 3 : 1);
 
   // The steps of all tiles are one sequence, copied one step ahead: a tile's first one while the last tile is scanned.
-  Walk<1> walk(w, block);
-  bool more = walk.find();
-  if (more) load_step(w, memory.stage, 0, walk.i, walk.j, 0);
+  TileOrder<1> order(w, rectangle);
+  bool more = order.find();
+  if (more) load_step(w, memory.stage, 0, order.i, order.j, 0);
   copies_commit();
-  visitor.template begin<kRows>(memory.tile);
+  visitor.template begin<kRows>(w, memory.tile);
   int stage = 0;
   while (more) {
-    const int tile_i = walk.i, tile_j = walk.j;
-    more = walk.next();
+    const int tile_i = order.i, tile_j = order.j;
+    more = order.next();
 
     // 1. The product.
     float s[4][4][4] = {};
@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(kThreads, 2) similarity(const __grid_constant_
       copies_wait<0>();
       __syncthreads();  // the stage is there for all, and the other one has been read by all
       if (step + 1 < steps) load_step(w, memory.stage, 1 - stage, tile_i, tile_j, step + 1);
-      else if (more) load_step(w, memory.stage, 1 - stage, walk.i, walk.j, 0);
+      else if (more) load_step(w, memory.stage, 1 - stage, order.i, order.j, 0);
       copies_commit();
       // Lane's row and chunk of the operands at k = 0. The chunk of k is that one with 2 k exclusive-or'ed, which is
       // left to the loop: eight invariant addresses would cost more registers than there are.
@@ -101,7 +101,7 @@ __global__ void __launch_bounds__(kThreads, 2) similarity(const __grid_constant_
       }
     }
 
-    visitor.template visit<kRows>(w, block, memory.tile, s, tile_i, tile_j);
+    visitor.template visit<kRows>(w, rectangle, memory.tile, s, tile_i, tile_j);
   }
   copies_wait<0>();
   visitor.template end<kRows>(w, memory.tile);

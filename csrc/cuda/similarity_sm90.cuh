@@ -1,7 +1,7 @@
-// Similarities of a block of tiles on Hopper: the product by warpgroups (wgmma), fed by the copy engine.
+// Similarities of a rectangle of tiles on Hopper: the product by warpgroups (wgmma), fed by the copy engine.
 //
 // 128 x 256 at a time, two neighbouring tiles of a row. One warpgroup has a thread that copies ahead, through a ring of
-// three or four stages of 48 KB; two compute, each 64 x 256 of the product in 128 accumulators a thread, and then show
+// three or four stages of 48 KB; two compute, each 64 x 256 of the product in 128 accumulators per thread, and then show
 // the two tiles to a visitor, while the ring fills with the next ones. A stage of 64 columns is 2 * 128 * 256 * 64 flop:
 // 1,024 cycles at 4,096 flop a cycle, in which 48 KB come from L2 (48 bytes a cycle and multiprocessor) and wgmma reads
 // 80 bytes a cycle of shared memory, of 128. A pair of tiles without a hard pair is looked at in about 650 instructions a
@@ -41,16 +41,16 @@ struct Ring {
 
 // One thread: copies all steps of all tiles, each as soon as its stage is empty. Parts as in `load_step`.
 template <class Visitor>
-__device__ __forceinline__ void copy_steps(const Work& w, const Block& block, const TensorMaps& maps,
+__device__ __forceinline__ void copy_steps(const Work& w, const Rectangle& rectangle, const TensorMaps& maps,
     SimilaritySm90Memory<Visitor>& memory) {
   const int of_part = w.width / kDepth, parts = w.parts == 2 ? 3 : 1;
   const int low_rows = w.set[0].tiles * kTile, low_columns = w.set[1].tiles * kTile;  // where the low part begins
   Ring<Visitor::kRing> ring;
-  Walk<2> walk(w, block);
-  for (bool more = walk.find(); more; more = walk.next())
+  TileOrder<2> order(w, rectangle);
+  for (bool more = order.find(); more; more = order.next())
     for (int part = 0; part < parts; ++part) {
-      const int row = walk.i * kTile + (part == 1 ? low_rows : 0);
-      const int column_row = walk.j * kTile + (part == 0 && parts == 3 ? low_columns : 0);
+      const int row = order.i * kTile + (part == 1 ? low_rows : 0);
+      const int column_row = order.j * kTile + (part == 0 && parts == 3 ? low_columns : 0);
       for (int step = 0; step < of_part; ++step, ring.next()) {
         barrier_wait(memory.empty[ring.stage], ring.parity ^ 1);
         Barrier& full = memory.full[ring.stage];
@@ -62,17 +62,17 @@ __device__ __forceinline__ void copy_steps(const Work& w, const Block& block, co
     }
 }
 
-// The workers: all products, and what follows from them.
+// The workers: all products, each pair of tiles then shown to the visitor.
 template <class Visitor>
-__device__ __forceinline__ void work_steps(const Work& w, const Block& block, const Visitor& visitor,
+__device__ __forceinline__ void work_steps(const Work& w, const Rectangle& rectangle, const Visitor& visitor,
     SimilaritySm90Memory<Visitor>& memory) {
   const int of_part = w.width / kDepth, steps = of_part * (w.parts == 2 ? 3 : 1);
   const int half = worker<kColumns>() / 128 * (64 * 128);  // bytes to the warpgroup's rows
   const bool speaks = threadIdx.x % 32 == 0;               // for its warp
   float s[128];  // [tile, word, 8 columns, 2 h + e]
   Ring<Visitor::kRing> ring;
-  Walk<2> walk(w, block);
-  for (bool more = walk.find(); more; more = walk.next()) {
+  TileOrder<2> order(w, rectangle);
+  for (bool more = order.find(); more; more = order.next()) {
     if constexpr (Visitor::kMoves) {  // or ptxas serialises the products (C7515), though the first reads none of it
 #pragma unroll
       for (int k = 0; k < 128; ++k) s[k] = 0;
@@ -99,9 +99,9 @@ __device__ __forceinline__ void work_steps(const Work& w, const Block& block, co
     }
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
-      const int j = walk.j + k;
-      if (j >= block.j1 || (block.diagonal && walk.i > j) || valid_rows(w.state->valid[1], j) == 0) continue;
-      visitor.template visit<kColumns>(w, block, memory.tile, reinterpret_cast<float(*)[4][4][4]>(s)[k], walk.i,
+      const int j = order.j + k;
+      if (j >= rectangle.j1 || (rectangle.diagonal && order.i > j) || valid_rows(w.state->valid[1], j) == 0) continue;
+      visitor.template visit<kColumns>(w, rectangle, memory.tile, reinterpret_cast<float(*)[4][4][4]>(s)[k], order.i,
           j);
     }
   }
@@ -111,7 +111,7 @@ __device__ __forceinline__ void work_steps(const Work& w, const Block& block, co
 // Compiled for anything but sm_90a it does nothing and admits too few threads: `most_threads` tells.
 template <class Visitor>
 __global__ void __launch_bounds__(TCM_SM90 ? kThreadsSm90 : 32, 1)
-    similarity_sm90(const __grid_constant__ Work w, const __grid_constant__ Block block,
+    similarity_sm90(const __grid_constant__ Work w, const __grid_constant__ Rectangle rectangle,
         const __grid_constant__ Visitor visitor, const __grid_constant__ TensorMaps maps) {
 #if TCM_SM90
   auto& memory = *reinterpret_cast<SimilaritySm90Memory<Visitor>*>(shared_memory());
@@ -119,14 +119,14 @@ __global__ void __launch_bounds__(TCM_SM90 ? kThreadsSm90 : 32, 1)
     for (int k = 0; k < Visitor::kRing; ++k) barrier_init(memory.full[k], 1), barrier_init(memory.empty[k], kWarps);
     barriers_ready();
   }
-  if (threadIdx.x >= 128) visitor.template begin<kColumns>(memory.tile);
+  if (threadIdx.x >= 128) visitor.template begin<kColumns>(w, memory.tile);
   __syncthreads();
   if (threadIdx.x < 128) {
     fewer_registers<40>();
-    if (threadIdx.x == 0) copy_steps(w, block, maps, memory);
+    if (threadIdx.x == 0) copy_steps(w, rectangle, maps, memory);
   } else {
     more_registers<232>();
-    work_steps(w, block, visitor, memory);
+    work_steps(w, rectangle, visitor, memory);
   }
 #endif
 }

@@ -1,8 +1,8 @@
-// What is done with the similarities of a tile, whichever way they were made: 256 threads, the workers, hold 64 each.
+// The work on the similarities of a tile, whichever way they were made: 256 threads, the workers, hold 64 each.
 //
 // Two ways to hold them, by warp w, g = lane / 4 and t = lane % 4. Value [i][j][2 h + e] of a thread is
-//   kRows     row w / 4 * 64 + i * 16 + h * 8 + g, column w % 4 * 32 + j * 8 + 2 t + e   (mma.sync, 64 x 32 a warp)
-//   kColumns  row w * 16 + h * 8 + g,              column i * 32 + j * 8 + 2 t + e        (wgmma, 16 x 128 a warp)
+//   kRows     row w / 4 * 64 + i * 16 + h * 8 + g, column w % 4 * 32 + j * 8 + 2 t + e   (mma.sync, 64 x 32 per warp)
+//   kColumns  row w * 16 + h * 8 + g,              column i * 32 + j * 8 + 2 t + e        (wgmma, 16 x 128 per warp)
 #pragma once
 
 #include "work.h"
@@ -10,41 +10,42 @@
 namespace tcm::cuda {
 namespace {
 
-constexpr int kGroup = 8;  // row tiles that neighbouring blocks of threads share: see `Walk`
+constexpr int kGroup = 8;  // row tiles that neighbouring blocks of threads share: see `TileOrder`
 
 enum Held { kRows, kColumns };
 
-struct TileMemory {
+struct LossMemory {
   uint32_t mask[2][kTile][4];  // pairs of each row: positives, negatives; then hard pairs: rows, columns
   double penalty[2][kWarps];
   unsigned count[kWarps];      // positives in the low half, negatives in the high half
   Partial total;               // of all tiles so far
+  float margin[2];
 };
 
-// The tiles of a block in order, kAcross neighbours of a row at a time, every gridDim.x-th of these from blockIdx.x on;
+// The tiles of a rectangle in order, kAcross neighbours of a row at a time, every gridDim.x-th of these from blockIdx.x on;
 // those wholly below the diagonal are passed over. Eight row tiles go together, column by column: the tiles in work at
 // one time then share rows and columns in L2.
 template <int kAcross>
-struct Walk {
+struct TileOrder {
   const Work& w;
-  const Block& block;
+  const Rectangle& rectangle;
   int group = 0, offset = static_cast<int>(blockIdx.x), i = 0, j = 0;
 
-  __device__ Walk(const Work& of, const Block& in) : w(of), block(in) {}
+  __device__ TileOrder(const Work& of, const Rectangle& in) : w(of), rectangle(in) {}
   __device__ bool find() {  // the tile at `offset`, or the next one; those without a valid row are left out
-    const int i1 = min(block.i1, (w.state->valid[0] + kTile - 1) / kTile);
-    const int j1 = min(block.j1, (w.state->valid[1] + kTile - 1) / kTile);
+    const int i1 = min(rectangle.i1, (w.state->valid[0] + kTile - 1) / kTile);
+    const int j1 = min(rectangle.j1, (w.state->valid[1] + kTile - 1) / kTile);
     for (;;) {
-      int top = block.i0 + kGroup * group;
+      int top = rectangle.i0 + kGroup * group;
       if (top >= i1) return false;
-      int height = min(kGroup, i1 - top), left = block.diagonal ? top : block.j0;
+      int height = min(kGroup, i1 - top), left = rectangle.diagonal ? top : rectangle.j0;
       int size = height * max(0, (j1 - left + kAcross - 1) / kAcross);
       if (offset >= size) {
         offset -= size, ++group;
         continue;
       }
       i = top + offset % height, j = left + offset / height * kAcross;
-      if (!block.diagonal || i < j + kAcross) return true;
+      if (!rectangle.diagonal || i < j + kAcross) return true;
       offset += static_cast<int>(gridDim.x);
     }
   }
@@ -63,7 +64,7 @@ __device__ __forceinline__ int worker() {
 // deep. Bit j * 4 + 16 e of bits [i][h] is set for a hard pair: its mask_bit in its word of the row, lowered by t.
 // kAll: all pairs are negatives; else memory.mask [side] tells which pairs are of the side.
 template <Held kHeld, int kSide, bool kAll>
-__device__ __forceinline__ void scan(float margin, const TileMemory& memory, const float (&s)[4][4][4], int warp,
+__device__ __forceinline__ void scan(float margin, const LossMemory& memory, const float (&s)[4][4][4], int warp,
     int lane,
                                      uint32_t (&bits)[4][2], int& count, float& penalty) {
   penalty = 0, count = 0;
@@ -87,10 +88,10 @@ __device__ __forceinline__ void scan(float margin, const TileMemory& memory, con
         for (int e = 0; e < 2; ++e) {
           const uint32_t bit = 1u << mask_bit(j * 8 + e);
           const float value = s[i][j][2 * h + e];
-          float over = kSide == kPlus ? margin - value : value - margin;  // hard if not negative: its sign is exact
-          if (!(pairs & bit)) over = -1.0f;
-          hard |= over >= 0.0f ? bit : 0;
-          of_two += max(over, 0.0f);
+          float violation = kSide == kPlus ? margin - value : value - margin;  // its sign is exact
+          if (!(pairs & bit)) violation = -1.0f;
+          hard |= violation >= 0.0f ? bit : 0;
+          of_two += max(violation, 0.0f);
         }
         of_row += of_two;
       }
@@ -102,7 +103,7 @@ __device__ __forceinline__ void scan(float margin, const TileMemory& memory, con
   }
 }
 
-// A word that the lanes of equal lane % 4, or of equal lane / 4, have parts of.
+// The whole word, of which the lanes of equal lane % 4, or of equal lane / 4, have a part each.
 __device__ __forceinline__ uint32_t join_rows(uint32_t word) {
   word |= __shfl_xor_sync(~0u, word, 4);
   word |= __shfl_xor_sync(~0u, word, 8);
@@ -115,7 +116,7 @@ __device__ __forceinline__ uint32_t join_columns(uint32_t word) {
 
 // The workers' bits (of `scan`) to memory.mask, as rows and as columns.
 template <Held kHeld>
-__device__ __forceinline__ void write_masks(TileMemory& memory, const uint32_t (&bits)[4][2], int warp, int lane) {
+__device__ __forceinline__ void write_masks(LossMemory& memory, const uint32_t (&bits)[4][2], int warp, int lane) {
   const int g = lane / 4, t = lane % 4, row = kHeld == kRows ? warp / 4 * 64 : warp * 16;
 #pragma unroll
   for (int i = 0; i < 4; ++i)
@@ -190,7 +191,7 @@ __device__ __forceinline__ bool note_pairs(const Work& w, uint32_t (&mask)[2][kT
 // Counts and sums the hard pairs of tile (tile_i, tile_j), whose similarities the workers hold; writes its record, and
 // the masks of a tile that is neither empty nor full.
 template <Held kHeld>
-__device__ __forceinline__ void examine(const Work& w, const Block& block, TileMemory& memory,
+__device__ __forceinline__ void examine(const Work& w, const Rectangle& rectangle, LossMemory& memory,
     const float (&s)[4][4][4],
                                         int tile_i, int tile_j) {
   const int rows = valid_rows(w.state->valid[0], tile_i), columns = valid_rows(w.state->valid[1], tile_j);
@@ -198,16 +199,16 @@ __device__ __forceinline__ void examine(const Work& w, const Block& block, TileM
   const int thread = afresh(worker<kHeld>()), lane = thread % 32, warp = thread / 32;
   uint32_t bits[4][2] = {};
   int found[2] = {0, 0};
-  float excess[2] = {0, 0};
+  float penalty[2] = {0, 0};
   if (special) {
-    scan<kHeld, kMinus, false>(w.margin[kMinus], memory, s, warp, lane, bits, found[kMinus], excess[kMinus]);
-    scan<kHeld, kPlus, false>(w.margin[kPlus], memory, s, warp, lane, bits, found[kPlus], excess[kPlus]);
+    scan<kHeld, kMinus, false>(memory.margin[kMinus], memory, s, warp, lane, bits, found[kMinus], penalty[kMinus]);
+    scan<kHeld, kPlus, false>(memory.margin[kPlus], memory, s, warp, lane, bits, found[kPlus], penalty[kPlus]);
   } else {
     float top[4] = {s[0][0][0], s[0][0][1], s[0][0][2], s[0][0][3]};
 #pragma unroll
     for (int k = 4; k < 64; ++k) top[k % 4] = max(top[k % 4], s[k / 16][k / 4 % 4][k % 4]);
-    if (__any_sync(~0u, max(max(top[0], top[1]), max(top[2], top[3])) >= w.margin[kMinus]))
-      scan<kHeld, kMinus, true>(w.margin[kMinus], memory, s, warp, lane, bits, found[kMinus], excess[kMinus]);
+    if (__any_sync(~0u, max(max(top[0], top[1]), max(top[2], top[3])) >= memory.margin[kMinus]))
+      scan<kHeld, kMinus, true>(memory.margin[kMinus], memory, s, warp, lane, bits, found[kMinus], penalty[kMinus]);
   }
 
   unsigned both = static_cast<unsigned>(found[kPlus]) | static_cast<unsigned>(found[kMinus]) << 16;
@@ -215,11 +216,11 @@ __device__ __forceinline__ void examine(const Work& w, const Block& block, TileM
     for (int k = 16; k > 0; k /= 2) both += __shfl_xor_sync(~0u, both, k);
   if (both != 0)
     for (int side = 0; side < 2; ++side) {
-      double penalty = warp_sum(excess[side]);
-      if (lane == 0) memory.penalty[side][warp] = penalty;
+      double of_warp = warp_sum(penalty[side]);
+      if (lane == 0) memory.penalty[side][warp] = of_warp;
     }
   if (lane == 0) memory.count[warp] = both;
-  const int tile = block.tile(tile_i, tile_j), all = rows * columns;
+  const int tile = rectangle.tile(tile_i, tile_j), all = rows * columns;
   if (!workers_any(both != 0)) {
     if (thread == 0) w.record[tile] = make_int2(0, 0);
     return;
@@ -248,7 +249,7 @@ __device__ __forceinline__ void examine(const Work& w, const Block& block, TileM
 }
 
 // Adds what worker 0 has found to the block of threads' part in the result.
-__device__ __forceinline__ void add_total(const Work& w, const TileMemory& memory) {
+__device__ __forceinline__ void add_total(const Work& w, const LossMemory& memory) {
   Partial& partial = w.partial[blockIdx.x];
   for (int side = 0; side < 2; ++side) {
     partial.penalty[side] += memory.total.penalty[side];
@@ -256,24 +257,26 @@ __device__ __forceinline__ void add_total(const Work& w, const TileMemory& memor
   }
 }
 
-// A visitor: what `similarity` and `similarity_sm90` do with their tiles. This one is the loss's.
-struct HardPairs {
-  using Memory = TileMemory;
-  static constexpr int kRing = 4;         // stages of copies on Hopper: what fits beside Memory
+// A visitor is given the tiles of `similarity` and `similarity_sm90` one by one. This one finds the loss.
+struct LossVisitor {
+  using Memory = LossMemory;
+  static constexpr int kRing = 4;         // stages of copies on Hopper: as many as fit beside Memory
   static constexpr bool kMoves = false;   // whether similarities are moved among a thread's registers
 
   // For all workers: before the first tile, with a barrier to follow; for each tile; after the last.
   template <Held kHeld>
-  __device__ __forceinline__ void begin(TileMemory& memory) const {
-    if (worker<kHeld>() == 0) memory.total = {};
+  __device__ __forceinline__ void begin(const Work& w, LossMemory& memory) const {
+    if (worker<kHeld>() != 0) return;
+    memory.total = {};
+    for (int side = 0; side < 2; ++side) memory.margin[side] = w.state->margin[side];
   }
   template <Held kHeld>
-  __device__ __forceinline__ void visit(const Work& w, const Block& block, TileMemory& memory,
+  __device__ __forceinline__ void visit(const Work& w, const Rectangle& rectangle, LossMemory& memory,
       const float (&s)[4][4][4], int tile_i, int tile_j) const {
-    examine<kHeld>(w, block, memory, s, tile_i, tile_j);
+    examine<kHeld>(w, rectangle, memory, s, tile_i, tile_j);
   }
   template <Held kHeld>
-  __device__ __forceinline__ void end(const Work& w, TileMemory& memory) const {
+  __device__ __forceinline__ void end(const Work& w, LossMemory& memory) const {
     if (worker<kHeld>() == 0) add_total(w, memory);
   }
 };

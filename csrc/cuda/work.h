@@ -1,19 +1,20 @@
-// What the kernels share: the workspace in device memory and the sizes of tiles.
+// Shared by all kernels: the workspace in device memory and the sizes of tiles.
 //
 // How the loss goes over the device, everything in stream order:
 // 1. Prologue (prologue.cuh): rows and columns sorted by label, those that take no part last; x^ as one or two halves
-//    an element; for each row the range of columns of its label; sums of x^ over each tile of rows.
-// 2. For each block of up to kBlock x kBlock tiles (symmetric: those that reach above the diagonal):
-//    similarity (similarity.cuh): products, hard pairs counted and summed, one bit a pair kept for mixed tiles;
+//    for each element; for each row the range of columns of its label; sums of x^ over each tile of rows.
+// 2. For each rectangle of up to kRectangle x kRectangle tiles (symmetric: those that reach above the diagonal):
+//    similarity (similarity.cuh): products, hard pairs counted and summed, one bit kept for each pair of a mixed tile;
 //    masked sums (masked_sum.cuh): M X^ and M^T X^ added to the sums G+ and G-.
 // 3. Epilogue (epilogue.cuh): loss, counts; gradients from G+, G- and the counts, or of either penalty from G+ or G-,
 //    in the order of the input.
 // Launches: six in all up to 4,096 rows; beyond that one more for each doubling of the sorted runs, and beyond 24,576 rows
-// (symmetric, kBlock tiles) two for each further block, of which there are O((N / 24,576)^2).
+// (symmetric, kRectangle tiles) two for each further rectangle, of which there are O((N / 24,576)^2).
 #pragma once
 
 #include <cstdint>
 
+#include "../problem.h"
 #include "ptx.cuh"
 
 namespace tcm::cuda {
@@ -23,17 +24,15 @@ constexpr int kDepth = 64;     // columns of x^ in one step of a product; x^ is 
 constexpr int kSlice = 128;    // columns of x^ in one tile of a masked sum
 constexpr int kThreads = 256;  // of every block of threads
 constexpr int kWarps = kThreads / 32;
-constexpr int kBlock = 192;    // tiles a side of a block at most: 151 MB of masks
+constexpr int kRectangle = 192;  // tiles on a side of a rectangle at most: 151 MB of masks
 constexpr int kSparse = 64;    // hard pairs up to which a tile's masked sum goes pair by pair
 constexpr int kChunk = 1024;   // labels sorted by one comparison of all with all, if there are more than kOneChunk
 constexpr int kOneChunk = 4096;
 
-constexpr double kEps = 1e-12;         // smallest norm a row is divided by
-constexpr float kLowScale = 2048.0f;   // x^ = high + low / kLowScale: low then has the exponents of high
-constexpr int kPlus = 0, kMinus = 1;   // positives, negatives
+constexpr float kLowScale = 2048.0f;  // x^ = high + low / kLowScale: low then has the exponents of high
 
 // Rows or columns. "Sorted" is by label, then by index; a row with a negative label takes no part and comes last.
-struct Set {
+struct Embeddings {
   const void* x;         // [n, d]
   const int64_t* y;      // [n]
   int64_t n;
@@ -49,12 +48,14 @@ struct Set {
   float* tile_sum;       // [tiles, width] sum of x^ over a tile
   float* sum[2];         // [tiles * kTile, width] G+ and G-; null: no gradient wanted
   uint8_t* touched;      // [2, tiles, slices] whether a tile of G has been written; what has not been is zero
-  float* grad;           // [n, d] output, or null; [2, n, d] with Work::per_side
+  float* grad;           // [gradients, n, d] output, or null
 };
 
-struct State {
+struct State {  // written by the prologue
   int non_finite;  // whether an embedding that takes part is not finite
   int valid[2];    // rows of each set that take part
+  float margin[2];
+  double weight[2];
 };
 
 struct Partial {  // one block of threads' part in the result
@@ -63,30 +64,30 @@ struct Partial {  // one block of threads' part in the result
 };
 
 struct Work {
-  Set set[2];  // rows, columns; the same where the rows are the columns
-  bool symmetric, has_own, per_side;
+  Embeddings set[2];  // rows, columns; the same where the rows are the columns
+  bool symmetric, has_own;
+  int gradients;  // 1: of the loss; 2: of the penalties. See Result
   int64_t d, row_offset;
   int width;   // d rounded up to kDepth
   int slices;  // of kSlice columns
-  int parts;   // halves an element of x^: 1, or 2 for fp32 accuracy
-  float margin[2];
-  double lambda[2];
+  int parts;   // halves for each element of x^: 1, or 2 for fp32 accuracy
+  Sides margin, weight;  // read by the prologue alone, into State: they may be on the device
   State* state;
   Partial* partial;   // [partials]
   int partials;
-  int2* record;       // [tiles of a block] hard positives, hard negatives of a tile
-  uint4* mask;        // [tiles of a block, 2, kTile] one bit a pair: of each row, of each column; see `mask_bit`
-  uint4* occupied;    // [tiles of a block, 2] which rows, which columns have a hard pair
+  int2* record;       // [tiles of a rectangle] hard positives, hard negatives of a tile
+  uint4* mask;        // [tiles of a rectangle, 2, kTile] one bit for each pair: by row, by column; see `mask_bit`
+  uint4* occupied;    // [tiles of a rectangle, 2] which rows, which columns have a hard pair
   float* loss;        // outputs
   double* penalty;
   int64_t* count;
 
-  const Set& rows() const { return set[0]; }
-  const Set& columns() const { return set[1]; }
+  const Embeddings& rows() const { return set[0]; }
+  const Embeddings& columns() const { return set[1]; }
 };
 
-// A block of tiles: row tiles [i0, i1), column tiles [j0, j1).
-struct Block {
+// A rectangle of tiles: row tiles [i0, i1), column tiles [j0, j1).
+struct Rectangle {
   int i0, i1, j0, j1;
   bool diagonal;  // symmetric, and the row tiles are the column tiles: only those with i <= j
 

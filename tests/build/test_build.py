@@ -12,7 +12,6 @@ import torch
 
 from tcm_fused import _C, tcm_loss
 from tcm_fused.backends import choice
-from tcm_fused.backends.operators import OPERATORS
 
 ROOT = Path(__file__).parents[2]
 BUILT = _C.build_info()
@@ -222,8 +221,9 @@ def test_no_reason(monkeypatch: pytest.MonkeyPatch, architectures: str, gpu: tup
 def test_operator_refuses_memory_of_the_cpu() -> None:
     """Reached around the dispatcher: an error, before anything is asked of a driver."""
     keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
-    options = (None, 0.9, 0.5, 1.0, 1.0, False, False, False, True, False)
-    with pytest.raises(RuntimeError, match="all tensors must be on one CUDA device"):
-        OPERATORS["fused"].redispatch(keys, torch.ones(4, 2), torch.arange(4), None, None, *options)
+    loss, sides = torch.ops.tcm_fused.loss.default, torch.ones(2, dtype=torch.float64)
+    options = (None, sides, sides, False, False, True, False)
+    with pytest.raises(RuntimeError, match="embeddings must be on the CUDA device"):
+        loss.redispatch(keys, torch.ones(4, 2), torch.arange(4), None, None, *options)
     with pytest.raises(RuntimeError, match=r"embeddings must be \[N, D\]"):
-        OPERATORS["fused"].redispatch(keys, torch.ones(4), torch.arange(4), None, None, *options)
+        loss.redispatch(keys, torch.ones(4), torch.arange(4), None, None, *options)

@@ -322,7 +322,7 @@ def test_pair_counts_of_one_cell() -> None:
     n = 70_000
     x, y = torch.ones(n, 4, device=DEVICE), torch.arange(n, device=DEVICE)
     x[-2:] = 0
-    counts, class_counts, best = torch.ops.tcm_fused.pair_counts(x, y, 0, torch.tensor([0.5], device=DEVICE), 8, None)
+    counts, class_counts, best = torch.ops.tcm_fused.counts(x, y, 0, torch.tensor([0.5], device=DEVICE), 8, None)
     one, zero = (n - 2) * (n - 3) // 2, 2 * (n - 2) + 1
     assert counts[1].nonzero().flatten().tolist() == [256, 512]
     assert counts[1, [256, 512]].tolist() == [zero, one]
@@ -334,7 +334,7 @@ def test_pair_counts_again_and_elsewhere() -> None:
     """The same tables on another stream, in a graph, and while nothing may wait for the device."""
     x, y = on_gpu(3000, 65)
     arguments = (x, y, 30, torch.linspace(-0.2, 1, 500, device=DEVICE), 17, None)
-    first = torch.ops.tcm_fused.pair_counts(*arguments)
+    first = torch.ops.tcm_fused.counts(*arguments)
     torch.cuda.synchronize()
     side = torch.cuda.Stream()
     late = torch.zeros_like(x)
@@ -342,16 +342,16 @@ def test_pair_counts_again_and_elsewhere() -> None:
     with torch.cuda.stream(side):
         torch.cuda._sleep(200_000_000)  # about 0.1 s
         late.copy_(x)
-        on_side = torch.ops.tcm_fused.pair_counts(late, *arguments[1:])
+        on_side = torch.ops.tcm_fused.counts(late, *arguments[1:])
     assert torch.cuda.current_stream().query(), "the default stream was given work"
     side.synchronize()
     assert_same_bits(list(on_side), list(first))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = torch.ops.tcm_fused.pair_counts(*arguments)
+        captured = torch.ops.tcm_fused.counts(*arguments)
     for seed in (5, 6):
         x_new, y_new = on_gpu(3000, 65, seed=seed)
-        expected = torch.ops.tcm_fused.pair_counts(x_new, y_new, *arguments[2:])
+        expected = torch.ops.tcm_fused.counts(x_new, y_new, *arguments[2:])
         x.copy_(x_new), y.copy_(y_new)
         graph.replay()
         assert_same_bits(list(captured), list(expected))
@@ -360,7 +360,7 @@ def test_pair_counts_again_and_elsewhere() -> None:
     progress = torch.zeros(2, dtype=torch.int64)
     try:
         torch.cuda._sleep(1_000_000_000)  # about 0.5 s
-        torch.ops.tcm_fused.pair_counts(*arguments[:-1], progress)
+        torch.ops.tcm_fused.counts(*arguments[:-1], progress)
         assert not torch.cuda.current_stream().query(), "the call waited for the device"
     finally:
         torch.cuda.set_sync_debug_mode("default")
@@ -372,27 +372,27 @@ def test_pair_counts_of_non_finite_rows() -> None:
     x, y = on_gpu(300, 9)
     x[7, 3], y[7] = torch.nan, -1
     arguments = (y, 3, torch.tensor([0.1], device=DEVICE), 6, None)
-    assert not torch.ops.tcm_fused.pair_counts(x, *arguments)[2].isnan().any()
+    assert not torch.ops.tcm_fused.counts(x, *arguments)[2].isnan().any()
     x[8, 3] = torch.inf
-    assert torch.ops.tcm_fused.pair_counts(x, *arguments)[2].isnan().all()
+    assert torch.ops.tcm_fused.counts(x, *arguments)[2].isnan().all()
 
 
 def test_pair_counts_refuse_what_the_kernels_trust() -> None:
     x, y = on_gpu(70, 5)
     t, progress = torch.tensor([0.5], device=DEVICE), torch.zeros(2, dtype=torch.int64)
     for arguments, message in (
-        ((x, y.cpu(), 3, t, 6, None), "one CUDA device"),
-        ((x, y, 3, t.cpu(), 6, None), "one CUDA device"),
+        ((x, y.cpu(), 3, t, 6, None), "classes must be .* on their device"),
+        ((x, y, 3, t.cpu(), 6, None), "thresholds must be .* on the device"),
         ((x.double(), y, 3, t.double(), 6, None), "must be float32"),
         ((x, y, 3, t.double(), 6, None), "thresholds"),
         ((x, y.int(), 3, t, 6, None), "int64"),
-        ((x, y[1:], 3, t, 6, None), r"\[N, D\]"),
+        ((x, y[1:], 3, t, 6, None), "one for each"),
         ((x, y, 3, t, 21, None), "bits"),
         ((x, y, -1, t, 6, None), "classes"),
         ((x, y, 3, t, 6, progress.cuda()), "on the CPU"),
     ):
         with pytest.raises(RuntimeError, match=message):
-            torch.ops.tcm_fused.pair_counts(*arguments)
+            torch.ops.tcm_fused.counts(*arguments)
 
 
 def test_opis() -> None:
@@ -588,12 +588,12 @@ def test_operator_refuses_what_the_kernels_trust() -> None:
     x, y = on_gpu(70, 5)
     rest: Any = (None, 0.9, 0.1, 1.0, 2.0, False, False, False, True, True)
     for sets, message in (
-        ((x, y.cpu(), None, None), "one CUDA device"),
+        ((x, y.cpu(), None, None), "labels must be .* on their device"),
         ((x, y[1:], None, None), "labels"),
         ((x, y.int(), None, None), "int64"),
         ((x.double(), y, None, None), "float16, bfloat16 or float32"),
         ((x, y, x, None), "both ref_x and ref_y"),
-        ((x, y, x[:, :3], y), "embeddings must be"),
+        ((x, y, x[:, :3], y), "one width"),
         ((x, y, x.half(), y), "one dtype"),
     ):
         with pytest.raises(RuntimeError, match=message):
@@ -641,8 +641,8 @@ def test_hopper_runs_its_own_kernels() -> None:
     x = x.to(DEVICE).requires_grad_()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         torch.autograd.backward(tcm_loss(x, y.to(DEVICE), margin_minus=0.0, backend="cuda"))
-        torch.ops.tcm_fused.pair_counts(x.detach(), y.to(DEVICE), 5, torch.zeros(1, device=DEVICE), 17, None)
+        torch.ops.tcm_fused.counts(x.detach(), y.to(DEVICE), 5, torch.zeros(1, device=DEVICE), 17, None)
         torch.cuda.synchronize()
     names = [event.key for event in profile.key_averages()]
-    for parts in (("similarity_sm90", "HardPairs"), ("similarity_sm90", "PairCounter"), ("masked_sum_sm90",)):
+    for parts in (("similarity_sm90", "LossVisitor"), ("similarity_sm90", "CountVisitor"), ("masked_sum_sm90",)):
         assert any(all(part in name for part in parts) for name in names), (parts, names)

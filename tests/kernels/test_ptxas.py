@@ -29,7 +29,7 @@ class Use(NamedTuple):
 
     registers: int
     shared: int  # bytes that the kernel declares; those that a launch adds are not known here
-    stack: int  # bytes of local memory a thread, spilled or indexed at run time
+    stack: int  # bytes of local memory per thread, spilled or indexed at run time
     spilled: int  # bytes
 
 
@@ -74,7 +74,7 @@ def complaints(report: Report) -> list[str]:
 
 
 def table(report: Report, compiler: str) -> str:
-    """The report as Markdown, a row a kernel."""
+    """The report as Markdown, one row per kernel."""
     architectures = sorted(
         {architecture for _, architecture in report.uses}, key=lambda name: int(name[3:].strip("af"))
     )
@@ -86,7 +86,7 @@ def table(report: Report, compiler: str) -> str:
     lines = [
         "# Registers and declared shared memory of the CUDA kernels",
         "",
-        f"Registers a thread, bytes a block; {compiler}. Written by `make registers`; `make test` compares.",
+        f"Registers per thread, bytes per block; {compiler}. Written by `make registers`; `make test` compares.",
         "",
         f"| kernel | {' | '.join(architectures)} |",
         "|---|" + "---|" * len(architectures),

@@ -12,15 +12,15 @@
 #include <thread>
 #include <vector>
 
-#include "../../../csrc/cpu/histogram.h"
-#include "../../../csrc/cpu/tile_walk.h"
+#include "../../../csrc/cpu/counts.h"
+#include "../../../csrc/cpu/loss.h"
 
 using tcm::kMinus;
 using tcm::kPlus;
 
 struct Case {
   int64_t n, m, d, classes, row_offset;
-  bool symmetric, grad_x, grad_ref, squared, per_side, transposed;
+  bool symmetric, grad_x, grad_ref, squared, penalties, transposed;
   double margin[2], cone;
   int threads;
 };
@@ -79,9 +79,10 @@ tcm::cpu::Host<real> host(int threads, bool transposed) {
           transposed ? transposed_product<real> : product<real>, transposed, add_product<real>};
 }
 
-// The definition, pair by pair, in double; the gradients one after the other with `per_side`. False if a pair is as near to a margin as rounding reaches.
+// The definition, pair by pair, in double; the gradients of both penalties, one after the other, or of the loss.
+// False if a pair is as near to a margin as rounding reaches.
 template <class real>
-bool oracle(const tcm::Problem<real>& p, bool per_side, Answer* out) {
+bool oracle(const tcm::Problem<real>& p, bool penalties, Answer* out) {
   auto unit = [&](const real* x, int64_t n) {
     std::vector<double> u(x, x + n * p.d);
     for (int64_t i = 0; i < n; ++i) {
@@ -107,11 +108,11 @@ bool oracle(const tcm::Problem<real>& p, bool per_side, Answer* out) {
       double s = 0;
       for (int64_t k = 0; k < p.d; ++k) s += u[i * p.d + k] * v[j * p.d + k];
       int side = p.y[i] == ref_y[j] ? kPlus : kMinus;
-      double excess = side == kPlus ? p.margin[kPlus] - s : s - p.margin[kMinus];
-      if (std::abs(excess) < 32 * std::numeric_limits<real>::epsilon()) return false;
-      if (excess < 0) continue;
-      double slope = p.squared ? 2 * excess : 1, reach = p.squared ? slope + 1 : 1;
-      out->penalty[side] += p.squared ? excess * excess : excess, out->count[side] += 1;
+      double violation = side == kPlus ? p.margin.value[kPlus] - s : s - p.margin.value[kMinus];
+      if (std::abs(violation) < 32 * std::numeric_limits<real>::epsilon()) return false;
+      if (violation < 0) continue;
+      double slope = p.squared ? 2 * violation : 1, reach = p.squared ? slope + 1 : 1;
+      out->penalty[side] += p.squared ? violation * violation : violation, out->count[side] += 1;
       row_reach[side][i] += reach, column_reach[side][j] += reach;
       for (int64_t k = 0; k < p.d; ++k)
         gu[side][i * p.d + k] += slope * v[j * p.d + k], gv[side][j * p.d + k] += slope * u[i * p.d + k];
@@ -119,7 +120,7 @@ bool oracle(const tcm::Problem<real>& p, bool per_side, Answer* out) {
   std::array<double, 2> weights;
   out->loss = 0;
   for (int side : {kPlus, kMinus}) {
-    weights[side] = p.lambda[side] / std::max<int64_t>(out->count[side], 1);
+    weights[side] = p.weight.value[side] / std::max<int64_t>(out->count[side], 1);
     out->loss += weights[side] * out->penalty[side];
   }
   auto gradient = [&](const real* x, const std::vector<double>& unit, std::vector<double>* g, std::vector<double>* sizes,
@@ -145,7 +146,7 @@ bool oracle(const tcm::Problem<real>& p, bool per_side, Answer* out) {
       for (int64_t i = 0; i < p.n; ++i) row_reach[side][i] *= 2;
     }
   using Weights = std::vector<std::array<double, 2>>;
-  for (auto& weight : per_side ? Weights{{1, 0}, {0, 1}} : Weights{weights}) {
+  for (auto& weight : penalties ? Weights{{1, 0}, {0, 1}} : Weights{weights}) {
     gradient(p.x, u, gu, row_reach, p.n, weight, &out->grad_x);
     if (!p.symmetric) gradient(p.ref_x, v, gv, column_reach, p.m, weight, &out->grad_ref);
   }
@@ -153,8 +154,8 @@ bool oracle(const tcm::Problem<real>& p, bool per_side, Answer* out) {
 }
 
 void fail(const Case& c, const char* what, double got, double wanted) {
-  std::printf("%s: got %.17g, wanted %.17g (n %ld m %ld d %ld classes %ld offset %ld symmetric %d squared %d per_side %d threads %d margins %g %g)\n",
-              what, got, wanted, c.n, c.m, c.d, c.classes, c.row_offset, c.symmetric, c.squared, c.per_side, c.threads, c.margin[kPlus],
+  std::printf("%s: got %.17g, wanted %.17g (n %ld m %ld d %ld classes %ld offset %ld symmetric %d squared %d penalties %d threads %d margins %g %g)\n",
+              what, got, wanted, c.n, c.m, c.d, c.classes, c.row_offset, c.symmetric, c.squared, c.penalties, c.threads, c.margin[kPlus],
               c.margin[kMinus]);
   std::exit(1);
 }
@@ -186,9 +187,9 @@ bool check(const Case& c, std::mt19937_64& random) {
   std::vector<real> x, ref_x;
   std::vector<int64_t> y, ref_y;
   draw(c.n, &x, &y), draw(c.m, &ref_x, &ref_y);
-  tcm::Problem<real> problem{c.symmetric, c.n, c.symmetric ? c.n : c.m, c.d, x.data(), y.data(), ref_x.data(), ref_y.data(), c.row_offset, {c.margin[0], c.margin[1]}, {1.5, 0.5}, c.squared};
+  tcm::Problem<real> problem{c.symmetric, c.n, c.symmetric ? c.n : c.m, c.d, x.data(), y.data(), ref_x.data(), ref_y.data(), c.row_offset, {.value = {c.margin[0], c.margin[1]}}, {.value = {1.5, 0.5}}, c.squared, false};
   Answer wanted;
-  if (!oracle(problem, c.per_side, &wanted)) return false;
+  if (!oracle(problem, c.penalties, &wanted)) return false;
   std::vector<real> first;
   for (int isa = 0; isa <= static_cast<int>(tcm::cpu::best_isa()); ++isa)
     for (int repeat = 0; repeat < 2; ++repeat) {
@@ -196,19 +197,19 @@ bool check(const Case& c, std::mt19937_64& random) {
       real loss = kPoison;
       double penalty[2] = {kPoison, kPoison};
       int64_t count[2] = {-1, -1};
-      int64_t sides = c.per_side ? 2 : 1;
+      int64_t sides = c.penalties ? 2 : 1;
       std::vector<real> grad_x(c.grad_x ? sides * c.n * c.d : 0, kPoison), grad_ref(c.grad_ref ? sides * c.m * c.d : 0, kPoison);
-      tcm::Result<real> result{c.per_side, &loss, c.grad_x ? grad_x.data() : nullptr, c.grad_ref ? grad_ref.data() : nullptr, penalty, count};
-      tcm::cpu::tcm_loss(problem, result, host<real>(c.threads, c.transposed), static_cast<tcm::cpu::Isa>(isa));
+      tcm::Result<real> result{c.penalties ? nullptr : &loss, c.grad_x ? grad_x.data() : nullptr, c.grad_ref ? grad_ref.data() : nullptr, penalty, count};
+      tcm::cpu::loss(problem, result, host<real>(c.threads, c.transposed), static_cast<tcm::cpu::Isa>(isa));
       for (int side : {kPlus, kMinus}) {
         if (count[side] != wanted.count[side]) fail(c, "count", count[side], wanted.count[side]);
         compare(c, "penalty", static_cast<real>(penalty[side]), wanted.penalty[side], (c.squared ? 12 : 3) * wanted.count[side]);
       }
-      compare(c, "loss", loss, wanted.loss, c.squared ? 24 : 6);
+      if (!c.penalties) compare(c, "loss", loss, wanted.loss, c.squared ? 24 : 6);
       compare(c, "grad_x", grad_x, wanted.grad_x);
       compare(c, "grad_ref", grad_ref, wanted.grad_ref);
       grad_x.insert(grad_x.end(), grad_ref.begin(), grad_ref.end());
-      grad_x.push_back(loss);
+      if (!c.penalties) grad_x.push_back(loss);
       if (repeat == 0) first = grad_x;
       if (first != grad_x) fail(c, "second run differs", 0, 0);
     }
@@ -267,10 +268,10 @@ void check_counts(std::mt19937_64& random) {
     std::vector<int64_t> got[2], class_got[2], progress(2, -1);
     std::vector<real> best_got[2];
     for (int side : {kPlus, kMinus}) got[side].assign(bins, -7), class_got[side].assign((classes + 1) * t, -7), best_got[side].assign(n, 7);
-    tcm::cpu::PairCountProblem<real> problem{n, d, classes, t, x.data(), y.data(), thresholds.data(), static_cast<int>(bits)};
-    tcm::cpu::PairCounts<real> result{{got[0].data(), got[1].data()}, {class_got[0].data(), class_got[1].data()},
+    tcm::CountProblem<real> problem{n, d, classes, t, x.data(), y.data(), thresholds.data(), static_cast<int>(bits)};
+    tcm::CountResult<real> result{{got[0].data(), got[1].data()}, {class_got[0].data(), class_got[1].data()},
                                       {best_got[0].data(), best_got[1].data()}, random() % 2 ? progress.data() : nullptr};
-    tcm::cpu::count_pairs(problem, result, host<real>(c.threads, c.transposed), static_cast<tcm::cpu::Isa>(isa));
+    tcm::cpu::counts(problem, result, host<real>(c.threads, c.transposed), static_cast<tcm::cpu::Isa>(isa));
     for (int side : {kPlus, kMinus}) {
       for (int64_t k = 0; k < bins; ++k)
         if (got[side][k] != count[side][k]) fail(c, "pairs of a cell", got[side][k], count[side][k]);
@@ -298,8 +299,8 @@ void failing_product() {
     };
     bool thrown = false;
     try {
-      tcm::cpu::tcm_loss<float>({true, 600, 600, 4, x.data(), y.data(), nullptr, nullptr, -1, {0.9, 0.5}, {1, 1}},
-                                {false, &loss, grad.data(), nullptr, penalty, count.data()}, broken, tcm::cpu::best_isa());
+      tcm::cpu::loss<float>({true, 600, 600, 4, x.data(), y.data(), nullptr, nullptr, -1, {.value = {0.9, 0.5}}, {.value = {1, 1}}, false, false},
+                                {&loss, grad.data(), nullptr, penalty, count.data()}, broken, tcm::cpu::best_isa());
     } catch (const std::runtime_error&) {
       thrown = true;
     }
@@ -307,7 +308,7 @@ void failing_product() {
     calls = 0, thrown = false;
     std::vector<int64_t> bins(6);
     try {
-      tcm::cpu::count_pairs<float>({1100, 2, 0, 0, x.data(), labels.data(), nullptr, 0},
+      tcm::cpu::counts<float>({1100, 2, 0, 0, x.data(), labels.data(), nullptr, 0},
                                    {{bins.data(), bins.data() + 3}, {}, {grad.data(), grad.data() + 1100}, nullptr}, broken,
                                    tcm::cpu::best_isa());
     } catch (const std::runtime_error&) {
@@ -335,7 +336,7 @@ int main(int argc, char** argv) {
     c.row_offset = !c.symmetric && c.m >= c.n && random() % 2 ? static_cast<int64_t>(random() % (c.m - c.n + 1)) : -1;
     c.margin[kPlus] = pick(margins), c.margin[kMinus] = pick(margins);
     c.cone = pick((const double[]){0, 0, 0.3, 1, 4});
-    c.squared = random() % 2, c.per_side = random() % 2, c.transposed = random() % 2;
+    c.squared = random() % 2, c.penalties = random() % 2, c.transposed = random() % 2;
     c.threads = pick((const int[]){1, 2, 3, 5});
     done += random() % 2 ? check<float>(c, random) : check<double>(c, random);
     if (random() % 4 == 0) random() % 2 ? check_counts<float>(random) : check_counts<double>(random);

@@ -1,4 +1,4 @@
-#include "histogram.h"
+#include "counts.h"
 
 #include <algorithm>
 #include <atomic>
@@ -8,34 +8,35 @@
 #include <stdexcept>
 #include <vector>
 
-// How the count goes:
+#include "embeddings.h"
+
+// How the counts are found:
 // 1. Sort rows by class and normalise them (`Embeddings`): the positives of a row are one range of columns.
-// 2. Walk the upper triangle in blocks of similarities (a matrix product each). Every pair is counted once in its
+// 2. Walk the upper triangle in tiles of similarities (a matrix product each). Every pair is counted once in its
 //    thread's grid. Only pairs from the first threshold on are counted by class too: a few in a hundred, typically.
-// 3. A block has rows of few classes (they are sorted), so their counts fit the second-level cache: they are taken in
-//    tables of the block's own and added to the result block by block, under locks that are rarely met.
+// 3. A tile has rows of few classes (they are sorted), so their counts fit the second-level cache: they are taken in
+//    tables of the tile's own and added to the result tile by tile, under locks that are rarely contended.
 // Everything is an integer or a maximum, so the result does not depend on timing.
 
 namespace tcm::cpu {
 namespace {
 
-constexpr int kBlock = 512;    // rows and columns of the largest block
-constexpr int kRun = 4;        // blocks in a row that one thread takes at once: they share their rows' tables
-constexpr int kClassLock = 64; // classes a lock
+constexpr int kCountTile = 512;  // rows and columns of the largest tile
+constexpr int kRun = 4;          // tiles in a row that one thread takes at once: they share their rows' tables
+constexpr int kClassLock = 64;   // classes behind one lock
 
 template <class real>
-class Count {
+class CountWalk {
  public:
-  Count(const PairCountProblem<real>& problem, const PairCounts<real>& result, const Host<real>& host, Isa isa)
+  CountWalk(const CountProblem<real>& problem, const CountResult<real>& result, const Host<real>& host, Isa isa)
       : p_(problem), result_(result), host_(host), loops_(pair_loops<real>(isa)), half_(int32_t{1} << problem.bits) {}
 
   void run() {
     prepare();
     if (!rows_.finite) throw std::invalid_argument("embeddings must be finite");
     make_starts();
-    int64_t bins = 2 * int64_t{half_} + 1;
-    for (int side : {kPlus, kMinus}) {
-      std::fill_n(result_.count[side], bins, 0);
+        for (int side : {kPlus, kMinus}) {
+      std::fill_n(result_.count[side], p_.cells(), 0);
       std::fill_n(result_.class_count[side], (p_.classes + 1) * p_.thresholds, 0);
       std::fill_n(result_.best[side], p_.n, -std::numeric_limits<real>::infinity());
     }
@@ -43,28 +44,28 @@ class Count {
   }
 
  private:
-  // The counts of one side of a block, [its classes, thresholds].
+  // The counts of one side of a tile, [its classes, thresholds].
   struct Table {
     int64_t first = 0;            // its first class
     int64_t size = 0;             // its classes; those from p_.classes on are one
     std::vector<uint32_t> count;  // a run has less than 2^32 pairs
   };
 
-  struct Worker {
-    Array<real> s;             // [block, block]
-    Array<int64_t> count[2];   // [bins]
+  struct Scratch {             // of one thread
+    Array<real> s;             // [tile, tile]
+    Array<int64_t> count[2];   // [cells]
     std::vector<real> best[2]; // [size] by sorted row
     Table row_table[2], column_table;
     bool row_table_used[2];
-    int32_t bin[kBlock], listed[kBlock], column_base[kBlock];
+    int32_t cell[kCountTile], listed[kCountTile], column_base[kCountTile];
   };
 
   // Step 1.
   void prepare() {
-    constexpr int kPerThread = 4;  // blocks a side and thread, so that all threads have work to the end
-    int64_t block = (p_.n / (kPerThread * host_.threads) + 63) / 64 * 64;
-    rows_.sort(p_.y, p_.n, p_.d, static_cast<int>(std::clamp<int64_t>(block, 64, kBlock)), host_.transposed);
-    parallel(rows_.panels, [&](int64_t from, int64_t to) {
+    constexpr int kPerThread = 4;  // tiles on a side for each thread, so that all threads have work to the end
+    int64_t tile = (p_.n / (kPerThread * host_.threads) + 63) / 64 * 64;
+    rows_.sort(p_.y, p_.n, p_.d, static_cast<int>(std::clamp<int64_t>(tile, 64, kCountTile)), host_.transposed);
+    host_.parallel(rows_.panels, [&](int64_t from, int64_t to) {
       for (int64_t panel = from; panel < to; ++panel) rows_.load(loops_, p_.x, p_.y, panel);
     });
     last_.resize(rows_.size);
@@ -72,25 +73,25 @@ class Count {
       last_[k] = k + 1 < rows_.size && rows_.label[k + 1] == rows_.label[k] ? last_[k + 1] : k + 1;
   }
 
-  // start_[k]: how many thresholds are at or below the lower end of cell k. From there the exact comparison goes on.
+  // start_[k]: number of thresholds at or below the lower end of cell k. From there the exact comparison goes on.
   void make_starts() {
-    first_bin_ = 2 * half_ + 1;
+    first_cell_ = 2 * half_ + 1;
     if (p_.thresholds == 0) return;
-    start_.resize(2 * int64_t{half_} + 1);
+    start_.resize(p_.cells());
     int32_t t = 0;
-    for (int64_t k = 0; k <= 2 * int64_t{half_}; ++k) {
+    for (int64_t k = 0; k < p_.cells(); ++k) {
       real low = k == 0 ? -std::numeric_limits<real>::infinity() : static_cast<real>(k - half_) / half_;
       while (t < p_.thresholds && p_.threshold[t] <= low) ++t;
       start_[k] = t;
     }
     real first = std::clamp<real>(p_.threshold[0], -1, 1);
-    first_bin_ = static_cast<int32_t>(std::floor(first * half_)) + half_;
+    first_cell_ = static_cast<int32_t>(std::floor(first * half_)) + half_;
   }
 
   // Steps 2 and 3.
   void walk() {
-    int64_t panels = rows_.panels, blocks = panels * (panels + 1) / 2;
-    if (result_.progress) result_.progress[0] = 0, result_.progress[1] = blocks;
+    int64_t panels = rows_.panels;
+    if (result_.progress) result_.progress[0] = 0, result_.progress[1] = panels * (panels + 1) / 2;
     std::vector<std::pair<int64_t, int64_t>> runs;  // row panel, first column panel
     for (int64_t i = 0; i < panels; ++i)
       for (int64_t j = i; j < panels; j += kRun) runs.emplace_back(i, j);
@@ -99,9 +100,9 @@ class Count {
     std::atomic<bool> failed{false};
     std::mutex mutex;
     std::exception_ptr error;
-    parallel(host_.threads, [&](int64_t from, int64_t to) {
+    host_.parallel(host_.threads, [&](int64_t from, int64_t to) {
       for (int64_t worker = from; worker < to; ++worker) try {
-          Worker w;
+          Scratch w;
           allocate(w);
           for (int64_t t; !failed && (t = next++) < static_cast<int64_t>(runs.size());) {
             auto [i, j] = runs[t];
@@ -118,15 +119,15 @@ class Count {
     if (error) std::rethrow_exception(error);
   }
 
-  void allocate(Worker& w) {
+  void allocate(Scratch& w) {
     w.s.allocate(int64_t{rows_.tile} * rows_.tile);
     for (int side : {kPlus, kMinus}) {
-      w.count[side].allocate(2 * int64_t{half_} + 1);
+      w.count[side].allocate(p_.cells());
       w.best[side].assign(rows_.size, -std::numeric_limits<real>::infinity());
     }
   }
 
-  void one_run(int64_t i, int64_t from, int64_t to, Worker& w) {
+  void one_run(int64_t i, int64_t from, int64_t to, Scratch& w) {
     for (int side : {kPlus, kMinus}) reset(w.row_table[side], i), w.row_table_used[side] = false;
     for (int64_t j = from; j < to; ++j) {
       multiply(i, j, w);
@@ -166,8 +167,8 @@ class Count {
     }
   }
 
-  // w.s = the block's similarities, on the diagonal only what is above it.
-  void multiply(int64_t i, int64_t j, Worker& w) {
+  // w.s = the tile's similarities, on the diagonal only what is above it.
+  void multiply(int64_t i, int64_t j, Scratch& w) {
     int64_t m = rows_.rows(i), n = rows_.rows(j), strip = i == j ? kStrip : m;
     for (int64_t row = 0; row < m; row += strip) {
       int64_t column = rows_.begin(j) + (i == j ? row : 0), end = rows_.begin(j) + n;
@@ -176,8 +177,8 @@ class Count {
     }
   }
 
-  // Counts a row of a block: negatives on both sides of the range of its own class. True if any has a class's count.
-  bool count_row(int64_t i, int64_t j, int row, Worker& w) {
+  // Counts a row of a tile: negatives on both sides of the range of its own class. True if any has a class's count.
+  bool count_row(int64_t i, int64_t j, int row, Scratch& w) {
     int64_t k = rows_.begin(i) + row, begin = rows_.begin(j), n = rows_.rows(j);
     int start = i == j ? row + 1 : 0;  // above the diagonal
     int64_t first = i == j ? start : rows_.label[begin] == rows_.label[k] ? 0 : n;
@@ -187,55 +188,55 @@ class Count {
     return left || right;
   }
 
-  void count_positives(int64_t k, int64_t j, int row, int from, int to, Worker& w) {
+  void count_positives(int64_t k, int64_t j, int row, int from, int to, Scratch& w) {
     if (from >= to) return;
     const real* s = w.s.get() + int64_t{row} * rows_.tile;
     real* best = w.best[kPlus].data();
     int64_t* count = w.count[kPlus].get();
-    real top = loops_.bin_row(s + from, to - from, half_, w.bin + from, best + rows_.begin(j) + from);
+    real top = loops_.cell_row(s + from, to - from, half_, w.cell + from, best + rows_.begin(j) + from);
     best[k] = std::max(best[k], top);
     uint32_t* table = w.row_table[kPlus].count.data() + offset(w.row_table[kPlus], k);
     for (int column = from; column < to; ++column) {
-      int32_t bin = w.bin[column];
-      ++count[bin];
-      if (bin < first_bin_) continue;
-      if (int cell = cell_of(bin, s[column]); cell >= 0) ++table[cell], w.row_table_used[kPlus] = true;
+      int32_t cell = w.cell[column];
+      ++count[cell];
+      if (cell < first_cell_) continue;
+      if (int t = threshold_of(cell, s[column]); t >= 0) ++table[t], w.row_table_used[kPlus] = true;
     }
   }
 
-  bool count_negatives(int64_t k, int64_t j, int row, int from, int to, Worker& w) {
+  bool count_negatives(int64_t k, int64_t j, int row, int from, int to, Scratch& w) {
     if (from >= to) return false;
     const real* s = w.s.get() + int64_t{row} * rows_.tile;
     real* best = w.best[kMinus].data();
-    real top = loops_.bin_row(s + from, to - from, half_, w.bin + from, best + rows_.begin(j) + from);
+    real top = loops_.cell_row(s + from, to - from, half_, w.cell + from, best + rows_.begin(j) + from);
     best[k] = std::max(best[k], top);
     int64_t* count = w.count[kMinus].get();
     int listed = 0;
     for (int column = from; column < to; ++column) {
-      int32_t bin = w.bin[column];
-      ++count[bin];
+      int32_t cell = w.cell[column];
+      ++count[cell];
       w.listed[listed] = column;
-      listed += bin >= first_bin_;
+      listed += cell >= first_cell_;
     }
     uint32_t* table = w.row_table[kMinus].count.data() + offset(w.row_table[kMinus], k);
     uint32_t* columns = w.column_table.count.data();
     for (int l = 0; l < listed; ++l) {
-      int column = w.listed[l], cell = cell_of(w.bin[column], s[column]);
-      if (cell >= 0) ++table[cell], ++columns[w.column_base[column] + cell];
+      int column = w.listed[l], t = threshold_of(w.cell[column], s[column]);
+      if (t >= 0) ++table[t], ++columns[w.column_base[column] + t];
     }
     return listed > 0;
   }
 
-  // The last threshold that is at most s, which lies in cell `bin`; -1 if none is.
-  int cell_of(int32_t bin, real s) const {
-    int cell = start_[bin];
-    while (cell < p_.thresholds && p_.threshold[cell] <= s) ++cell;
-    return cell - 1;
+  // The last threshold that is at most s, which lies in cell `cell`; -1 if none is.
+  int threshold_of(int32_t cell, real s) const {
+    int t = start_[cell];
+    while (t < p_.thresholds && p_.threshold[t] <= s) ++t;
+    return t - 1;
   }
 
-  void merge(const Worker& w) {
+  void merge(const Scratch& w) {
     for (int side : {kPlus, kMinus}) {
-      for (int64_t k = 0; k <= 2 * int64_t{half_}; ++k) result_.count[side][k] += w.count[side].get()[k];
+      for (int64_t k = 0; k < p_.cells(); ++k) result_.count[side][k] += w.count[side].get()[k];
       for (int64_t k = 0; k < rows_.size; ++k) {
         real& best = result_.best[side][rows_.order[k]];
         best = std::max(best, w.best[side][k]);
@@ -243,29 +244,24 @@ class Count {
     }
   }
 
-  void parallel(int64_t size, const std::function<void(int64_t, int64_t)>& body) {
-    if (host_.threads == 1) return body(0, size);
-    host_.parallel_for(size, body);
-  }
-
-  const PairCountProblem<real>& p_;
-  const PairCounts<real>& result_;
+  const CountProblem<real>& p_;
+  const CountResult<real>& result_;
   const Host<real>& host_;
   const PairLoops<real>& loops_;
-  int32_t half_, first_bin_;
+  int32_t half_, first_cell_;
   Embeddings<real> rows_;
   std::vector<int64_t> last_;    // [size] end of the sorted rows of row k's class
-  std::vector<int32_t> start_;   // [bins] see make_starts()
+  std::vector<int32_t> start_;   // [cells] see make_starts()
   std::vector<std::mutex> locks_;
 };
 
 }  // namespace
 
 template <class real>
-void count_pairs(const PairCountProblem<real>& problem, const PairCounts<real>& result, const Host<real>& host, Isa isa) {
-  Count<real>(problem, result, host, isa).run();
+void counts(const CountProblem<real>& problem, const CountResult<real>& result, const Host<real>& host, Isa isa) {
+  CountWalk<real>(problem, result, host, isa).run();
 }
-template void count_pairs(const PairCountProblem<float>&, const PairCounts<float>&, const Host<float>&, Isa);
-template void count_pairs(const PairCountProblem<double>&, const PairCounts<double>&, const Host<double>&, Isa);
+template void counts(const CountProblem<float>&, const CountResult<float>&, const Host<float>&, Isa);
+template void counts(const CountProblem<double>&, const CountResult<double>&, const Host<double>&, Isa);
 
 }  // namespace tcm::cpu

@@ -2,7 +2,7 @@
 //
 // A tile's pairs go three ways.
 // 1. Every negative in the window, a range of cells around the mean similarity that is as wide as shared memory has
-//    room for, is counted there: one atomic addition of 16-bit counters, two a word.
+//    room for, is counted there: one atomic addition to a 16-bit counter, two in each word.
 // 2. What needs more (positives, negatives beyond the window, pairs from the first threshold on) goes to a queue of the
 //    warp's, and from there 32 at a time to counts in global memory, by cell and by class. So the long way is walked by
 //    full warps, and its code is there a few times only.
@@ -17,7 +17,7 @@ namespace tcm::cuda {
 namespace {
 
 constexpr int kBatch = 4;                      // pairs of a thread between two looks at the queue
-constexpr int kQueue = (kBatch + 1) * 32 - 1;  // a warp's: what such a look may leave, and a batch
+constexpr int kQueue = (kBatch + 1) * 32 - 1;  // pairs of a warp's queue: up to 31 that a look leaves, and a batch
 constexpr unsigned kCarry = 1 << 15;           // see `count_near`
 
 // A float as an unsigned number that is larger the larger it is, -0 being 0; and back. No float has key 0.
@@ -39,13 +39,13 @@ struct QueuedPair {
   short row, column;  // of the tile
 };
 
-struct alignas(16) PairCountMemory {
+struct alignas(16) CountMemory {
   uint32_t mask[2][kTile][4];  // pairs of each row: positives, negatives
   QueuedPair queue[kWarps][kQueue];
-  // Then the window: [window / 2] two counters a word.
+  // Then the window: [window / 2] words of two counters.
 };
 
-// What a warp looks at: a side of a tile.
+// One look of a warp: at the pairs of one side of a tile.
 struct Look {
   int tile_i, tile_j, side;
   bool special;       // memory.mask tells which pairs are of the side; else all are
@@ -54,8 +54,8 @@ struct Look {
   float least;        // first threshold
 };
 
-struct PairCounter {
-  using Memory = PairCountMemory;
+struct CountVisitor {
+  using Memory = CountMemory;
   static constexpr int kRing = 3;  // the window has the room of the fourth
   static constexpr bool kMoves = true;  // see `look`
 
@@ -77,7 +77,7 @@ struct PairCounter {
   __device__ static uint32_t* window_of(Memory& memory) { return reinterpret_cast<uint32_t*>(&memory + 1); }
 
   template <Held kHeld>
-  __device__ __forceinline__ void begin(Memory& memory) const {
+  __device__ __forceinline__ void begin(const Work&, Memory& memory) const {
     for (int k = worker<kHeld>(); k < window / 2; k += kThreads) window_of(memory)[k] = 0;
   }
 
@@ -91,7 +91,7 @@ struct PairCounter {
   }
 
   template <Held kHeld>
-  __device__ __forceinline__ void visit(const Work& w, const Block&, Memory& memory, float (&s)[4][4][4], int tile_i,
+  __device__ __forceinline__ void visit(const Work& w, const Rectangle&, Memory& memory, float (&s)[4][4][4], int tile_i,
       int tile_j) const {
     const int rows = valid_rows(w.state->valid[0], tile_i), columns = valid_rows(w.state->valid[1], tile_j);
     // Its barrier keeps a warp from being more than a tile ahead of another; `count_near` relies on it.
@@ -256,9 +256,9 @@ struct PairCounter {
 // The first cell of the window: it is centred on the mean similarity of two rows, which is the squared length of the
 // sum of x^, less that of its terms. One block of threads.
 __global__ void __launch_bounds__(kThreads) centre_window(const __grid_constant__ Work w,
-    const __grid_constant__ PairCounter counter) {
+    const __grid_constant__ CountVisitor counter) {
   double* partial = reinterpret_cast<double*>(shared_memory());  // [kWarps]
-  const Set& set = w.set[0];
+  const Embeddings& set = w.set[0];
   double square = 0;
   for (int c = threadIdx.x; c < w.width; c += kThreads) {
     double sum = 0;
@@ -277,9 +277,9 @@ __global__ void __launch_bounds__(kThreads) centre_window(const __grid_constant_
   *counter.first = min(max(centre - counter.window / 2, 0), counter.cells() - counter.window);
 }
 
-// What the count adds to, and what it looks up.
+// Zeros for the counts to add to, and the tables that they look up.
 __global__ void __launch_bounds__(kThreads) prepare_counts(const __grid_constant__ Work w,
-    const __grid_constant__ PairCounter counter) {
+    const __grid_constant__ CountVisitor counter) {
   const int64_t thread = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
   const int64_t class_counts = (counter.classes + 1) * counter.thresholds;
@@ -302,11 +302,12 @@ __global__ void __launch_bounds__(kThreads) prepare_counts(const __grid_constant
 
 // The largest similarities in the order of the input.
 __global__ void __launch_bounds__(kThreads) finish_counts(const __grid_constant__ Work w,
-    const __grid_constant__ PairCounter counter, float* best) {
+    const __grid_constant__ CountVisitor counter, float* best_plus, float* best_minus) {
   const int64_t k = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (k >= counter.n) return;
   for (int side = 0; side < 2; ++side)
-    best[side * counter.n + w.set[0].order[0][k]] = w.state->non_finite == 0 ? value_of(counter.best[side][k]) : NAN;
+    (side == kPlus ? best_plus : best_minus)[w.set[0].order[0][k]] =
+        w.state->non_finite == 0 ? value_of(counter.best[side][k]) : NAN;
 }
 
 }  // namespace

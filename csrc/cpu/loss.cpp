@@ -1,4 +1,4 @@
-#include "tile_walk.h"
+#include "loss.h"
 
 #include <algorithm>
 #include <array>
@@ -13,11 +13,13 @@
 #include <tuple>
 #include <vector>
 
-// How the walk goes:
+#include "embeddings.h"
+
+// How the loss is found:
 // 1. Sort rows and columns by label and normalise them (`Embeddings`). The positives of a row are then one
 //    range of columns, and away from the diagonal a tile needs no look at labels.
 // 2. Cut both into panels of `tile` rows. Each pair of panels (the upper triangle where rows are columns) is a tile
-//    of similarities: a matrix product, made for a group of panels at once. Count its hard pairs, sum their excess.
+//    of similarities: a matrix product, made for a group of panels at once. Count its hard pairs, sum their penalties.
 // 3. Add the masked sums M X^ to the panels' gradients: nothing for an empty tile; pair by pair for few hard
 //    pairs; by table look-up for many; and where few are not hard, the panel's column sum less those. A row that
 //    differs from its tile in that takes its own hard pairs: no row's gradient is a small difference of large sums.
@@ -28,7 +30,7 @@
 namespace tcm::cpu {
 namespace {
 
-constexpr int kGroup = 2;       // panels a side of one matrix product
+constexpr int kGroup = 2;          // panels on each side of one matrix product
 constexpr int kDensePairs = 8;     // pairs of a dense sum that cost as much as one of a sparse sum (measured: 7)
 constexpr int kWeightedPairs = 4;  // the same where pairs have weights (measured: 4)
 
@@ -64,9 +66,9 @@ void range_mask(int from, int to, uint64_t* bits) {
 }
 
 template <class real>
-class Walk {
+class LossWalk {
  public:
-  Walk(const Problem<real>& problem, const Result<real>& result, const Host<real>& host, Isa isa)
+  LossWalk(const Problem<real>& problem, const Result<real>& result, const Host<real>& host, Isa isa)
       : p_(problem), result_(result), host_(host), loops_(pair_loops<real>(isa)), symmetric_(problem.symmetric) {}
 
   void run() {
@@ -92,7 +94,7 @@ class Walk {
     std::array<bool, kTile> any[2];  // whether a row has hard pairs
   };
 
-  struct Scratch {   // one a thread
+  struct Scratch {   // of one thread
     Array<real> s;   // [kGroup tile, kGroup tile]
     uint64_t mask[kTile * kWords] = {}, transposed[kTile * kWords] = {};  // words past the tile stay 0
     uint64_t missing[kTile * kWords], hard[kTile * kWords];               // see add_most
@@ -100,11 +102,6 @@ class Walk {
   };
 
   EmbeddingSums<real>& columns() { return symmetric_ ? rows_ : other_; }
-
-  void parallel(int64_t size, const std::function<void(int64_t, int64_t)>& body) {
-    if (host_.threads == 1) return body(0, size);
-    host_.parallel_for(size, body);
-  }
 
   // Step 1.
   void prepare(EmbeddingSums<real>& e, const real* x, const int64_t* y, int64_t n, int tile, bool wants_gradient) {
@@ -118,7 +115,7 @@ class Walk {
       if (!wants_gradient) continue;
       e.sum[side].allocate(e.panels * e.tile * e.d), e.shared[side].allocate(e.panels * e.d), e.apart[side].resize(e.size);
     }
-    parallel(e.panels, [&](int64_t from, int64_t to) {
+    host_.parallel(e.panels, [&](int64_t from, int64_t to) {
       for (int64_t panel = from; panel < to; ++panel) {
         e.load(loops_, x, y, panel);
         real* panel_sum = e.panel_sum.get() + panel * e.d;
@@ -162,7 +159,7 @@ class Walk {
       for (int64_t b = 0; b < longer; ++b) turn[b] = std::min(b, shorter - 1);
     }
     std::atomic<int64_t> next{0};
-    parallel(host_.threads, [&](int64_t from, int64_t to) {
+    host_.parallel(host_.threads, [&](int64_t from, int64_t to) {
       for (int64_t worker = from; worker < to; ++worker) try {
           Scratch scratch;
           int tile = rows_.tile;
@@ -225,7 +222,7 @@ class Walk {
     }
   }
 
-  // Counts a tile's hard pairs and sums their excess.
+  // Counts a tile's hard pairs and sums their penalties.
   void scan(Tile& t) {
     auto scan_row = p_.squared ? loops_.scan_squared : loops_.scan_row;
     for (int row = 0; row < t.m; ++row) {
@@ -346,7 +343,7 @@ class Walk {
     return {start, std::clamp<int64_t>(first_[k] - begin, start, t.n), std::clamp<int64_t>(last_[k] - begin, start, t.n)};
   }
 
-  // scratch.weight [tile, tile]: twice the excess of the tile's hard pairs of one side, 0 for all others.
+  // scratch.weight [tile, tile]: twice the violation of the tile's hard pairs of one side, 0 for all others.
   void make_weights(const Tile& t, int side, Scratch& scratch) {
     int tile = rows_.tile;
     real *weight = scratch.weight.get(), *transposed = scratch.transposed_weight.get();
@@ -385,7 +382,7 @@ class Walk {
 
   static void add(Penalty& total, const Penalty& part) { total.count += part.count, total.sum += part.sum; }
   // Beyond 2 a margin makes all pairs hard or none, however far: the sums stay small and precise, see finish().
-  double near_margin(int side) const { return p_.squared ? p_.margin[side] : std::clamp(p_.margin[side], -2.0, 2.0); }
+  double near_margin(int side) const { return p_.squared ? p_.margin.value[side] : std::clamp(p_.margin.value[side], -2.0, 2.0); }
   real margin(int side) const { return static_cast<real>(near_margin(side)); }
 
   // Step 4.
@@ -396,16 +393,16 @@ class Walk {
     for (int side : {kPlus, kMinus}) {
       Penalty total;
       for (size_t k = side; k < panel_penalty_.size(); k += 2) add(total, panel_penalty_[k]);
-      double beyond = p_.margin[side] - near_margin(side);
+      double beyond = p_.margin.value[side] - near_margin(side);
       total.sum += (side == kPlus ? beyond : -beyond) * total.count;
-      weight[side] = !finite ? kNan : total.count ? p_.lambda[side] / total.count : 0;
+      weight[side] = !finite ? kNan : total.count ? p_.weight.value[side] / total.count : 0;
       loss += weight[side] * total.sum;
       result_.count[side] = total.count, result_.penalty[side] = finite ? total.sum : kNan;
     }
-    *result_.loss = static_cast<real>(loss);
+    if (result_.loss) *result_.loss = static_cast<real>(loss);
     double both_orders = symmetric_ ? 2 : 1, one = finite ? both_orders : kNan;
     std::vector<std::array<double, 2>> weights{{both_orders * weight[kPlus], both_orders * weight[kMinus]}};
-    if (result_.per_side) weights = {{one, 0}, {0, one}};
+    if (result_.gradients() == 2) weights = {{one, 0}, {0, one}};
     for (size_t k = 0; k < weights.size(); ++k) {
       if (result_.grad_x) write_gradient(rows_, p_.y, p_.n, weights[k], result_.grad_x + k * p_.n * p_.d);
       if (result_.grad_ref) write_gradient(columns(), p_.ref_y, p_.m, weights[k], result_.grad_ref + k * p_.m * p_.d);
@@ -420,7 +417,7 @@ class Walk {
     bool finite = !std::isnan(weight[kPlus] + weight[kMinus]);
     real w_plus = static_cast<real>(weight[kPlus]), w_minus = static_cast<real>(weight[kMinus]);
     std::vector<real> zeros(e.d);
-    parallel(e.panels, [&](int64_t from, int64_t to) {
+    host_.parallel(e.panels, [&](int64_t from, int64_t to) {
       for (int64_t panel = from; panel < to; ++panel) {
         // A side that was not touched is not read: its memory does not exist yet.
         auto reads = [&](int side) { return weight[side] != 0 && e.touched[side][panel]; };
@@ -458,10 +455,10 @@ class Walk {
 }  // namespace
 
 template <class real>
-void tcm_loss(const Problem<real>& problem, const Result<real>& result, const Host<real>& host, Isa isa) {
-  Walk<real>(problem, result, host, isa).run();
+void loss(const Problem<real>& problem, const Result<real>& result, const Host<real>& host, Isa isa) {
+  LossWalk<real>(problem, result, host, isa).run();
 }
-template void tcm_loss(const Problem<float>&, const Result<float>&, const Host<float>&, Isa);
-template void tcm_loss(const Problem<double>&, const Result<double>&, const Host<double>&, Isa);
+template void loss(const Problem<float>&, const Result<float>&, const Host<float>&, Isa);
+template void loss(const Problem<double>&, const Result<double>&, const Host<double>&, Isa);
 
 }  // namespace tcm::cpu

@@ -1,5 +1,5 @@
-// The host's part: lays out the workspace and launches the kernels. Arithmetic on sizes only; see work.h for the plan.
-#include "tcm_loss.h"
+// The host's part of the loss: lays out the workspace and launches the kernels. Arithmetic on sizes only; see work.h.
+#include "kernels.h"
 
 #include <algorithm>
 
@@ -15,34 +15,34 @@ struct Plan {
   Work work;
   bool sm90;  // products by warpgroups
   TensorMaps maps;
-  int side[2];  // tiles a side of a block: rows, columns
+  int side[2];  // tiles on each side of a rectangle: of rows, of columns
   int64_t bytes;
 };
 
-// Tiles of each block along a side of `tiles`: blocks of one size, so that the last is not a sliver.
-int block_side(int tiles, int most) {
-  int blocks = std::max(1, (tiles + most - 1) / most);
-  return (tiles + blocks - 1) / blocks;
+// Tiles of each rectangle along a side of `tiles`: rectangles of one size, so that the last is not a sliver.
+int rectangle_side(int tiles, int most) {
+  int rectangles = std::max(1, (tiles + most - 1) / most);
+  return (tiles + rectangles - 1) / rectangles;
 }
 
 // `gradient`: of x, of ref_x. Sizes are the same with and without a workspace.
-Plan make_plan(const Problem& p, const bool (&gradient)[2], void* workspace, const Tuning& tuning) {
+Plan make_plan(const Problem<void>& p, const Device& device, int gradients, const bool (&gradient)[2], void* workspace,
+               const Tuning& tuning) {
   Plan plan{};
   Work& w = plan.work;
   w.symmetric = p.symmetric, w.has_own = !p.symmetric && p.row_offset >= 0;
-  w.per_side = p.per_side;
+  w.gradients = gradients;
   w.d = p.d, w.row_offset = p.row_offset;
   w.width = static_cast<int>(round_up(std::max<int64_t>(p.d, 1), kDepth));
   w.slices = (w.width + kSlice - 1) / kSlice;
   w.parts = p.fp16 ? 1 : 2;
-  w.partials = 2 * std::max(1, p.sm_count);
-  for (int side = 0; side < 2; ++side)
-    w.margin[side] = static_cast<float>(p.margin[side]), w.lambda[side] = p.lambda[side];
+  w.partials = 2 * std::max(1, device.sm_count);
+  w.margin = p.margin, w.weight = p.weight;
   for (int k = 0; k < 2; ++k) {
     bool rows = k == 0 || p.symmetric;
     w.set[k].x = rows ? p.x : p.ref_x, w.set[k].y = rows ? p.y : p.ref_y, w.set[k].n = rows ? p.n : p.m;
     w.set[k].tiles = static_cast<int>(round_up(w.set[k].n, kTile) / kTile);
-    plan.side[k] = block_side(w.set[k].tiles, tuning.block);
+    plan.side[k] = rectangle_side(w.set[k].tiles, tuning.rectangle);
   }
   Layout layout(workspace);
   lay_out(layout, w, w.set[0], gradient[0]);
@@ -57,25 +57,25 @@ Plan make_plan(const Problem& p, const bool (&gradient)[2], void* workspace, con
   return plan;
 }
 
-cudaError_t one_block(const Plan& plan, const Block& block, cudaStream_t stream) {
+cudaError_t one_rectangle(const Plan& plan, const Rectangle& rectangle, cudaStream_t stream) {
   const Work& w = plan.work;
-  int rows = block.i1 - block.i0, columns = block.j1 - block.j0;
+  int rows = rectangle.i1 - rectangle.i0, columns = rectangle.j1 - rectangle.j0;
   int64_t tiles = int64_t{rows} * columns;
   unsigned grid = static_cast<unsigned>(std::min<int64_t>(tiles, w.partials));
   cudaError_t error;
   if (plan.sm90) {  // one block of threads fills a multiprocessor
     grid = static_cast<unsigned>(std::min<int64_t>((tiles + 1) / 2, w.partials / 2));
-    error = launch(similarity_sm90<HardPairs>, dim3(grid), dim3(kThreadsSm90), sizeof(SimilaritySm90Memory<HardPairs>),
-        stream, w, block, HardPairs{}, plan.maps);
+    error = launch(similarity_sm90<LossVisitor>, dim3(grid), dim3(kThreadsSm90), sizeof(SimilaritySm90Memory<LossVisitor>),
+        stream, w, rectangle, LossVisitor{}, plan.maps);
   } else {
-    error = launch(similarity<HardPairs>, dim3(grid), dim3(kThreads), sizeof(SimilarityMemory<HardPairs>), stream, w,
-        block, HardPairs{});
+    error = launch(similarity<LossVisitor>, dim3(grid), dim3(kThreads), sizeof(SimilarityMemory<LossVisitor>), stream, w,
+        rectangle, LossVisitor{});
   }
-  int owners = (w.set[0].sum[0] != nullptr ? rows : 0) + (w.set[1].sum[0] != nullptr && !block.diagonal ? columns : 0);
+  int owners = (w.set[0].sum[0] != nullptr ? rows : 0) + (w.set[1].sum[0] != nullptr && !rectangle.diagonal ? columns : 0);
   if (error != cudaSuccess || owners == 0) return error;
   auto kernel = plan.sm90 ? masked_sum_sm90 : masked_sum;
   return launch(kernel, dim3(static_cast<unsigned>(owners) * w.slices, 2), dim3(kThreads), sizeof(MaskedSumMemory),
-      stream, w, block);
+      stream, w, rectangle);
 }
 
 cudaError_t enqueue(const Plan& plan, Type type, cudaStream_t stream, const Tuning& tuning) {
@@ -83,42 +83,43 @@ cudaError_t enqueue(const Plan& plan, Type type, cudaStream_t stream, const Tuni
   cudaError_t error = prologue(w, type, w.set[0].sum[0] != nullptr || w.set[1].sum[0] != nullptr, tuning, stream);
   for (int i = 0; i < w.set[0].tiles; i += plan.side[0])
     for (int j = w.symmetric ? i : 0; j < w.set[1].tiles && error == cudaSuccess; j += plan.side[1]) {
-      Block block{i, std::min(i + plan.side[0], w.set[0].tiles), j, std::min(j + plan.side[1], w.set[1].tiles),
+      Rectangle rectangle{i, std::min(i + plan.side[0], w.set[0].tiles), j, std::min(j + plan.side[1], w.set[1].tiles),
           w.symmetric && i == j};
-      error = one_block(plan, block, stream);
+      error = one_rectangle(plan, rectangle, stream);
     }
   if (error != cudaSuccess) return error;
   int64_t rows = std::max(w.set[0].n, w.set[1].n);
   unsigned grid = static_cast<unsigned>(std::min<int64_t>(blocks(rows, kWarps), int64_t{4} * w.partials));
-  return launch(finish, dim3(grid, w.symmetric ? 1 : 2, w.per_side ? 2 : 1), dim3(kThreads), kThreads * sizeof(Totals),
+  return launch(finish, dim3(grid, w.symmetric ? 1 : 2, w.gradients), dim3(kThreads), kThreads * sizeof(Totals),
       stream, w);
 }
 
 // The gradients for which there is room in the workspace: all that the form of the problem can have.
-int64_t bytes_of(const Problem& problem, const Tuning& tuning) {
-  return make_plan(problem, {true, !problem.symmetric}, nullptr, tuning).bytes;
+int64_t bytes_of(const Problem<void>& problem, const Device& device, const Tuning& tuning) {
+  return make_plan(problem, device, 0, {true, !problem.symmetric}, nullptr, tuning).bytes;
 }
 
-const char* run(const Problem& problem, const Result& result, void* workspace, cudaStream_t stream,
-    const Tuning& tuning) {
+const char* run(const Problem<void>& problem, Type type, const Device& device, const Result<float>& result,
+                void* workspace, cudaStream_t stream, const Tuning& tuning) {
   if (std::max(problem.n, problem.m) > (int64_t{1} << 31) - 2 * kTile) return "more than 2^31 - 256 embeddings";
   if (problem.d > 65535 * int64_t{kDepth}) return "embeddings of more than 4,194,240 dimensions";
-  Plan plan = make_plan(problem, {result.grad_x != nullptr, !problem.symmetric && result.grad_ref != nullptr},
+  Plan plan = make_plan(problem, device, result.gradients(), {result.grad_x != nullptr, !problem.symmetric && result.grad_ref != nullptr},
       workspace, tuning);
   Work& w = plan.work;
   w.set[0].grad = result.grad_x, w.set[1].grad = problem.symmetric ? result.grad_x : result.grad_ref;
   w.loss = result.loss, w.penalty = result.penalty, w.count = result.count;
-  plan.sm90 = use_sm90(problem.sm, similarity_sm90<HardPairs>, w, plan.maps);
-  cudaError_t error = enqueue(plan, problem.type, stream, tuning);
+  plan.sm90 = use_sm90(device.sm, similarity_sm90<LossVisitor>, w, plan.maps);
+  cudaError_t error = enqueue(plan, type, stream, tuning);
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
 }  // namespace
 
-int64_t workspace_bytes(const Problem& problem) { return bytes_of(problem, {}); }
+int64_t workspace_bytes(const Problem<void>& problem, const Device& device) { return bytes_of(problem, device, {}); }
 
-const char* tcm_loss(const Problem& problem, const Result& result, void* workspace, cudaStream_t stream) {
-  return run(problem, result, workspace, stream, {});
+const char* loss(const Problem<void>& problem, Type type, const Device& device, const Result<float>& result,
+                 void* workspace, cudaStream_t stream) {
+  return run(problem, type, device, result, workspace, stream, {});
 }
 
 }  // namespace tcm::cuda

@@ -1,8 +1,8 @@
-// The TCM loss on a CPU: one walk over the similarity tiles. Knows nothing of torch.
+// The loss on a CPU: one walk over the tiles of similarities.
 #pragma once
 
-#include "../tcm_fused.h"
-#include "embeddings.h"
+#include "../problem.h"
+#include "host.h"
 #include "pair_loops.h"
 
 namespace tcm::cpu {
@@ -10,6 +10,6 @@ namespace tcm::cpu {
 // Throws what the host throws, and std::bad_alloc. The bits of the result depend on the problem, on
 // host.threads and on the instruction set, on nothing else.
 template <class real>
-void tcm_loss(const Problem<real>& problem, const Result<real>& result, const Host<real>& host, Isa isa);
+void loss(const Problem<real>& problem, const Result<real>& result, const Host<real>& host, Isa isa);
 
 }  // namespace tcm::cpu

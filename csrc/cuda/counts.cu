@@ -1,11 +1,11 @@
 // The host's part of the counts: everything in stream order, and no launch depends on what another has found.
-// 1. Prologue (prologue.cuh): rows sorted by class, x^ as two halves an element, sums of x^ over tiles of rows.
+// 1. Prologue (prologue.cuh): rows sorted by class, x^ as two halves for each element, sums of x^ over tiles of rows.
 // 2. prepare_counts, centre_window: zeros, tables, and where the window of hot cells begins.
-// 3. similarity: all tiles above the diagonal in one launch, with `PairCounter` as visitor.
+// 3. similarity: all tiles above the diagonal in one launch, with `CountVisitor` as visitor.
 // 4. finish_counts: the largest similarities in the order of the input.
-#include "pair_counts.h"
+#include "kernels.h"
 
-#include "pair_counts.cuh"
+#include "counts.cuh"
 #include "plan.cuh"
 #include "similarity.cuh"
 
@@ -14,20 +14,20 @@ namespace {
 
 struct CountPlan {
   Work work;
-  PairCounter counter;
+  CountVisitor counter;
   int64_t bytes;
 };
 
-CountPlan plan_counts(const PairCountProblem& p, void* workspace) {
+CountPlan plan_counts(const CountProblem<float>& p, const Device& device, void* workspace) {
   CountPlan plan{};
   Work& w = plan.work;
-  Set& set = w.set[0];
-  w.symmetric = true, w.parts = 2, w.d = p.d;
+  Embeddings& set = w.set[0];
+  w.symmetric = true, w.gradients = 0, w.parts = 2, w.d = p.d;
   w.width = static_cast<int>(round_up(std::max<int64_t>(p.d, 1), kDepth));
-  w.partials = 2 * std::max(1, p.sm_count);
+  w.partials = 2 * std::max(1, device.sm_count);
   set.x = p.x, set.y = p.y, set.n = p.n;
   set.tiles = static_cast<int>(round_up(p.n, kTile) / kTile);
-  PairCounter& counter = plan.counter;
+  CountVisitor& counter = plan.counter;
   counter.n = p.n, counter.classes = p.classes;
   counter.bits = p.bits, counter.thresholds = static_cast<int>(p.thresholds), counter.threshold = p.threshold;
   Layout layout(workspace);
@@ -40,14 +40,14 @@ CountPlan plan_counts(const PairCountProblem& p, void* workspace) {
   return plan;
 }
 
-cudaError_t count_tiles(const PairCountProblem& p, CountPlan& plan, const Tuning& tuning, cudaStream_t stream) {
+cudaError_t count_tiles(const Device& device, CountPlan& plan, const Tuning& tuning, cudaStream_t stream) {
   const Work& w = plan.work;
-  PairCounter& counter = plan.counter;
+  CountVisitor& counter = plan.counter;
   TensorMaps maps;
-  const bool sm90 = use_sm90(p.sm, similarity_sm90<PairCounter>, w, maps);
-  int64_t used = sizeof(SimilarityMemory<PairCounter>), bytes = p.shared_per_sm / 2 - 1024;  // two blocks, 1 KB each
-  if (sm90) used = sizeof(SimilaritySm90Memory<PairCounter>), bytes = p.shared_per_block;
-  else if (bytes < used + (8 << 10)) bytes = p.shared_per_block;  // one with a window, not two without
+  const bool sm90 = use_sm90(device.sm, similarity_sm90<CountVisitor>, w, maps);
+  int64_t used = sizeof(SimilarityMemory<CountVisitor>), bytes = device.shared_per_sm / 2 - 1024;  // two blocks, 1 KB each
+  if (sm90) used = sizeof(SimilaritySm90Memory<CountVisitor>), bytes = device.shared_per_block;
+  else if (bytes < used + (8 << 10)) bytes = device.shared_per_block;  // one with a window, not two without
   const int64_t room = std::max<int64_t>(0, bytes - used) / 4 * 2;  // cells of two bytes
   counter.window = static_cast<int>(std::min({room, int64_t{counter.cells()} - 1, int64_t{tuning.window}}));
   const size_t shared = used + int64_t{counter.window} * 2;
@@ -56,40 +56,40 @@ cudaError_t count_tiles(const PairCountProblem& p, CountPlan& plan, const Tuning
   if (error != cudaSuccess) return error;
   error = launch(centre_window, dim3(1), dim3(kThreads), kWarps * sizeof(double), stream, w, counter);
   if (error != cudaSuccess || w.set[0].tiles == 0) return error;
-  const Block block{0, w.set[0].tiles, 0, w.set[0].tiles, true};
+  const Rectangle rectangle{0, w.set[0].tiles, 0, w.set[0].tiles, true};
   const int64_t tiles = int64_t{w.set[0].tiles} * w.set[0].tiles;
   const unsigned grid = static_cast<unsigned>(std::min<int64_t>(tiles, w.partials / (sm90 ? 2 : 1)));
   if (sm90)
-    return launch(similarity_sm90<PairCounter>, dim3(grid), dim3(kThreadsSm90), shared, stream, w, block, counter,
+    return launch(similarity_sm90<CountVisitor>, dim3(grid), dim3(kThreadsSm90), shared, stream, w, rectangle, counter,
         maps);
-  return launch(similarity<PairCounter>, dim3(grid), dim3(kThreads), shared, stream, w, block, counter);
+  return launch(similarity<CountVisitor>, dim3(grid), dim3(kThreads), shared, stream, w, rectangle, counter);
 }
 
-const char* run_counts(const PairCountProblem& problem, const PairCountResult& result, void* workspace,
-    cudaStream_t stream, const Tuning& tuning) {
+const char* run_counts(const CountProblem<float>& problem, const Device& device, const CountResult<float>& result,
+                       void* workspace, cudaStream_t stream, const Tuning& tuning) {
   if (problem.n > (int64_t{1} << 31) - 2 * kTile) return "more than 2^31 - 256 embeddings";
   if (problem.d > 65535 * int64_t{kDepth}) return "embeddings of more than 4,194,240 dimensions";
   if (std::max(problem.classes, problem.thresholds) > INT32_MAX - 1) return "more than 2^31 - 2 classes or thresholds";
-  CountPlan plan = plan_counts(problem, workspace);
-  for (int64_t side = 0; side < 2; ++side) {
-    plan.counter.count[side] = result.count + side * plan.counter.cells();
-    plan.counter.class_count[side] = result.class_count + side * (problem.classes + 1) * problem.thresholds;
-  }
+  CountPlan plan = plan_counts(problem, device, workspace);
+  for (int side = 0; side < 2; ++side)
+    plan.counter.count[side] = result.count[side], plan.counter.class_count[side] = result.class_count[side];
   cudaError_t error = prologue(plan.work, Type::kFloat, true, tuning, stream);
-  if (error == cudaSuccess) error = count_tiles(problem, plan, tuning, stream);
+  if (error == cudaSuccess) error = count_tiles(device, plan, tuning, stream);
   if (error == cudaSuccess)
     error = launch(finish_counts, dim3(blocks(problem.n, kThreads)), dim3(kThreads), 0, stream, plan.work, plan.counter,
-        result.best);
+        result.best[kPlus], result.best[kMinus]);
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
 }  // namespace
 
-int64_t workspace_bytes(const PairCountProblem& problem) { return plan_counts(problem, nullptr).bytes; }
+int64_t workspace_bytes(const CountProblem<float>& problem, const Device& device) {
+  return plan_counts(problem, device, nullptr).bytes;
+}
 
-const char* pair_counts(const PairCountProblem& problem, const PairCountResult& result, void* workspace,
-    cudaStream_t stream) {
-  return run_counts(problem, result, workspace, stream, {});
+const char* counts(const CountProblem<float>& problem, const Device& device, const CountResult<float>& result,
+                   void* workspace, cudaStream_t stream) {
+  return run_counts(problem, device, result, workspace, stream, {});
 }
 
 }  // namespace tcm::cuda

@@ -1,0 +1,29 @@
+// The CPU kernels' host: the threads and matrix products that they are given. So they know nothing of torch.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+
+namespace tcm::cpu {
+
+template <class real>
+struct Host {
+  int threads;
+  // Runs body(begin, end) over [0, size) in up to `threads` threads; body must not throw.
+  std::function<void(int64_t size, const std::function<void(int64_t begin, int64_t end)>& body)> parallel_for;
+  // s [m, n], rows `stride` apart, = a [m, d] times the transpose of b [n, d]; with `transposed` b is that transpose,
+  // [d, n], its rows `b_stride` apart, and m and n are multiples of 16. Called by several threads at once.
+  std::function<void(const real* a, int64_t m, const real* b, int64_t n, int64_t d, int64_t b_stride, real* s,
+                     int64_t stride)>
+      product;
+  bool transposed = false;
+  // c [m, d] += a [m, n] b [n, d], m and n multiples of 64. Called by several threads at once.
+  std::function<void(const real* a, int64_t m, int64_t n, const real* b, int64_t d, real* c)> add_product;
+
+  void parallel(int64_t size, const std::function<void(int64_t begin, int64_t end)>& body) const {
+    if (threads == 1) return body(0, size);
+    parallel_for(size, body);
+  }
+};
+
+}  // namespace tcm::cpu

@@ -1,0 +1,128 @@
+// The operators for CPU tensors: the kernels' host, with torch's threads and torch's matrix products.
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+
+#include <algorithm>
+#include <type_traits>
+
+#include "../tensor_args.h"
+#include "counts.h"
+#include "loss.h"
+
+#ifdef STABLE_TORCH_ERROR_CODE_CHECK
+#define TCM_CHECK STABLE_TORCH_ERROR_CODE_CHECK
+#else  // torch 2.11
+#define TCM_CHECK TORCH_ERROR_CODE_CHECK
+#endif
+
+// PyTorch's door to oneDNN's matrix kernels: s (+)= a b with operands as they lie, nothing packed. Not part of the stable
+// ABI, so it is null where a torch lacks it.
+namespace at::native::cpublas {
+__attribute__((weak, visibility("default"))) void brgemm(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb,
+                                                         int64_t ldc, bool add, const float* a, const float* b,
+                                                         float* c, bool vnni);
+}
+
+namespace tcm::cpu {
+namespace {
+
+// A view of memory that somebody else owns, as the shim wants it.
+template <class real>
+class View {
+ public:
+  View(const real* data, int64_t rows, int64_t columns, int64_t row_stride, int64_t column_stride) {
+    int64_t sizes[] = {rows, columns}, strides[] = {row_stride, column_stride};
+    TCM_CHECK(aoti_torch_create_tensor_from_blob(
+        const_cast<real*>(data), 2, sizes, strides, 0,
+        std::is_same_v<real, float> ? aoti_torch_dtype_float32() : aoti_torch_dtype_float64(),
+        aoti_torch_device_type_cpu(), 0, &handle));
+  }
+  View(const View&) = delete;
+  ~View() { aoti_torch_delete_tensor_object(handle); }
+  AtenTensorHandle handle = nullptr;
+};
+
+template <class real>
+void product(const real* a, int64_t m, const real* b, int64_t n, int64_t d, int64_t b_stride, real* s, int64_t stride) {
+  View<real> out(s, m, n, stride, 1), left(a, m, d, d, 1), right(b, d, n, 1, b_stride);
+  TCM_CHECK(aoti_torch_cpu_mm_out(out.handle, left.handle, right.handle));
+}
+
+// In steps of 256 columns: the operands of a step stay in cache, and its partial sums are shorter, so rounded less.
+void transposed_product(const float* a, int64_t m, const float* b, int64_t n, int64_t d, int64_t b_stride, float* s,
+                        int64_t stride) {
+  for (int64_t k = 0; k < d; k += 256)
+    at::native::cpublas::brgemm(m, n, std::min<int64_t>(256, d - k), d, b_stride, stride, k > 0, a + k, b + k * b_stride,
+                                s, false);
+}
+
+template <class real>
+void add_product(const real* a, int64_t m, int64_t n, const real* b, int64_t d, real* c) {
+  View<real> out(c, m, d, d, 1), left(a, m, n, n, 1), right(b, n, d, d, 1);
+  TCM_CHECK(aoti_torch_cpu_addmm_out(out.handle, out.handle, left.handle, right.handle, 1, 1));
+}
+
+void add_brgemm(const float* a, int64_t m, int64_t n, const float* b, int64_t d, float* c) {
+  for (int64_t k = 0; k < d; k += 256)  // so that the operands of a step stay in cache
+    at::native::cpublas::brgemm(m, std::min<int64_t>(256, d - k), n, n, d, d, true, a, b + k, c + k, false);
+}
+
+constexpr int64_t kWorthThreads = 1 << 19;  // multiplications; below, starting threads costs more than they save
+
+void parallel_for(int64_t size, const std::function<void(int64_t, int64_t)>& body) {
+  torch::stable::parallel_for(0, size, 1, body);
+}
+
+template <class real>
+Host<real> host(int64_t multiplications) {
+  bool alone = multiplications < kWorthThreads;
+  Host<real> host{
+      .threads = alone ? 1 : static_cast<int>(torch::stable::get_num_threads()),
+      .parallel_for = parallel_for,
+      .product = product<real>,
+      .add_product = add_product<real>,
+  };
+  if constexpr (std::is_same_v<real, float>)
+    if (at::native::cpublas::brgemm)
+      host.product = transposed_product, host.transposed = true, host.add_product = add_brgemm;
+  return host;
+}
+
+template <class real>
+void run_loss(const LossArguments& arguments, LossTensors& out) {
+  Problem<real> problem = arguments.problem<real>();
+  loss<real>(problem, out.result<real>(arguments), host<real>(problem.n * problem.m * problem.d), best_isa());
+}
+
+LossTensors loss_operator(LossArguments& a) {
+  bool is_double = a.x.scalar_type() == ScalarType::Double;
+  ScalarType real = is_double ? ScalarType::Double : ScalarType::Float;  // 16-bit embeddings are computed in float32
+  auto embeddings = [real](const Tensor& t) { return torch::stable::contiguous(torch::stable::to(t, real)); };
+  a.x = embeddings(a.x), a.y = torch::stable::contiguous(a.y);
+  if (a.ref_x) a.ref_x = embeddings(*a.ref_x), a.ref_y = torch::stable::contiguous(*a.ref_y);
+  LossTensors out(a, real);
+  is_double ? run_loss<double>(a, out) : run_loss<float>(a, out);
+  return out;
+}
+
+template <class real>
+void run_counts(const CountArguments& arguments, CountTensors& out) {
+  CountProblem<real> problem = arguments.problem<real>();
+  counts<real>(problem, out.result<real>(arguments), host<real>(problem.n * problem.n * problem.d), best_isa());
+}
+
+CountTensors counts_operator(CountArguments& a) {
+  for (Tensor* t : {&a.x, &a.y, &a.thresholds}) *t = torch::stable::contiguous(*t);
+  CountTensors out(a);
+  a.x.scalar_type() == ScalarType::Double ? run_counts<double>(a, out) : run_counts<float>(a, out);
+  return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(tcm_fused, CPU, library) {
+  library.impl("loss", TORCH_BOX(&LossOperators<loss_operator>::loss));
+  library.impl("penalties", TORCH_BOX(&LossOperators<loss_operator>::penalties));
+  library.impl("counts", TORCH_BOX(&count_operator<counts_operator>));
+}
+
+}  // namespace tcm::cpu
