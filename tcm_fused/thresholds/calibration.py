@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from tcm_fused.arguments import check_choice, warn_of_crossed_margins
+from tcm_fused.arguments import check_choice
 from tcm_fused.thresholds.rates import (
     HALF,
     Array,
@@ -333,7 +333,13 @@ def suggest_margins(
     count_minus = 2 * int(rates.accepted_negatives[minus])
     # Just below the point of the grid, since the loss takes a pair at the margin as hard.
     margin_plus, margin_minus = float(np.nextafter(np.float32(plus / HALF - 1), np.float32(-2))), minus / HALF - 1
-    warn_of_crossed_margins(margin_plus, margin_minus)
+    if margin_plus < margin_minus:
+        warn_caller(
+            f"far={far:g} and frr={frr:g} give margin_plus={margin_plus:.6g} below margin_minus={margin_minus:.6g}: more "
+            "positive and negative pairs overlap here than these shares are. A loss with such margins leaves the overlap "
+            "as it is, so that no threshold need separate the two; take larger shares until margin_plus is above, or "
+            "begin with the defaults, 0.9 and 0.5"
+        )
     return Margins(
         margin_plus=margin_plus,
         margin_minus=margin_minus,

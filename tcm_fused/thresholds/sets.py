@@ -17,6 +17,8 @@ from torch import Tensor
 
 Array = NDArray[Any]
 
+_TRUTH: Array = np.array(["False", "True"], dtype=object)
+
 
 class Labels(NamedTuple):
     """Labels as integers, and where they were text or dates `names` [C], ascending, for which 0 ... C - 1 stand."""
@@ -53,8 +55,8 @@ def as_embeddings(name: str, value: Any) -> Tensor:
 def as_labels(name: str, value: Any) -> Labels:
     """Integer labels of a tensor, an array, a series (categories, too) or a list: integers, text or dates, one a row.
 
-    Of text, dates and times each that differs is a class, in ascending order. Truth values are classes 0 and 1, and
-    floats that are whole count as integers, since tables write integers so. A tensor must hold integers.
+    Of text, dates and times each that differs is a class, in ascending order; truth values are text, too. Floats that
+    are whole count as integers, since tables write integers so; a tensor must hold integers or truth values.
 
     Raises:
         TypeError: it is none of these, or mixes them.
@@ -63,7 +65,7 @@ def as_labels(name: str, value: Any) -> Labels:
     if not isinstance(value, Tensor):
         value = _array(name, value, "a tensor, an array, a series or a list of integers or text")
     if isinstance(value, Tensor):
-        return Labels(value, None)
+        return Labels(value.long(), _TRUTH) if value.dtype == torch.bool else Labels(value, None)
     if value.ndim == 2 and 1 in value.shape:  # a column
         value = value.reshape(-1)
     if value.ndim != 1:
@@ -79,9 +81,11 @@ def as_labels(name: str, value: Any) -> Labels:
         )
     if value.dtype.kind == "f":
         value = _whole(name, value)
-    if value.dtype.kind not in "iub":
+    if value.dtype.kind == "b":
+        return Labels(_tensor(value.astype(np.int64)), _TRUTH)
+    if value.dtype.kind not in "iu":
         raise TypeError(f"{name} must hold integer or text labels, got {_kind(value)}")
-    return Labels(_tensor(value.astype(np.int64) if value.dtype.kind == "b" else value), None)
+    return Labels(_tensor(value), None)
 
 
 def shown(name: str) -> str:
@@ -156,7 +160,9 @@ def _label_kind(item: Any) -> str:
         return "text"
     if isinstance(item, (datetime.date, datetime.time, datetime.timedelta, np.datetime64, np.timedelta64)):
         return "date"
-    if isinstance(item, (numbers.Integral, np.bool_)):
+    if isinstance(item, (bool, np.bool_)):
+        return "truth"
+    if isinstance(item, numbers.Integral):
         return "integer"
     return "float" if isinstance(item, numbers.Real) else type(item).__name__
 
@@ -172,6 +178,7 @@ def _integers(name: str, items: list[Any]) -> Labels:
 _READERS: dict[str, Callable[[str, list[Any]], Labels]] = {
     "text": lambda name, items: _named(items),
     "date": lambda name, items: _named([str(item) for item in items]),
+    "truth": lambda name, items: Labels(torch.tensor([int(item) for item in items]), _TRUTH),
     "integer": _integers,
     "float": lambda name, items: Labels(_tensor(_whole(name, np.array(items, dtype=np.float64))), None),
 }

@@ -137,7 +137,10 @@ def test_truth_values_are_two_classes() -> None:
     truth = Y % 2 == 0
     want = opis(X, truth.long(), thresholds=[0.5, 1.0]).opis
     for labels in (truth, truth.numpy(), truth.tolist(), pd.Series(truth.numpy())):
-        assert opis(X, labels, thresholds=[0.5, 1.0]).opis == want
+        found = opis(X, labels, thresholds=[0.5, 1.0])
+        assert found.opis == want
+        assert found.class_names is not None
+        assert found.class_names.tolist() == ["False", "True"]
 
 
 def test_rows_with_a_negative_label_are_left_out() -> None:
@@ -225,7 +228,7 @@ def test_missing_labels_are_named(call: str, missing: Any, of: str) -> None:
         (pd.Series([0, 1, 0, None], dtype="Int64"), 3),
         (pd.Series(["a", None, "a", "b"]).astype("category"), 1),
         (np.array(["2024-01-01", "NaT", "2024-01-01", "2024-01-02"], dtype="M8[D]"), 1),
-        (np.ma.masked_array([0, 1, 0, 1], mask=[0, 0, 0, 1]), 3),
+        (np.ma.masked_array([0, 1, 0, 1], mask=[False, False, False, True]), 3),
         (pa.array(["a", "b", None, "a"]), 2),
     ],
     ids=str,
@@ -239,6 +242,7 @@ def test_missing_labels_of_tables(labels: Any, row: int) -> None:
     ("labels", "error", "message"),
     [
         (["a", "b", 1, "a"], TypeError, "all of one kind, but row 0 is str, row 2 is int"),
+        ([True, False, 2, 0], TypeError, "all of one kind, but row 0 is bool, row 2 is int"),
         ([0, 1, "0", 1], TypeError, "all of one kind, but row 0 is int, row 2 is str"),
         ([0, 1, 0.5, 1], TypeError, "all of one kind, but row 0 is int, row 2 is float"),
         ([0.0, 1.0, 0.5, 1.0], TypeError, "floats must be whole.*row 2 is 0.5"),
@@ -283,7 +287,7 @@ def test_bad_labels(call: str, labels: Any, error: type[Exception], message: str
         (pd.DataFrame({"x": [1.0] * 4, "n": ["1"] * 4}), TypeError, "row 0, column 1 is '1', a str"),
         (pd.DataFrame({"x": [1, 2, None, 3]}, dtype="Int64"), ValueError, "embeddings must be finite, but .*row 2"),
         (np.array([[1, None]] * 4, dtype=object), ValueError, "embeddings must be finite"),
-        (np.ma.masked_array(np.eye(4), mask=np.eye(4)), ValueError, "embeddings: 4 of 4 rows are missing"),
+        (np.ma.masked_array(np.eye(4), mask=np.eye(4, dtype=bool)), ValueError, "embeddings: 4 of 4 rows are missing"),
         (np.eye(4, dtype=bool), TypeError, "embeddings must hold numbers, got truth values"),
         (torch.eye(4).bool(), TypeError, "embeddings must be float16.*got torch.bool"),
         (np.eye(4, dtype=complex), TypeError, "embeddings must hold numbers, got complex128"),
