@@ -335,9 +335,9 @@ def suggest_margins(
     margin_plus, margin_minus = float(np.nextafter(np.float32(plus / HALF - 1), np.float32(-2))), minus / HALF - 1
     if margin_plus < margin_minus:
         warn_caller(
-            f"far={far:g} and frr={frr:g} give margin_plus={margin_plus:.6g} below margin_minus={margin_minus:.6g}: more "
-            "positive and negative pairs overlap here than these shares are. A loss with such margins leaves the overlap "
-            "as it is, so that no threshold need separate the two; take larger shares until margin_plus is above, or "
+            f"far={far:g} and frr={frr:g} give margin_plus={margin_plus:.6g} below margin_minus={margin_minus:.6g}: "
+            "positives and negatives overlap by more than these shares. A loss with such margins leaves the overlap as "
+            "it is, so that no threshold need separate the two; take larger shares until margin_plus is above, or "
             "begin with the defaults, 0.9 and 0.5"
         )
     return Margins(

@@ -254,7 +254,7 @@ def worst_classes(result: _OfClasses, order: Array, values: Array) -> list[Worst
 
 def percent(share: float) -> str:
     """As in "10%-OPIS", everywhere."""
-    return f"{100 * share:.6g}%"
+    return f"{100 * share:.4g}%"
 
 
 def lowest(values: Array, k: int) -> Array:
