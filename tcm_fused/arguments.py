@@ -83,7 +83,7 @@ def warn_of_crossed_margins(margin_plus: float, margin_minus: float) -> bool:
 def _check_value(name: str, value: Any, least: float = -math.inf) -> None:
     """A margin or weight: a number or a 0-d tensor. The value of a tensor is looked at if that waits for no device."""
     if not isinstance(value, Tensor):
-        check_number(name, value, least, wanted="a number or a 0-d tensor")
+        check_number(name, value, least, besides="; a 0-d tensor of a number will do as well")
         return
     if value.layout != torch.strided or value.is_nested or value.ndim != 0:
         layout = "" if value.layout == torch.strided and not value.is_nested else f" ({value.layout})"
@@ -118,8 +118,8 @@ def _sides(x: Tensor, **values: float | Tensor) -> Tensor:
     dtype = wide_dtype(x)
     if not torch.compiler.is_compiling() and all(map(_is_known, values.values())):
         return torch.tensor([float(value) for value in values.values()], dtype=dtype)
-    # By sums, of which torch.compile makes one graph for all values of a Python float. torch.full would be compiled anew
-    # for each of them, and then torch.compile keeps an older value elsewhere in the user's graph (torch 2.13).
+    # By sums, of which torch.compile makes one graph for all values of a Python float. Of torch.full it makes one for
+    # each value, and then keeps an older value elsewhere in the user's graph (seen in torch 2.13).
     zero = torch.zeros((), dtype=dtype, device=x.device)
     return torch.stack([zero + (v.to(dtype) if isinstance(v, Tensor) else v) for v in values.values()])
 
@@ -163,9 +163,9 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name}={value!r} is not known; choose one of {', '.join(map(repr, choices))}")
 
 
-def check_number(name: str, value: Any, least: float = -math.inf, wanted: str = "a number") -> None:
+def check_number(name: str, value: Any, least: float = -math.inf, besides: str = "") -> None:
     if not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} must be {wanted}, got {type(value).__name__}")
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}{besides}")
     try:
         number = float(value)
     except OverflowError:  # an int beyond the range of a float

@@ -109,9 +109,9 @@ def tcm_loss(
         ref_emb: [M, D], the columns, in the dtype of `embeddings` (under autocast any); it gets its gradient
             if it requires one.
         ref_labels: [M], labels of `ref_emb`.
-        margin_plus: m+, positives up to this similarity are hard. Any finite number, or a 0-d tensor of one (see below).
-        margin_minus: m-, negatives from this similarity on are hard; likewise. Where it is above `margin_plus` a warning
-            says what that means.
+        margin_plus: m+, positives up to this similarity are hard. Any finite number, or a 0-d tensor of one, see below.
+        margin_minus: m-, negatives from this similarity on are hard; likewise. Where it is above `margin_plus`, a
+            warning says so.
         lambda_plus: weight of the positives' term, at least 0, or a 0-d tensor.
         lambda_minus: weight of the negatives' term, likewise.
         row_offset: the column of `ref_emb` that is row 0 itself: pairs (i, row_offset + i) are left out. None:
@@ -187,7 +187,7 @@ class TCMLoss(nn.Module):
     margins or weights does. `stats` is what the last call saw, as a `TCMStats` (None before the first).
 
     Raises:
-        TypeError, ValueError: an argument is not as `tcm_loss` takes it; here and, since it may be set later, at a call.
+        TypeError, ValueError: an argument is not as `tcm_loss` takes it; here, and at a call if it was set later.
 
     Example:
         >>> criterion = TCMLoss(margin_plus=0.9, margin_minus=0.5)

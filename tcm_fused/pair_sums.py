@@ -22,7 +22,7 @@ class PairSums(NamedTuple):
     divisor: Tensor  # int64, pairs that the penalty is divided by
 
     def loss(self, weights: Tensor) -> Tensor:
-        """lambda+ penalty+ / divisor+  +  lambda- penalty- / divisor-  with weights [2]; a side without pairs adds 0."""
+        """lambda+ penalty+ / divisor+  +  lambda- penalty- / divisor-, of weights [2]; a side without pairs adds 0."""
         lambda_plus, lambda_minus = weights
         mean_plus, mean_minus = self.penalty / self.divisor.clamp_min(1)
         return lambda_plus * mean_plus + lambda_minus * mean_minus

@@ -33,7 +33,7 @@ def loss_blocked(
     """
     with as_precise_as_asked(x.device.type, fp16):
         sums = _sums(x, y, ref_x, ref_y, row_offset, margins, squared, grad_x, grad_ref)
-        n_plus, n_minus = sums.count.clamp_min(1).to(sums.penalty.dtype)
+        n_plus, n_minus = sums.hard.clamp_min(1).to(sums.penalty.dtype)
         # Not weights / n: weights on the CPU would have to be copied to the device, and that waits for it.
         weight = torch.stack([weights[0] / n_plus, weights[1] / n_minus])
         weight = torch.where(sums.finite & torch.isfinite(weights).all(), weight, torch.nan)
@@ -43,7 +43,7 @@ def loss_blocked(
             sums.rows.gradient(weight) if grad_x else none,
             sums.columns.gradient(weight) if grad_ref and ref_x is not None else none.clone(),
             sums.penalty,
-            sums.count,
+            sums.hard,
         )
 
 
@@ -70,7 +70,7 @@ def penalties_blocked(
             torch.stack([sums.columns.gradient(weight) for weight in one])
             if grad_ref and ref_x is not None
             else none.clone(),
-            sums.count,
+            sums.hard,
         )
 
 
@@ -92,7 +92,7 @@ class _Sums(NamedTuple):
     rows: _Rows
     columns: _Rows
     penalty: Tensor  # [2]
-    count: Tensor  # [2] int64
+    hard: Tensor  # [2] int64, hard pairs
     finite: Tensor  # [] bool, of all that takes part
 
 

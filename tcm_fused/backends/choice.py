@@ -31,10 +31,10 @@ class Backend(NamedTuple):
 
 # In the order in which "auto" takes them. GPU kernels live off 16-bit products, and weigh a pair with 0 or 1 alone.
 BACKENDS = {
-    "cpu": Backend("cpu", _NARROW + (torch.float64,), ("hinge", "squared"), counted=_WIDE),
+    "cpu": Backend("cpu", (*_NARROW, torch.float64), ("hinge", "squared"), counted=_WIDE),
     "cuda": Backend("cuda", _NARROW, ("hinge",), counted=(torch.float32,)),
     "triton": Backend("cuda", _NARROW, ("hinge",), counted=()),
-    "torch": Backend(None, _NARROW + (torch.float64,), ("hinge", "squared"), counted=_WIDE),
+    "torch": Backend(None, (*_NARROW, torch.float64), ("hinge", "squared"), counted=_WIDE),
 }
 
 
@@ -160,7 +160,9 @@ def _best(device_type: str, fallback: str, dtype: torch.dtype, penalty: str | No
 
     Where that is the last, which is slow, a warning says why no other is; but not where no kernel for the device could.
     """
-    missing = {} if any(able.device == device_type for able in BACKENDS.values()) else {"": "it has no kernel there"}
+    missing: dict[str, str] = {}
+    if all(able.device != device_type for able in BACKENDS.values()):
+        missing["kernel"] = f"no kernel for device '{device_type}'"
     for name, able in BACKENDS.items():
         can = dtype in able.counted if penalty is None else dtype in able.dtypes and penalty in able.penalties
         if not can or able.device not in (None, device_type):
@@ -169,10 +171,11 @@ def _best(device_type: str, fallback: str, dtype: torch.dtype, penalty: str | No
         if name == "triton" and reason is None and _is_interpreted():
             reason = "TRITON_INTERPRET is set; unset it"
         if reason is not None:
-            missing[name] = f"backend {name!r}: {reason}"
+            missing[name] = reason
         elif able.device is not None or not missing:
             return name
-    warn_once(f"tcm_fused {fallback}: {'. '.join(missing.values())}")
+    told = [f"{name}: {reason}" if len(missing) > 1 else reason for name, reason in missing.items()]
+    warn_once(f"tcm_fused {fallback}: {'; '.join(told)}")
     return name
 
 

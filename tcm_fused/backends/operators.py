@@ -1,15 +1,16 @@
 """The operators: schema, shapes and autograd.
 
 `tcm_fused::loss` and `tcm_fused::penalties` are the kernels that the extension registers for a device; with "_triton"
-behind their names those for GPUs without it, with "_blocked" plain PyTorch, which runs anywhere. All return the gradient
-with the value (one pass over the pairs), so that backward is a multiplication. `tcm_fused::counts` and
+behind their names those for GPUs without it, with "_blocked" plain PyTorch, which runs anywhere. All return the
+gradient with the value (one pass over the pairs), so that backward is a multiplication. `tcm_fused::counts` and
 `tcm_fused::counts_blocked` count the pairs for OPIS.
 
-`loss` and `penalties` of this file are the ways to call them with autograd. Under torch.compile the operator itself stands
-in the graph, with the autograd formula that is registered for it. In eager mode that registration costs ten times the
-kernel of a small batch: there a `torch.autograd.Function` calls the operator below autograd.
+`loss` and `penalties` of this file call them with autograd. Under torch.compile the operator itself stands in the
+graph, with the autograd formula that is registered for it. In eager mode that registration costs ten times the kernel
+of a small batch: there a `torch.autograd.Function` calls the operator below autograd.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -21,9 +22,10 @@ from tcm_fused.backends.numerics import loss_dtype, wide_dtype
 
 _LIBRARY = torch.library.Library("tcm_fused", "FRAGMENT")
 # x [N, D] and ref_x [M, D] of one floating dtype, y [N] and ref_y [M] int64; without a reference set the rows are the
-# columns. margins [2] and weights [2]: m+ and m-, lambda+ and lambda-, contiguous, float64 (float32 for MPS); on the CPU,
-# where they are read at the call, or on the device of x, whose kernels read them. squared: penalties are the squares of
-# the violations. fp16: similarities may come from one product in fp16; a kernel that has nothing less than fp32 ignores it.
+# columns. margins [2] and weights [2]: m+ and m-, lambda+ and lambda-, contiguous, float64 (float32 for MPS); on the
+# CPU, where they are read at the call, or on the device of x, whose kernels read them. squared: penalties are the
+# squares of the violations. fp16: similarities may come from one product in fp16; a kernel that has nothing less than
+# fp32 ignores it.
 _ROWS = "Tensor x, Tensor y, Tensor? ref_x, Tensor? ref_y, int? row_offset, Tensor margins, "
 _OPTIONS = "bool squared, bool fp16, bool grad_x, bool grad_ref"
 # penalty [2], sums in float64, and count [2]: hard positives and hard negatives. loss [] and gradients are float64 for
@@ -72,7 +74,7 @@ def penalties(
     squared: bool,
     fp16: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Penalty [2], differentiable by x and ref_x, and count [2]. With gradients asked for"""
+    """Penalty [2], differentiable by x and ref_x, and count [2]."""
     wants = wants_gradient(x), ref_x is not None and wants_gradient(ref_x)
     value, _, _, count = _run(operator, x, y, ref_x, ref_y, row_offset, margins, squared, fp16, *wants)
     return value, count
@@ -235,7 +237,7 @@ def _penalties_triton(*arguments: Any) -> tuple[Tensor, ...]:
     return triton_loss.penalties_triton(*arguments)
 
 
-_FAKES = {"loss": _fake_loss, "penalties": _fake_penalties, "counts": _fake_counts}
+_FAKES: dict[str, Callable[..., Any]] = {"loss": _fake_loss, "penalties": _fake_penalties, "counts": _fake_counts}
 
 
 def _register(name: str) -> Any:

@@ -127,11 +127,11 @@ def loss_triton(
     check("loss_triton", x, y, ref_x, ref_y, row_offset, squared, margins, weights)
     with _on(x.device):
         config, processors = device_of(x.device)
-        loss, *results = run(
+        loss, by_x, by_ref, penalty, count = run(
             CONFIGS[config], processors, x, y, ref_x, ref_y, row_offset, margins, weights, fp16, grad_x, grad_ref
         )
         assert loss is not None
-        return loss, *results
+        return loss, by_x, by_ref, penalty, count
 
 
 def penalties_triton(
@@ -244,7 +244,7 @@ def run(
 
 
 def on_device(numbers: Tensor, device: torch.device) -> Tensor:
-    """[2] float64 on the device: filled in where it is on the CPU, since a copy would wait and breaks a graph's capture."""
+    """[2] float64 on the device. Numbers from the CPU are filled in: a copy would wait, and break a graph's capture."""
     if numbers.device == device:
         return numbers
     plus, minus = numbers.tolist()

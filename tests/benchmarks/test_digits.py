@@ -1,18 +1,22 @@
 """The digits experiment: what it may look at, how it chooses, and tables that say what the scores say."""
 
+import itertools
 import json
 import math
 from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from pytorch_metric_learning.losses import ProxyAnchorLoss
+from support import batches
 from torch import Tensor
 
-from benchmarks import comparison, digits
+from benchmarks import comparison, demo, digits
 from benchmarks.comparison import MEASURES, Experiment, Scores, compare
 from benchmarks.digits import HELD_OUT, TCM, Job, choose_tcm, score_pair, split_of
 from benchmarks.training import SEEN, UNSEEN, Trained, check_paired, load, make_mlp, spread, train
+from tcm_fused import opis
 
 OPIS, RECALL = MEASURES[0], MEASURES[2]
 

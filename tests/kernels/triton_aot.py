@@ -112,7 +112,7 @@ def report(name: str) -> Iterator[dict[str, Any]]:
         )
         yield {
             "kernel": kernel.__name__,
-            "variant": {key: value for key, value in constants.items() if key.isupper()},
+            "variant": {key: value for key, value in constants.items() if key.isupper() or value is None},
             "registers": max(map(int, re.findall(r"Used (\d+) registers", log.getvalue()))),
             "spilled": sum(int(size) for sizes in spills for size in sizes) if spills else None,
             "shared": binary.metadata.shared,

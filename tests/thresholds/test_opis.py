@@ -19,7 +19,7 @@ from support import batches
 from support.oracle import Array
 from torch import Tensor
 
-from tcm_fused import calibrate, opis, suggest_margins, tcm_loss
+from tcm_fused import calibrate, opis, suggest_margins, tcm_loss, warn
 from tcm_fused.backends import choice
 from tcm_fused.thresholds.rates import BITS, HALF, Pairs
 
@@ -799,7 +799,7 @@ def test_without_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:
     x, y = clustered(n=100)
     expected = opis(x, y, thresholds=[0.8, 1.2])
     monkeypatch.setattr(choice, "_IMPORT_ERROR", "no such file")
-    choice._warn_once.cache_clear()
+    monkeypatch.setattr(warn, "TOLD", set())
     with pytest.warns(UserWarning, match="slower PyTorch fallback on 'cpu'.*no such file") as warned:
         assert opis(x, y, thresholds=[0.8, 1.2]).opis == pytest.approx(expected.opis, abs=1e-4)
     assert warned[0].filename == __file__, "not at the caller"
@@ -822,11 +822,10 @@ def test_choice_of_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
         choice.choose_counter("cuda", "cpu", torch.float32)
     with pytest.raises(RuntimeError, match="'cpu', 'cuda' or 'torch' only"):
         choice.choose_counter("triton", "cuda", torch.float32)
-    choice._warn_once.cache_clear()
+    monkeypatch.setattr(warn, "TOLD", set())
     monkeypatch.setattr(choice, "why_unavailable", lambda backend: "a reason")
     with pytest.warns(UserWarning, match="slower PyTorch fallback on 'cuda': a reason"):
         assert choice.choose_counter("auto", "cuda", torch.float32) is blocked
-    choice._warn_once.cache_clear()
 
 
 def test_progress_on_a_cpu_leaves_gpus_alone(monkeypatch: pytest.MonkeyPatch) -> None:
