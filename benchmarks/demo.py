@@ -127,7 +127,8 @@ def train_and_measure(
     task: Task, with_tcm: bool, seed: int, epochs: int, tick: Callable[[], object]
 ) -> tuple[Run, Trained]:
     """Train on all training images as one batch, `epochs` times, and measure; see `benchmarks.training.train`."""
-    tcm = TCMLoss(task.margin_plus, task.margin_minus, task.weight, task.weight) if with_tcm else None
+    margins: dict[str, Any] = {"margin_plus": task.margin_plus, "margin_minus": task.margin_minus}
+    tcm = TCMLoss(**margins, lambda_plus=task.weight, lambda_minus=task.weight) if with_tcm else None
     trained = train(
         task.split,
         partial(make_mlp, task.width),
@@ -334,15 +335,30 @@ def draw_opis(worlds: dict[str, tuple[Run, Run]], path: Path) -> None:
     for row, (world, runs) in zip(panels, worlds.items(), strict=True):
         for axes, run, name in zip(row, runs, ("ArcFace", "ArcFace + TCM"), strict=True):
             run.score.opis.plot(axes)
-            axes.set_title(f"{world}, {name}: {axes.get_title(loc='left')}", loc="left", fontsize=11)
+            axes.set_title(f"{world}, {name}\n{one_line(axes)}", loc="left", fontsize=12)
         wide = [run.score.opis.curves.distance for run in runs if run.score.opis.curves is not None]
         row[0].set_xlim(min(x.min() for x in wide), max(x.max() for x in wide))
         row[0].set_ylim(0, 1.02)
         row[1].set_ylabel("")
     for axes in panels[:-1].flat:
-        axes.get_legend().remove()  # one row of them is enough
         axes.set_xlabel("")
+    share_legend(figure)
     _save(figure, path, dpi=130)
+
+
+def one_line(axes: Axes) -> str:
+    """The title that a result gave its axes."""
+    return axes.get_title(loc="left").replace("\n", " ")
+
+
+def share_legend(figure: Figure) -> None:
+    """The legend of the first panel below all, in place of one in each."""
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    for axes in figure.axes:
+        legend = axes.get_legend()
+        if legend is not None:
+            legend.remove()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=11)
 
 
 def draw_similarities(runs: tuple[Run, Run], path: Path) -> None:
@@ -351,7 +367,7 @@ def draw_similarities(runs: tuple[Run, Run], path: Path) -> None:
     panels = figure.subplots(1, 2, sharex=True, sharey=True)
     for axes, run, name in zip(panels, runs, ("ArcFace", "ArcFace + TCM"), strict=True):
         run.score.calibration.plot(axes)
-        axes.set_title(f"{name}: {axes.get_title(loc='left').lower()}", loc="left", fontsize=12)
+        axes.set_title(f"{name}: {one_line(axes).lower()}", loc="left", fontsize=12)
     panels[1].set_ylabel("")
     _save(figure, path, dpi=130)
 

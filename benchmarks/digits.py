@@ -110,7 +110,12 @@ def split_of(fold: int | None) -> Split:
 
 def fit(job: Job) -> tuple[Trained, Scores]:
     """Train as the job says, and score the test images of its split."""
-    tcm = job.tcm and TCMLoss(job.tcm.margin_plus, job.tcm.margin_minus, job.tcm.weight, job.tcm.weight)
+    tcm = job.tcm and TCMLoss(
+        margin_plus=job.tcm.margin_plus,
+        margin_minus=job.tcm.margin_minus,
+        lambda_plus=job.tcm.weight,
+        lambda_minus=job.tcm.weight,
+    )
     split = split_of(job.fold)
     network, base_loss = NETWORKS[job.network], BASE_LOSSES[job.base_loss]
     with one_thread():
@@ -273,7 +278,9 @@ def _work(options: argparse.Namespace, tcm: Sequence[TCM]) -> None:
         ]
     )
     content = json.dumps(as_json(chosen, experiments, options.steps, tcm), indent=1)
-    picture = comparison.draw(experiments, f"Digits unseen in training, {options.seeds} seed(s), {WIDTH} dimensions")
+    picture = comparison.draw(
+        experiments, f"Digits unseen in training, {options.seeds} seed{'s' * (options.seeds > 1)}, {WIDTH} dimensions"
+    )
     write_whole(outputs["md"], lambda path: path.write_text(text, encoding="utf-8"))
     write_whole(outputs["json"], lambda path: path.write_text(content + "\n", encoding="utf-8"))
     write_whole(outputs["png"], lambda path: picture.savefig(path, dpi=150, format="png"))
