@@ -14,6 +14,13 @@ demo: $(VENV)/built
 test: lint
 	$(RUN) -m pytest
 
+# Under two minutes: definition, loss on each backend, errors, and something of each room.
+quick: $(VENV)/built
+	$(RUN) -m pytest --quick $(addprefix tests/, loss/test_oracle.py loss/test_loss.py loss/test_errors.py \
+		kernels/test_triton.py::test_every_kind_of_tile kernels/test_triton.py::test_no_pairs kernels/test_ptxas.py \
+		thresholds/test_opis.py integrations/test_pytorch_metric_learning.py benchmarks/test_report.py \
+		build/test_build.py build/test_info.py)
+
 lint: $(VENV)/built
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .

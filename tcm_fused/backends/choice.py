@@ -10,7 +10,7 @@ from tcm_fused.backends.operators import OPERATORS
 from tcm_fused.tracing import constant_when_compiled
 from tcm_fused.warn import warn_once
 
-_C, _WHY_NO_EXTENSION = extension.load()
+_C, _IMPORT_ERROR = extension.load()
 _WIDE = (torch.float32, torch.float64)
 _NARROW = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -35,7 +35,7 @@ BACKENDS = {
 
 def build_info() -> dict[str, Any] | None:
     """What the extension was built with, or None where it is not built."""
-    return None if _WHY_NO_EXTENSION else _C.build_info()
+    return None if _IMPORT_ERROR else _C.build_info()
 
 
 def why_unavailable(backend: str) -> str | None:
@@ -44,8 +44,8 @@ def why_unavailable(backend: str) -> str | None:
         return None
     if backend == "triton":
         return _why_no_triton()
-    if _WHY_NO_EXTENSION is not None:
-        return f"{_WHY_NO_EXTENSION}, or use backend='torch'"
+    if _IMPORT_ERROR is not None:
+        return f"{_IMPORT_ERROR}, or use backend='torch'"
     return _why_no_cuda() if backend == "cuda" else None
 
 

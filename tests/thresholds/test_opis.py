@@ -798,7 +798,7 @@ def test_without_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:
     """Then "auto" is the blocked form, with a warning, and the kernel by name an error that tells why."""
     x, y = clustered(n=100)
     expected = opis(x, y, thresholds=[0.8, 1.2])
-    monkeypatch.setattr(choice, "_WHY_NO_EXTENSION", "no such file")
+    monkeypatch.setattr(choice, "_IMPORT_ERROR", "no such file")
     monkeypatch.setattr(warn, "TOLD", set())
     with pytest.warns(UserWarning, match="slower PyTorch fallback on 'cpu'.*no such file") as warned:
         assert opis(x, y, thresholds=[0.8, 1.2]).opis == pytest.approx(expected.opis, abs=1e-4)
