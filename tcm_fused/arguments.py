@@ -1,4 +1,4 @@
-"""What a call was given: options and sets of rows, and every check of them."""
+"""The arguments of a call: options and sets of rows, and every check of them."""
 
 import math
 import numbers
@@ -8,9 +8,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn import Parameter
 
 from tcm_fused.backends import choice
+from tcm_fused.backends.numerics import wide_dtype
 from tcm_fused.tracing import constant_when_compiled
+from tcm_fused.warn import warn_once
 
 PRECISIONS = ("auto", "fp32", "fp16")
 _AUTOCAST_DEVICES = tuple(filter(torch.amp.is_autocast_available, ("cpu", "cuda", "mps", "xpu")))
@@ -25,12 +28,12 @@ class Rows(NamedTuple):
 
 
 class Options(NamedTuple):
-    """What of a call is not data."""
+    """All of a call that is not data. Margins and weights are numbers or 0-d tensors."""
 
-    margin_plus: float
-    margin_minus: float
-    lambda_plus: float
-    lambda_minus: float
+    margin_plus: float | Tensor
+    margin_minus: float | Tensor
+    lambda_plus: float | Tensor
+    lambda_minus: float | Tensor
     penalty: str
     reduction: str
     group_pairs: str
@@ -44,10 +47,81 @@ class Options(NamedTuple):
         check_choice("group_pairs", self.group_pairs, ("within", "across"))
         check_choice("precision", self.precision, PRECISIONS)
         check_choice("backend", self.backend, ("auto", *choice.BACKENDS))
-        for name in ("margin_plus", "margin_minus"):
-            check_number(name, getattr(self, name))
-        for name in ("lambda_plus", "lambda_minus"):
-            check_number(name, getattr(self, name), least=0.0)
+        _check_value("margin_plus", self.margin_plus)
+        _check_value("margin_minus", self.margin_minus)
+        _check_value("lambda_plus", self.lambda_plus, least=0.0)
+        _check_value("lambda_minus", self.lambda_minus, least=0.0)
+
+    def margins(self, x: Tensor) -> Tensor:
+        """[2] m+ and m-, as the operators take them for embeddings `x`; ValueError if they are on another device."""
+        return _sides(x, margin_plus=self.margin_plus, margin_minus=self.margin_minus)
+
+    def weights(self, x: Tensor) -> Tensor:
+        """[2] lambda+ and lambda-, likewise."""
+        return _sides(x, lambda_plus=self.lambda_plus, lambda_minus=self.lambda_minus)
+
+    def warn_of_crossed_margins(self) -> bool:
+        """`warn_of_crossed_margins` where both margins can be looked at without waiting for a device."""
+        if torch.compiler.is_compiling() or not (_is_known(self.margin_plus) and _is_known(self.margin_minus)):
+            return False
+        return warn_of_crossed_margins(float(self.margin_plus), float(self.margin_minus))
+
+
+def warn_of_crossed_margins(margin_plus: float, margin_minus: float) -> bool:
+    """Whether margin_plus is below margin_minus; if so with a warning, once in a process for a place in user code."""
+    if not margin_plus < margin_minus:
+        return False
+    warn_once(
+        f"margin_plus={margin_plus:.6g} is below margin_minus={margin_minus:.6g}: the loss is satisfied with positives "
+        f"at {margin_plus:.6g} and leaves negatives up to {margin_minus:.6g} as they are, so that no threshold need "
+        "separate the two; unless that is wanted, choose margin_plus above margin_minus (the defaults are 0.9 and 0.5)",
+        per_place=True,
+    )
+    return True
+
+
+def _check_value(name: str, value: Any, least: float = -math.inf) -> None:
+    """A margin or weight: a number or a 0-d tensor. The value of a tensor is looked at if that waits for no device."""
+    if not isinstance(value, Tensor):
+        check_number(name, value, least, besides="; a 0-d tensor of a number will do as well")
+        return
+    if value.layout != torch.strided or value.is_nested or value.ndim != 0:
+        layout = "" if value.layout == torch.strided and not value.is_nested else f" ({value.layout})"
+        raise ValueError(f"{name} must be a number or a 0-d tensor, got a tensor of shape {list(value.shape)}{layout}")
+    if value.is_complex() or value.dtype == torch.bool:
+        raise TypeError(f"{name} must be real, got a tensor of {value.dtype}")
+    if value.requires_grad:
+        raise ValueError(
+            f"{name} requires a gradient, but margins and weights cannot be learned: the loss has no gradient by them, "
+            f"and would only drive them to where it is 0. Pass {name}.detach(), and see tcm_fused.suggest_margins"
+        )
+    if _is_known(value) and not torch.compiler.is_compiling():
+        check_number(name, value.item(), least)
+
+
+def _is_known(value: Any) -> bool:
+    """Whether the value of a number or tensor is on the host."""
+    return not isinstance(value, Tensor) or (value.device.type == "cpu" and type(value) in (Tensor, Parameter))
+
+
+def _sides(x: Tensor, **values: float | Tensor) -> Tensor:
+    """[2] float64 of two values (float32 on MPS, which has no other): on the CPU, or on the device of `x`.
+
+    Known numbers stay on the CPU, where the operators read them at the call. Those that only a device knows are put
+    together there, and so is all under torch.compile: nothing waits for a device, and no graph has a part on the CPU.
+    """
+    for name, value in values.items():
+        if isinstance(value, Tensor) and value.device != x.device and value.device.type != "cpu":
+            raise ValueError(
+                f"{name} is on {value.device}, embeddings on {x.device}; a tensor must be on the CPU or on their device"
+            )
+    dtype = wide_dtype(x)
+    if not torch.compiler.is_compiling() and all(map(_is_known, values.values())):
+        return torch.tensor([float(value) for value in values.values()], dtype=dtype)
+    # By sums, of which torch.compile makes one graph for all values of a Python float. Of torch.full it makes one for
+    # each value, and then keeps an older value elsewhere in the user's graph (seen in torch 2.13).
+    zero = torch.zeros((), dtype=dtype, device=x.device)
+    return torch.stack([zero + (v.to(dtype) if isinstance(v, Tensor) else v) for v in values.values()])
 
 
 def check_sets(
@@ -89,9 +163,9 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name}={value!r} is not known; choose one of {', '.join(map(repr, choices))}")
 
 
-def check_number(name: str, value: Any, least: float = -math.inf) -> None:
+def check_number(name: str, value: Any, least: float = -math.inf, besides: str = "") -> None:
     if not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}{besides}")
     try:
         number = float(value)
     except OverflowError:  # an int beyond the range of a float

@@ -18,9 +18,9 @@ from torch import Tensor
 from tcm_fused.arguments import Options, Rows, check_choice, check_sets, one_fp16_product
 from tcm_fused.backends.choice import choose
 from tcm_fused.backends.numerics import loss_dtype
-from tcm_fused.backends.operators import WithGradient
-from tcm_fused.loss import TCMLoss, sums_of
-from tcm_fused.pair_sums import PairSums, add, wants_gradient
+from tcm_fused.backends.operators import WithGradient, wants_gradient
+from tcm_fused.loss import TCMLoss
+from tcm_fused.pair_sums import PairSums, add, pair_sums
 from tcm_fused.tracing import eager_when_compiled
 
 if TYPE_CHECKING:
@@ -84,6 +84,7 @@ reduction='violating', group_pairs='within', precision='auto', backend='auto', g
         **options: Any,
     ) -> None:
         super().__init__(*args, **options)
+        check_choice("grad_reduction", grad_reduction, ("mean", "sum"))
         self.process_group = process_group
         self.grad_reduction = grad_reduction
         self.ring = ring
@@ -156,13 +157,13 @@ reduction='violating', group_pairs='within', precision='auto', backend='auto', g
 
     def _check(self, embeddings: Tensor, labels: Tensor, groups: Tensor | None) -> Rows:
         """All that can be wrong on this rank alone."""
-        options = self.options
-        options.check()
+        options = self._checked_options()
         check_choice("grad_reduction", self.grad_reduction, ("mean", "sum"))
         for name, value in (("embeddings", embeddings), ("labels", labels), ("groups", groups)):
             if hasattr(value, "to_local"):
                 raise TypeError(f"{name} must be this rank's own rows, got {type(value).__name__}; pass .to_local()")
         rows, _ = check_sets(embeddings, labels, None, None, None, groups, None)
+        options.weights(rows.x), options.margins(rows.x)
         choose(options.backend, rows.x.device.type, rows.x.dtype, options.penalty == "squared")
         # So that rows without a label have gradient 0 where that of all others is NaN.
         return rows._replace(x=torch.where((rows.y >= 0)[:, None], rows.x, 0))
@@ -177,22 +178,23 @@ reduction='violating', group_pairs='within', precision='auto', backend='auto', g
         sums = _ring_sums(rows, n, group, options) if columns is None else None
 
         def work() -> tuple[PairSums, Tensor]:
-            batch = sums_of(rows, columns, n * dist.get_rank(group), options) if sums is None else sums()
+            batch = pair_sums(rows, columns, n * dist.get_rank(group), options) if sums is None else sums()
             if bank is None:
                 return batch, 2 * batch.penalty  # the gradient of pairs (i, j), and of (j, i) on other ranks
-            stored = sums_of(rows, bank, None, options)  # of columns that are constant
+            stored = pair_sums(rows, bank, None, options)  # of columns that are constant
             return add([batch, stored]), 2 * batch.penalty + stored.penalty
 
         (mine, complete), _ = _together(lambda: (work(), 0, "", rows.x.device), group)
         total = _add_up(mine, group)
         self._seen = total.penalty, total.hard, loss_dtype(rows.x)
         divisor = total.divisor.clamp_min(1).double()
-        weight = torch.stack([options.lambda_plus / divisor[0], options.lambda_minus / divisor[1]])
+        weights = options.weights(rows.x)
+        weight = torch.stack([weights[0] / divisor[0], weights[1] / divisor[1]])
         if self.grad_reduction == "mean":
             weight *= len(sizes)
         # All rows' gradients are NaN then, those too that were never with the one that is not finite (in no group).
         weight = torch.where(total.penalty.isnan().any(), torch.nan, weight)
-        loss = total.loss(options.lambda_plus, options.lambda_minus).to(loss_dtype(rows.x))
+        loss = total.loss(weights).to(loss_dtype(rows.x))
         return WithGradient.apply(complete, loss, weight), columns
 
     def _terms(self, rows: Rows, bank: Rows | None) -> str:
@@ -366,7 +368,7 @@ def _ring_part(rows: Rows, columns: Rows | None, grad: Tensor, options: Options)
     """
     if columns is not None:
         columns = columns._replace(x=columns.x.to(rows.x.dtype))
-    part = sums_of(rows, columns, None, options)
+    part = pair_sums(rows, columns, None, options)
     for side in range(len(grad)):
         (by_side,) = torch.autograd.grad(part.penalty[side], rows.x, retain_graph=side == 0)
         # Where rows are columns it is that of the pairs (j, i) too, which a factor 2 will stand for.

@@ -1,16 +1,14 @@
 """`tcm_loss` and `TCMLoss`: what users call."""
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple, overload
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
 
-from tcm_fused.arguments import Options, Rows, check_sets, one_fp16_product
-from tcm_fused.backends.choice import choose
+from tcm_fused.arguments import Options, Rows, check_sets
 from tcm_fused.backends.numerics import loss_dtype
-from tcm_fused.backends.operators import OPERATORS
-from tcm_fused.pair_sums import PairSums, add, pair_sums, wants_gradient
+from tcm_fused.pair_sums import add, loss_and_sums, pair_sums
 
 
 class TCMStats(NamedTuple):
@@ -32,10 +30,10 @@ def tcm_loss(
     ref_emb: Tensor | None = None,
     ref_labels: Tensor | None = None,
     *,
-    margin_plus: float = ...,
-    margin_minus: float = ...,
-    lambda_plus: float = ...,
-    lambda_minus: float = ...,
+    margin_plus: float | Tensor = ...,
+    margin_minus: float | Tensor = ...,
+    lambda_plus: float | Tensor = ...,
+    lambda_minus: float | Tensor = ...,
     row_offset: int | None = ...,
     penalty: str = ...,
     reduction: str = ...,
@@ -55,10 +53,10 @@ def tcm_loss(
     ref_emb: Tensor | None = None,
     ref_labels: Tensor | None = None,
     *,
-    margin_plus: float = ...,
-    margin_minus: float = ...,
-    lambda_plus: float = ...,
-    lambda_minus: float = ...,
+    margin_plus: float | Tensor = ...,
+    margin_minus: float | Tensor = ...,
+    lambda_plus: float | Tensor = ...,
+    lambda_minus: float | Tensor = ...,
     row_offset: int | None = ...,
     penalty: str = ...,
     reduction: str = ...,
@@ -77,10 +75,10 @@ def tcm_loss(
     ref_emb: Tensor | None = None,
     ref_labels: Tensor | None = None,
     *,
-    margin_plus: float = 0.9,
-    margin_minus: float = 0.5,
-    lambda_plus: float = 1.0,
-    lambda_minus: float = 1.0,
+    margin_plus: float | Tensor = 0.9,
+    margin_minus: float | Tensor = 0.5,
+    lambda_plus: float | Tensor = 1.0,
+    lambda_minus: float | Tensor = 1.0,
     row_offset: int | None = None,
     penalty: str = "hinge",
     reduction: str = "violating",
@@ -111,10 +109,11 @@ def tcm_loss(
         ref_emb: [M, D], the columns, in the dtype of `embeddings` (under autocast any); it gets its gradient
             if it requires one.
         ref_labels: [M], labels of `ref_emb`.
-        margin_plus: m+, positives up to this similarity are hard. Any finite number.
-        margin_minus: m-, negatives from this similarity on are hard. Any finite number.
-        lambda_plus: weight of the positives' term, at least 0.
-        lambda_minus: weight of the negatives' term, at least 0.
+        margin_plus: m+, positives up to this similarity are hard. Any finite number, or a 0-d tensor of one, see below.
+        margin_minus: m-, negatives from this similarity on are hard; likewise. Where it is above `margin_plus`, a
+            warning says so.
+        lambda_plus: weight of the positives' term, at least 0, or a 0-d tensor.
+        lambda_minus: weight of the negatives' term, likewise.
         row_offset: the column of `ref_emb` that is row 0 itself: pairs (i, row_offset + i) are left out. None:
             no row is among the columns.
         penalty: "hinge", as above, or "squared": each violation in the sums is squared. Its gradient weighs a pair by
@@ -133,6 +132,12 @@ def tcm_loss(
             On a CPU and with backend="torch" 16-bit input is always worked in float32, and float64 in float64.
         backend: "auto", "cpu", "cuda", "triton" or "torch". One asked for by name runs or raises.
         return_stats: also return a `TCMStats`.
+
+    Margins and weights that change from call to call may be numbers or tensors. Under torch.compile tensors make one
+    graph for all values, numbers two (under mode="reduce-overhead" one for each value). A tensor on a GPU is read there
+    by the kernels: nothing waits for it, and a captured CUDA graph follows it. So its value cannot be checked: if it is
+    not finite, loss and gradient are NaN. A number, or a tensor on the CPU, is a constant of a captured graph. Margins
+    and weights get no gradient; a tensor that requires one is refused.
 
     Returns:
         The loss, a scalar of float64 for float64 input and float32 otherwise; with `return_stats` the pair
@@ -163,7 +168,10 @@ def tcm_loss(
         precision=precision,
         backend=backend,
     )
-    loss, sums, count = _tcm(embeddings, labels, ref_emb, ref_labels, row_offset, groups, ref_groups, options)
+    options.check()
+    options.warn_of_crossed_margins()
+    rows, columns = check_sets(embeddings, labels, ref_emb, ref_labels, row_offset, groups, ref_groups)
+    loss, sums, count = loss_and_sums(rows, columns, row_offset, options)
     return (loss, stats_of(sums, count, loss.dtype)) if return_stats else loss
 
 
@@ -172,82 +180,14 @@ def stats_of(penalty: Tensor, count: Tensor, dtype: torch.dtype) -> TCMStats:
     return TCMStats(count[0], count[1], violation[0], violation[1])
 
 
-def _tcm(
-    embeddings: Tensor,
-    labels: Tensor,
-    ref_emb: Tensor | None,
-    ref_labels: Tensor | None,
-    row_offset: int | None,
-    groups: Tensor | None,
-    ref_groups: Tensor | None,
-    options: Options,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss [], and without gradient the sums [2] of penalties and counts [2] of hard pairs."""
-    options.check()
-    rows, columns = check_sets(embeddings, labels, ref_emb, ref_labels, row_offset, groups, ref_groups)
-    if groups is None and options.reduction == "violating":
-        ref_x, ref_y, _ = columns or (None, None, None)
-        fp16 = one_fp16_product(rows.x, options.precision)
-        wants = (wants_gradient(rows.x), ref_x is not None and wants_gradient(ref_x))
-        loss, _, _, penalty, count = _run(options, rows.x, rows.y, ref_x, ref_y, row_offset, fp16, False, *wants)
-        return loss, penalty, count
-    sums = sums_of(rows, columns, row_offset, options)
-    loss = sums.loss(options.lambda_plus, options.lambda_minus).to(loss_dtype(rows.x))
-    return loss, sums.penalty.detach(), sums.hard
-
-
-def sums_of(rows: Rows, columns: Rows | None, row_offset: int | None, options: Options) -> PairSums:
-    """The sums that the loss of `rows` and `columns` is made of; of checked arguments."""
-    fp16 = one_fp16_product(rows.x, options.precision)  # not of parts, which may come in another dtype
-
-    def penalties(
-        x: Tensor, y: Tensor, ref_x: Tensor | None, ref_y: Tensor | None, row_offset: int | None, *wants: bool
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        _, grad_x, grad_ref, penalty, count = _run(options, x, y, ref_x, ref_y, row_offset, fp16, True, *wants)
-        return penalty, count, grad_x, grad_ref
-
-    return pair_sums(penalties, rows, columns, row_offset, options.reduction, options.group_pairs)
-
-
-def _run(
-    options: Options,
-    x: Tensor,
-    y: Tensor,
-    ref_x: Tensor | None,
-    ref_y: Tensor | None,
-    row_offset: int | None,
-    fp16: bool,
-    per_side: bool,
-    grad_x: bool,
-    grad_ref: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """What the chosen operator returns."""
-    squared = options.penalty == "squared"
-    operator = OPERATORS[choose(options.backend, x.device.type, x.dtype, squared)]
-    results: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = operator(
-        x,
-        y,
-        ref_x,
-        ref_y,
-        None if row_offset is None else int(row_offset),
-        float(options.margin_plus),
-        float(options.margin_minus),
-        float(options.lambda_plus),
-        float(options.lambda_minus),
-        squared,
-        fp16,
-        per_side,
-        grad_x,
-        grad_ref,
-    )
-    return results
-
-
 class TCMLoss(nn.Module):
     """`tcm_loss` as a module, called like pytorch-metric-learning's `ThresholdConsistentMarginLoss`.
 
-    Arguments: those of `tcm_loss`; they are checked at the first call. `stats` tells what the last call saw, as a
-    `TCMStats` (None before the first).
+    Arguments: those of `tcm_loss`, by keyword. They are attributes, which may be set between calls, as a schedule of
+    margins or weights does. `stats` is what the last call saw, as a `TCMStats` (None before the first).
+
+    Raises:
+        TypeError, ValueError: an argument is not as `tcm_loss` takes it; here, and at a call if it was set later.
 
     Example:
         >>> criterion = TCMLoss(margin_plus=0.9, margin_minus=0.5)
@@ -255,19 +195,35 @@ class TCMLoss(nn.Module):
         >>> criterion(embeddings, torch.arange(8) % 2).backward()
     """
 
+    _warned = False  # of crossed margins
+
     def __init__(
         self,
-        margin_plus: float = 0.9,
-        margin_minus: float = 0.5,
-        lambda_plus: float = 1.0,
-        lambda_minus: float = 1.0,
-        precision: str = "auto",
-        backend: str = "auto",
-        *,
+        *positional: Any,
+        margin_plus: float | Tensor = 0.9,
+        margin_minus: float | Tensor = 0.5,
+        lambda_plus: float | Tensor = 1.0,
+        lambda_minus: float | Tensor = 1.0,
         penalty: str = "hinge",
         reduction: str = "violating",
         group_pairs: str = "within",
+        precision: str = "auto",
+        backend: str = "auto",
     ) -> None:
+        if positional:
+            raise TypeError(_by_keyword(type(self).__name__, positional[0]))
+        options = Options(
+            margin_plus,
+            margin_minus,
+            lambda_plus,
+            lambda_minus,
+            penalty=penalty,
+            reduction=reduction,
+            group_pairs=group_pairs,
+            precision=precision,
+            backend=backend,
+        )
+        options.check()
         super().__init__()
         self.margin_plus = margin_plus
         self.margin_minus = margin_minus
@@ -280,6 +236,7 @@ class TCMLoss(nn.Module):
         self.group_pairs = group_pairs
         # Of the last call: penalty sums [2], counts [2], dtype of the loss.
         self._seen: tuple[Tensor, Tensor, torch.dtype] | None = None
+        self._warned = options.warn_of_crossed_margins()
 
     @property
     def stats(self) -> TCMStats | None:
@@ -290,6 +247,13 @@ class TCMLoss(nn.Module):
     def options(self) -> Options:
         """Those of `tcm_loss` that the module holds."""
         return Options(**{name: getattr(self, name) for name in Options._fields})
+
+    def _checked_options(self) -> Options:
+        options = self.options
+        options.check()
+        if not self._warned:
+            self._warned = options.warn_of_crossed_margins()
+        return options
 
     def forward(
         self,
@@ -307,7 +271,9 @@ class TCMLoss(nn.Module):
         """
         if indices_tuple is not None:
             raise ValueError("indices_tuple must be None: TCM finds its hard pairs itself; leave the miner out")
-        loss, penalty, count = _tcm(embeddings, labels, ref_emb, ref_labels, None, groups, ref_groups, self.options)
+        options = self._checked_options()
+        rows, columns = check_sets(embeddings, labels, ref_emb, ref_labels, None, groups, ref_groups)
+        loss, penalty, count = loss_and_sums(rows, columns, None, options)
         self._seen = penalty, count, loss.dtype
         return loss
 
@@ -322,17 +288,29 @@ class TCMLoss(nn.Module):
 
         `make_bank` gets the batch, checked; what it raises is raised.
         """
-        options = self.options
-        options.check()
+        options = self._checked_options()
         rows, _ = check_sets(embeddings, labels, None, None, None, groups, None)
         bank = make_bank(rows)
         if bank is None:
             return self(embeddings, labels, groups=groups), rows
         # Two sets of pairs, since the batch's own need their similarities, and their gradient, once for both orders.
-        sums = add([sums_of(rows, None, None, options), sums_of(rows, bank, None, options)])
-        loss = sums.loss(options.lambda_plus, options.lambda_minus).to(loss_dtype(rows.x))
+        sums = add([pair_sums(rows, None, None, options), pair_sums(rows, bank, None, options)])
+        loss = sums.loss(options.weights(rows.x)).to(loss_dtype(rows.x))
         self._seen = sums.penalty.detach(), sums.hard, loss.dtype
         return loss, rows
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.options._asdict().items())
+
+
+def _by_keyword(name: str, first: Any) -> str:
+    """What to write in place of an option by position."""
+    if hasattr(first, "margin_plus") and hasattr(first, "margin_minus"):  # suggest_margins(...)
+        return (
+            f"{name} takes its options by keyword: for margins m write "
+            f"{name}(margin_plus=m.margin_plus, margin_minus=m.margin_minus)"
+        )
+    return (
+        f"{name} takes its options by keyword, as in {name}(margin_plus=0.9, margin_minus=0.5), got {first!r} by "
+        "position; pytorch-metric-learning's ThresholdConsistentMarginLoss has them in another order, weights first"
+    )

@@ -1,21 +1,17 @@
-"""Penalties and counts of a batch from which a loss is made: where one call of an operator does not give it all."""
+"""The loss of a batch from sums over pairs: of all of them in one call of an operator, or of parts, which add up."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from tcm_fused.arguments import Rows
+from tcm_fused.arguments import Options, Rows, one_fp16_product
+from tcm_fused.backends import operators
+from tcm_fused.backends.choice import choose
 from tcm_fused.backends.numerics import loss_dtype, wide_dtype
-from tcm_fused.backends.operators import WithGradient
+from tcm_fused.backends.operators import OPERATORS, WithGradient, wants_gradient
 from tcm_fused.tracing import eager_when_compiled
-
-# x [N, D], y [N], ref_x [M, D] or None, ref_y [M] or None, row_offset, whether gradients by x and by ref_x are wanted
-# -> penalty [2], differentiable, count [2], and its gradients [2, N, D] and [2, M, D]
-PairOperator = Callable[
-    [Tensor, Tensor, Tensor | None, Tensor | None, int | None, bool, bool], tuple[Tensor, Tensor, Tensor, Tensor]
-]
 
 
 class PairSums(NamedTuple):
@@ -25,19 +21,49 @@ class PairSums(NamedTuple):
     hard: Tensor  # int64, hard pairs
     divisor: Tensor  # int64, pairs that the penalty is divided by
 
-    def loss(self, lambda_plus: float, lambda_minus: float) -> Tensor:
-        """lambda+ penalty+ / divisor+  +  lambda- penalty- / divisor-; a side without pairs adds 0."""
+    def loss(self, weights: Tensor) -> Tensor:
+        """lambda+ penalty+ / divisor+  +  lambda- penalty- / divisor-, of weights [2]; a side without pairs adds 0."""
+        lambda_plus, lambda_minus = weights
         mean_plus, mean_minus = self.penalty / self.divisor.clamp_min(1)
         return lambda_plus * mean_plus + lambda_minus * mean_minus
 
 
-def pair_sums(
-    operator: PairOperator, rows: Rows, columns: Rows | None, row_offset: int | None, reduction: str, group_pairs: str
-) -> PairSums:
+class _Call(NamedTuple):
+    """How the operators are called for one batch; margins and precision are not those of its parts."""
+
+    operators: operators.Operators
+    margins: Tensor
+    squared: bool
+    fp16: bool
+
+    @classmethod
+    def of(cls, x: Tensor, options: Options) -> "_Call":
+        squared = options.penalty == "squared"
+        backend = choose(options.backend, x.device.type, x.dtype, squared)
+        return cls(OPERATORS[backend], options.margins(x), squared, one_fp16_product(x, options.precision))
+
+
+def loss_and_sums(
+    rows: Rows, columns: Rows | None, row_offset: int | None, options: Options
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss [], and without gradient the sums [2] of penalties and counts [2] of hard pairs; of checked arguments."""
+    weights = options.weights(rows.x)
+    if rows.groups is None and options.reduction == "violating":
+        ref_x, ref_y, _ = columns or (None, None, None)
+        operator, margins, *how = _Call.of(rows.x, options)
+        return operators.loss(operator.loss, rows.x, rows.y, ref_x, ref_y, row_offset, margins, weights, *how)
+    sums = pair_sums(rows, columns, row_offset, options)
+    return sums.loss(weights).to(loss_dtype(rows.x)), sums.penalty.detach(), sums.hard
+
+
+def pair_sums(rows: Rows, columns: Rows | None, row_offset: int | None, options: Options) -> PairSums:
     """The sums over all pairs of `rows` with `columns` (None: with the rows), or over those that `groups` leave."""
-    if rows.groups is None:
-        return _sums(operator, rows, columns, row_offset, reduction)[0]
-    return _grouped(operator, rows, columns, row_offset, reduction, group_pairs)
+    call = _Call.of(rows.x, options)
+    if rows.groups is not None:
+        return _grouped(call, rows, columns, row_offset, options.reduction, options.group_pairs)
+    ref_x, ref_y, _ = columns or (None, None, None)
+    penalty, hard = operators.penalties(call.operators.penalties, rows.x, rows.y, ref_x, ref_y, row_offset, *call[1:])
+    return PairSums(penalty, hard, _divisor(hard, rows.y, ref_y, row_offset, options.reduction))
 
 
 def add(parts: Sequence[PairSums]) -> PairSums:
@@ -48,7 +74,7 @@ def add(parts: Sequence[PairSums]) -> PairSums:
 
 @eager_when_compiled("the groups are read on the host")
 def _grouped(
-    operator: PairOperator, rows: Rows, columns: Rows | None, row_offset: int | None, reduction: str, group_pairs: str
+    call: _Call, rows: Rows, columns: Rows | None, row_offset: int | None, reduction: str, group_pairs: str
 ) -> PairSums:
     """Group by group, with the gradients of all parts added up at once: autograd would keep all columns of each."""
     grad_rows = _room(rows.x)
@@ -57,10 +83,11 @@ def _grouped(
     none = torch.zeros(2, dtype=torch.int64, device=rows.x.device)
     total = PairSums(none.to(wide_dtype(rows.x)), none, none)
     for i, j, offset in (_within if group_pairs == "within" else _across)(rows, columns, row_offset):
-        row_part = _take(rows, i)
-        column_part = None if j is None else _take(columns or rows, j)
+        x, y, _ = _take(rows, i)
+        ref_x, ref_y, _ = (None, None, None) if j is None else _take(columns or rows, j)
         wants = grad_rows is not None, grad_columns is not None and j is not None
-        part, of_rows, of_columns = _sums(operator, row_part, column_part, offset, reduction, wants)
+        penalty, of_rows, of_columns, hard = call.operators.penalties(x, y, ref_x, ref_y, offset, *call[1:], *wants)
+        part = PairSums(penalty, hard, _divisor(hard, y, ref_y, offset, reduction))
         if grad_rows is not None:
             grad_rows.index_add_(1, i, of_rows, alpha=both_orders)
         if grad_columns is not None and j is not None:
@@ -85,30 +112,13 @@ def _room(x: Tensor) -> Tensor | None:
     return torch.zeros((2, *x.shape), dtype=loss_dtype(x), device=x.device) if wants_gradient(x) else None
 
 
-def wants_gradient(x: Tensor) -> bool:
-    return torch.is_grad_enabled() and x.requires_grad
-
-
 def _take(rows: Rows, index: Tensor) -> Rows:
     """Some of `rows`, as constants in the dtype of the loss: so their gradients are, and add up in it."""
     return Rows(rows.x.detach()[index].to(loss_dtype(rows.x)), rows.y[index], None)
 
 
-def _sums(
-    operator: PairOperator,
-    rows: Rows,
-    columns: Rows | None,
-    row_offset: int | None,
-    reduction: str,
-    wants: tuple[bool, bool] | None = None,
-) -> tuple[PairSums, Tensor, Tensor]:
-    """The sums of one call, and the gradients [2, N, D] and [2, M, D] that come with it."""
-    ref_x, ref_y, _ = columns or (None, None, None)
-    if wants is None:
-        wants = wants_gradient(rows.x), ref_x is not None and wants_gradient(ref_x)
-    penalty, hard, grad_x, grad_ref = operator(rows.x, rows.y, ref_x, ref_y, row_offset, *wants)
-    divisor = hard if reduction == "violating" else count_pairs(rows.y, ref_y, row_offset)
-    return PairSums(penalty, hard, divisor), grad_x, grad_ref
+def _divisor(hard: Tensor, y: Tensor, ref_y: Tensor | None, row_offset: int | None, reduction: str) -> Tensor:
+    return hard if reduction == "violating" else count_pairs(y, ref_y, row_offset)
 
 
 def count_pairs(y: Tensor, ref_y: Tensor | None, row_offset: int | None) -> Tensor:

@@ -1,5 +1,7 @@
 """The loss in blocks of plain PyTorch, in O(N D) memory: it runs on any device."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -8,23 +10,20 @@ from tcm_fused.backends.numerics import as_precise_as_asked, loss_dtype, project
 BLOCK = 1024  # rows and columns of one similarity tile
 
 
-def tcm_blocked(
+def loss_blocked(
     x: Tensor,
     y: Tensor,
     ref_x: Tensor | None,
     ref_y: Tensor | None,
     row_offset: int | None,
-    margin_plus: float,
-    margin_minus: float,
-    lambda_plus: float,
-    lambda_minus: float,
+    margins: Tensor,
+    weights: Tensor,
     squared: bool,
     fp16: bool,
-    per_side: bool,
     grad_x: bool,
     grad_ref: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The same loss tile by tile, with its gradient: O(N D + M D) memory, no wait for the device.
+    """The loss tile by tile, with its gradient: O(N D + M D) memory, no wait for the device.
 
     The loss is piecewise linear in s, so the sums of the gradient, G+ = M+ X^ and G- = M- X^, need
     no counts: they are taken while the penalties are, and scaled at the end. With squared penalties the
@@ -32,32 +31,91 @@ def tcm_blocked(
 
     Arguments and results: those of the operator; with `fp16` products may be TF32 where the user allows it.
     """
-    options = (margin_plus, margin_minus, lambda_plus, lambda_minus, squared, per_side)
     with as_precise_as_asked(x.device.type, fp16):
-        x = x.to(loss_dtype(x)).contiguous()
-        if ref_x is None or ref_y is None:  # rows are columns: each row's sum also stands for its column's
-            loss, half_grad, grad_none, penalty, count = _blocked(x, y, x, y, 0, *options, grad_x, False)
-            return loss, 2 * half_grad, grad_none, penalty, count
-        return _blocked(x, y, ref_x.to(x.dtype).contiguous(), ref_y, row_offset, *options, grad_x, grad_ref)
+        sums = _sums(x, y, ref_x, ref_y, row_offset, margins, squared, grad_x, grad_ref)
+        n_plus, n_minus = sums.hard.clamp_min(1).to(sums.penalty.dtype)
+        # Not weights / n: weights on the CPU would have to be copied to the device, and that waits for it.
+        weight = torch.stack([weights[0] / n_plus, weights[1] / n_minus])
+        weight = torch.where(sums.finite & torch.isfinite(weights).all(), weight, torch.nan)
+        none = sums.penalty.new_empty(0, dtype=loss_dtype(x))
+        return (
+            (weight * sums.penalty).sum().to(none.dtype),
+            sums.rows.gradient(weight) if grad_x else none,
+            sums.columns.gradient(weight) if grad_ref and ref_x is not None else none.clone(),
+            sums.penalty,
+            sums.hard,
+        )
 
 
-def _blocked(
+def penalties_blocked(
     x: Tensor,
     y: Tensor,
-    ref_x: Tensor,
-    ref_y: Tensor,
+    ref_x: Tensor | None,
+    ref_y: Tensor | None,
     row_offset: int | None,
-    margin_plus: float,
-    margin_minus: float,
-    lambda_plus: float,
-    lambda_minus: float,
+    margins: Tensor,
     squared: bool,
-    per_side: bool,
+    fp16: bool,
     grad_x: bool,
     grad_ref: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`tcm_blocked` for a reference set."""
-    wide = wide_dtype(x)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The two penalties of `loss_blocked`, each with its own gradient; likewise."""
+    with as_precise_as_asked(x.device.type, fp16):
+        sums = _sums(x, y, ref_x, ref_y, row_offset, margins, squared, grad_x, grad_ref)
+        one = torch.where(sums.finite, torch.ones_like(sums.penalty), torch.nan).diag()  # [side, weight]
+        none = sums.penalty.new_empty(0, dtype=loss_dtype(x))
+        return (
+            sums.penalty,
+            torch.stack([sums.rows.gradient(weight) for weight in one]) if grad_x else none,
+            torch.stack([sums.columns.gradient(weight) for weight in one])
+            if grad_ref and ref_x is not None
+            else none.clone(),
+            sums.hard,
+        )
+
+
+class _Rows(NamedTuple):
+    """Rows or columns, with the sums for their gradient."""
+
+    x_hat: Tensor  # [N, D]
+    norm: Tensor  # [N, 1]
+    g: list[Tensor]  # G+ and G- [N, D], if wanted
+    twice: bool  # the rows are the columns: each row's sum also stands for its column's
+
+    def gradient(self, weight: Tensor) -> Tensor:
+        """[N, D], that of w+ penalty+  +  w- penalty- with weights [2]."""
+        grad = project(weight, self.g, self.x_hat, self.norm)
+        return grad.mul_(2) if self.twice else grad
+
+
+class _Sums(NamedTuple):
+    rows: _Rows
+    columns: _Rows
+    penalty: Tensor  # [2]
+    hard: Tensor  # [2] int64, hard pairs
+    finite: Tensor  # [] bool, of all that takes part
+
+
+def _sums(
+    x: Tensor,
+    y: Tensor,
+    ref_x: Tensor | None,
+    ref_y: Tensor | None,
+    row_offset: int | None,
+    margins: Tensor,
+    squared: bool,
+    grad_x: bool,
+    grad_ref: bool,
+) -> _Sums:
+    """One pass over the tiles."""
+    wide, dtype = wide_dtype(x), loss_dtype(x)
+    x = x.to(dtype).contiguous()
+    symmetric = ref_x is None or ref_y is None
+    if ref_x is None or ref_y is None:
+        ref_x, ref_y, row_offset, grad_ref = x, y, 0, False
+    else:
+        ref_x = ref_x.to(dtype).contiguous()
+    margin_plus, margin_minus = margins
     rows, columns = y >= 0, ref_y >= 0
     x_hat, x_norm = unit_and_norm(x, rows)
     ref_hat, ref_norm = unit_and_norm(ref_x, columns)
@@ -86,22 +144,11 @@ def _blocked(
                     g_rows[side][block_rows] += slope @ ref_hat[block_columns]
                 if grad_ref:
                     g_columns[side][block_columns] += slope.T @ x_hat[block_rows]
-    finite = torch.isfinite(x_hat).all() & torch.isfinite(ref_hat).all()
-    # From Python numbers, not a tensor of them: that would be copied to the device, and wait for it.
-    n_plus, n_minus = count.clamp_min(1).to(wide)
-    weight = torch.stack([lambda_plus / n_plus, lambda_minus / n_minus])
-    weight, penalty = (torch.where(finite, t, torch.nan) for t in (weight, penalty))
-
-    def gradient(g: list[Tensor], x_hat: Tensor, norm: Tensor) -> Tensor:
-        if not per_side:
-            return project(weight, g, x_hat, norm)
-        one = torch.where(finite, torch.ones_like(weight), torch.nan).diag()  # [side, weight]
-        return torch.stack([project(one[side], g, x_hat, norm) for side in (0, 1)])
-
-    return (
-        (weight * penalty).sum().to(x.dtype),
-        gradient(g_rows, x_hat, x_norm) if grad_x else x.new_empty(0),
-        gradient(g_columns, ref_hat, ref_norm) if grad_ref else x.new_empty(0),
-        penalty,
+    finite = torch.isfinite(x_hat).all() & torch.isfinite(ref_hat).all() & torch.isfinite(margins).all()
+    return _Sums(
+        _Rows(x_hat, x_norm, g_rows, symmetric),
+        _Rows(ref_hat, ref_norm, g_columns, False),
+        torch.where(finite, penalty, torch.nan),
         count,
+        finite,
     )

@@ -9,7 +9,7 @@ from tcm_fused.backends.numerics import as_precise_as_asked, unit_and_norm
 BLOCK = 1024  # rows and columns of one similarity tile
 
 
-def pair_counts_blocked(
+def counts_blocked(
     x: Tensor, y: Tensor, classes: int, thresholds: Tensor, bits: int, progress: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Count the unordered pairs of N rows, block by block: O(N D + 2^bits + classes * T) memory.

@@ -1,14 +1,13 @@
-"""Which backend runs a call, and why one cannot."""
+"""Which backend runs a call, and why one cannot: both are read off one table of what each backend can do."""
 
-import sys
-import warnings
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from tcm_fused.backends.operators import COUNTERS
+from tcm_fused.backends.operators import OPERATORS
 from tcm_fused.tracing import constant_when_compiled
+from tcm_fused.warn import warn_once
 
 try:
     import tcm_fused._C as _C
@@ -17,7 +16,26 @@ except ImportError as error:  # not swallowed: `why_unavailable` tells it
 else:
     _IMPORT_ERROR = None
 
-BACKENDS = ("cpu", "cuda", "triton", "torch")
+_WIDE = (torch.float32, torch.float64)
+_NARROW = (torch.float16, torch.bfloat16, torch.float32)
+
+
+class Backend(NamedTuple):
+    """All that one backend can do. `why_unavailable` says whether it can do so in this process."""
+
+    device: str | None  # type of the device of its tensors; None: any
+    dtypes: tuple[torch.dtype, ...]  # of embeddings
+    penalties: tuple[str, ...]
+    counted: tuple[torch.dtype, ...]  # of embeddings whose pairs it counts for OPIS; none if empty
+
+
+# In the order in which "auto" takes them. GPU kernels live off 16-bit products, and weigh a pair with 0 or 1 alone.
+BACKENDS = {
+    "cpu": Backend("cpu", (*_NARROW, torch.float64), ("hinge", "squared"), counted=_WIDE),
+    "cuda": Backend("cuda", _NARROW, ("hinge",), counted=(torch.float32,)),
+    "triton": Backend("cuda", _NARROW, ("hinge",), counted=()),
+    "torch": Backend(None, (*_NARROW, torch.float64), ("hinge", "squared"), counted=_WIDE),
+}
 
 
 def build_info() -> dict[str, Any] | None:
@@ -80,13 +98,6 @@ def _why_no_triton() -> str | None:
     return "torch finds no GPU; use backend='torch' (or, to test, set TRITON_INTERPRET=1 before Triton is imported)"
 
 
-def _triton_device() -> str:
-    """Device of the tensors that Triton's kernels take in this process, where they can run."""
-    from tcm_fused.backends.triton_loss import INTERPRETED
-
-    return "cpu" if INTERPRETED else "cuda"
-
-
 def _runs_on(architecture: str, gpu: tuple[int, int]) -> bool:
     """Machine code ("sm_80") runs on later minor versions, unless it is "sm_90a"; PTX ("compute_80") on all later."""
     kind, name = architecture.split("_")
@@ -98,81 +109,78 @@ def _runs_on(architecture: str, gpu: tuple[int, int]) -> bool:
 
 @constant_when_compiled
 def choose(backend: str, device_type: str, dtype: torch.dtype, squared: bool = False) -> str:
-    """Which of OPERATORS runs `backend` on embeddings of `dtype` on `device_type`; RuntimeError if none does."""
+    """Which of BACKENDS runs `backend` on embeddings of `dtype` on `device_type`; RuntimeError if none does."""
+    penalty = "squared" if squared else "hinge"
     if backend == "auto":
-        return _choose_best(device_type, dtype, squared)
+        return _best(device_type, f"runs its slower PyTorch fallback on '{device_type}'", dtype, penalty)
     reason = why_unavailable(backend)
     if reason is not None:
         raise RuntimeError(f"backend={backend!r} is not available: {reason}")
-    if backend == "torch":
-        return "blocked"
-    device = backend
-    if backend == "triton":
-        device = _triton_device()
-    if device_type != device:
-        raise RuntimeError(f"backend={backend!r} needs tensors on device '{device}', embeddings are on '{device_type}'")
-    if backend in ("cuda", "triton") and dtype == torch.float64:
+    able = BACKENDS[backend]
+    _check_device(backend, device_type)
+    if dtype not in able.dtypes:
+        raise RuntimeError(f"backend={backend!r} has no {_NO_WIDE}")
+    if penalty not in able.penalties:
         raise RuntimeError(
-            f"backend={backend!r} has no float64 kernels; use backend='torch' for float64 embeddings, or "
-            "embeddings.float()"
+            f"backend={backend!r} has no {penalty} penalty; use backend='torch' or penalty={able.penalties[0]!r}"
         )
-    if squared and backend in ("cuda", "triton"):
-        raise RuntimeError(f"backend={backend!r} has no squared penalty; use backend='torch' or penalty='hinge'")
-    return "triton" if backend == "triton" else "fused"
-
-
-def _choose_best(device_type: str, dtype: torch.dtype, squared: bool) -> str:
-    """The extension's kernel, else on a GPU Triton's, else the blocked form, with a warning that says what is missing.
-
-    Embeddings in float64 on a GPU take the blocked form without one: GPU kernels live off 16-bit products. So do
-    squared penalties, whose gradient weighs pairs with more than the 0 and 1 that those kernels are made for.
-    """
-    if device_type == "cuda" and (dtype == torch.float64 or squared):
-        return "blocked"
-    reason = why_unavailable(device_type) if device_type in BACKENDS else f"no kernel for device '{device_type}'"
-    if reason is None:
-        return "fused"
-    if device_type == "cuda":
-        no_triton = why_unavailable("triton")
-        if no_triton is None and _triton_device() == "cpu":
-            no_triton = "TRITON_INTERPRET is set; unset it"
-        if no_triton is None:
-            return "triton"
-        reason = f"CUDA kernels: {reason}. Triton kernels: {no_triton}"
-    _warn_once(f"tcm_fused runs its slower PyTorch fallback on '{device_type}': {reason}")
-    return "blocked"
+    return backend
 
 
 def choose_counter(backend: str, device_type: str, dtype: torch.dtype) -> Any:
-    """The operator that counts pairs of `dtype` with `backend` on `device_type`; RuntimeError if none does.
-
-    "auto" takes the kernel where there is one (CPUs; CUDA devices, for float32), else the blocked PyTorch form, with a
-    warning where the kernel is only missing.
-    """
+    """The operator that counts pairs of `dtype` with `backend` on `device_type`; RuntimeError if none does."""
     if backend == "auto":
-        if device_type != "cpu" and (device_type, dtype) != ("cuda", torch.float32):
-            return COUNTERS["torch"]
-        reason = why_unavailable(device_type)
-        if reason is not None:
-            _warn_once(f"tcm_fused counts pairs in its slower PyTorch fallback on '{device_type}': {reason}")
-        return COUNTERS[device_type if reason is None else "torch"]
-    reason = why_unavailable(backend) if backend in COUNTERS else "pairs are counted by 'cpu', 'cuda' or 'torch' only"
+        best = _best(device_type, f"counts pairs in its slower PyTorch fallback on '{device_type}'", dtype)
+        return OPERATORS[best].counts
+    counters = [name for name, able in BACKENDS.items() if able.counted]
+    reason = why_unavailable(backend)
+    if backend not in counters:
+        reason = f"pairs are counted by {', '.join(map(repr, counters[:-1]))} or {counters[-1]!r} only"
     if reason is not None:
         raise RuntimeError(f"backend={backend!r} is not available: {reason}")
-    if backend != "torch" and device_type != backend:
-        raise RuntimeError(
-            f"backend={backend!r} needs tensors on device {backend!r}, embeddings are on {device_type!r}"
-        )
-    if backend == "cuda" and dtype == torch.float64:
-        raise RuntimeError(
-            "backend='cuda' has no float64 kernels; use backend='torch' for float64 embeddings, or embeddings.float()"
-        )
-    return COUNTERS[backend]
+    _check_device(backend, device_type)
+    if dtype not in BACKENDS[backend].counted:
+        raise RuntimeError(f"backend={backend!r} has no {_NO_WIDE}")
+    return OPERATORS[backend].counts
 
 
-@cache
-def _warn_once(message: str) -> None:
-    level = 1
-    while sys._getframe(level).f_globals.get("__name__", "").startswith("tcm_fused."):
-        level += 1
-    warnings.warn(message, stacklevel=level + 1)  # at the caller of `tcm_loss`
+_NO_WIDE = "float64 kernels; use backend='torch' for float64 embeddings, or embeddings.float()"
+
+
+def _check_device(backend: str, device_type: str) -> None:
+    device = BACKENDS[backend].device
+    if backend == "triton" and _is_interpreted():
+        device = "cpu"
+    if device not in (None, device_type):
+        raise RuntimeError(f"backend={backend!r} needs tensors on device '{device}', embeddings are on '{device_type}'")
+
+
+def _best(device_type: str, fallback: str, dtype: torch.dtype, penalty: str | None = None) -> str:
+    """The first backend that is made for such a loss (or, without a penalty, for counting) and is available.
+
+    Where that is the last, which is slow, a warning says why no other is; but not where no kernel for the device could.
+    """
+    missing: dict[str, str] = {}
+    if all(able.device != device_type for able in BACKENDS.values()):
+        missing["kernel"] = f"no kernel for device '{device_type}'"
+    for name, able in BACKENDS.items():
+        can = dtype in able.counted if penalty is None else dtype in able.dtypes and penalty in able.penalties
+        if not can or able.device not in (None, device_type):
+            continue
+        reason = why_unavailable(name)
+        if name == "triton" and reason is None and _is_interpreted():
+            reason = "TRITON_INTERPRET is set; unset it"
+        if reason is not None:
+            missing[name] = reason
+        elif able.device is not None or not missing:
+            return name
+    told = [f"{name}: {reason}" if len(missing) > 1 else reason for name, reason in missing.items()]
+    warn_once(f"tcm_fused {fallback}: {'; '.join(told)}")
+    return name
+
+
+def _is_interpreted() -> bool:
+    """Whether Triton's kernels run in its interpreter, on CPU tensors; where Triton is there."""
+    from tcm_fused.backends import triton_loss
+
+    return triton_loss.INTERPRETED

@@ -1,72 +1,140 @@
 """The operators: schema, shapes and autograd.
 
-Three operators of the loss share one schema. `tcm_fused::fused` is the kernel that the extension registers for a
-device, `tcm_fused::triton` that for GPUs without it, and `tcm_fused::blocked` is plain PyTorch and runs anywhere. All
-return the gradient with the loss (one pass over the pairs), so that backward is a multiplication. In the same way
-`tcm_fused::counts` and `tcm_fused::pair_counts_blocked` count the pairs for OPIS.
+`tcm_fused::loss` and `tcm_fused::penalties` are the kernels that the extension registers for a device; with "_triton"
+behind their names those for GPUs without it, with "_blocked" plain PyTorch, which runs anywhere. All return the
+gradient with the value (one pass over the pairs), so that backward is a multiplication. `tcm_fused::counts` and
+`tcm_fused::counts_blocked` count the pairs for OPIS.
+
+`loss` and `penalties` of this file call them with autograd. Under torch.compile the operator itself stands in the
+graph, with the autograd formula that is registered for it. In eager mode that registration costs ten times the kernel
+of a small batch: there a `torch.autograd.Function` calls the operator below autograd.
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from tcm_fused.backends.blocked import tcm_blocked
-from tcm_fused.backends.blocked_counts import pair_counts_blocked
+from tcm_fused.backends.blocked import loss_blocked, penalties_blocked
+from tcm_fused.backends.blocked_counts import counts_blocked
 from tcm_fused.backends.numerics import loss_dtype, wide_dtype
 
 _LIBRARY = torch.library.Library("tcm_fused", "FRAGMENT")
 # x [N, D] and ref_x [M, D] of one floating dtype, y [N] and ref_y [M] int64; without a reference set the rows are the
-# columns. fp16: similarities may come from one product in fp16; a kernel that has nothing less than fp32 ignores it.
-# squared: penalties are the squares of the violations. penalty [2], sums in float64, and count [2]: hard positives and
-# hard negatives. loss [] and gradients are float64 for float64 embeddings and float32 otherwise; a gradient not asked
-# for is empty. It is that of the loss, [N, D] and [M, D], and the loss is what can be differentiated; with per_side it
-# is that of either penalty, [2, N, D] and [2, M, D], and penalty is what can be differentiated (the loss is then of no
-# meaning).
-_SCHEMA = (
-    "(Tensor x, Tensor y, Tensor? ref_x, Tensor? ref_y, int? row_offset, float margin_plus, float margin_minus, "
-    "float lambda_plus, float lambda_minus, bool squared, bool fp16, bool per_side, bool grad_x, bool grad_ref) "
-    "-> (Tensor loss, Tensor grad_x, Tensor grad_ref, Tensor penalty, Tensor count)"
-)
+# columns. margins [2] and weights [2]: m+ and m-, lambda+ and lambda-, contiguous, float64 (float32 for MPS); on the
+# CPU, where they are read at the call, or on the device of x, whose kernels read them. squared: penalties are the
+# squares of the violations. fp16: similarities may come from one product in fp16; a kernel that has nothing less than
+# fp32 ignores it.
+_ROWS = "Tensor x, Tensor y, Tensor? ref_x, Tensor? ref_y, int? row_offset, Tensor margins, "
+_OPTIONS = "bool squared, bool fp16, bool grad_x, bool grad_ref"
+# penalty [2], sums in float64, and count [2]: hard positives and hard negatives. loss [] and gradients are float64 for
+# float64 embeddings and float32 otherwise; a gradient not asked for is empty. The first result is the one that can be
+# differentiated. Its gradients are [N, D] and [M, D] of the loss, [2, N, D] and [2, M, D] of the two penalties.
+_SCHEMAS = {
+    "loss": f"({_ROWS}Tensor weights, {_OPTIONS}) "
+    "-> (Tensor loss, Tensor grad_x, Tensor grad_ref, Tensor penalty, Tensor count)",
+    "penalties": f"({_ROWS}{_OPTIONS}) -> (Tensor penalty, Tensor grad_x, Tensor grad_ref, Tensor count)",
+    # x [N, D] float32 or float64, finite; y [N] int64 class; thresholds [T] ascending similarities in the dtype of x.
+    # counts [2, 2^(bits + 1) + 1], class_counts [2, classes + 1, T] int64 and best [2, N]: see `counts_blocked`.
+    # progress [2] int64, if given: blocks done and in all, while it runs; a GPU only tells that it was given the work.
+    "counts": "(Tensor x, Tensor y, int classes, Tensor thresholds, int bits, Tensor(a!)? progress) "
+    "-> (Tensor counts, Tensor class_counts, Tensor best)",
+}
 
 
-def _fake(
-    x: Tensor, y: Tensor, ref_x: Tensor | None, ref_y: Tensor | None, *options: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    *_, per_side, grad_x, grad_ref = options
-    dtype = loss_dtype(x)
-    sides = (2,) if per_side else ()
-    return (
-        x.new_empty((), dtype=dtype),
-        x.new_empty((*sides, *x.shape) if grad_x else 0, dtype=dtype),
-        x.new_empty((*sides, *ref_x.shape) if grad_ref and ref_x is not None else 0, dtype=dtype),
-        x.new_empty(2, dtype=wide_dtype(x)),
-        x.new_empty(2, dtype=torch.int64),
+def loss(
+    operator: Any,
+    x: Tensor,
+    y: Tensor,
+    ref_x: Tensor | None,
+    ref_y: Tensor | None,
+    row_offset: int | None,
+    margins: Tensor,
+    weights: Tensor,
+    squared: bool,
+    fp16: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss [], differentiable by x and ref_x, and without gradient penalty [2] and count [2]."""
+    wants = wants_gradient(x), ref_x is not None and wants_gradient(ref_x)
+    value, _, _, penalty, count = _run(
+        operator, x, y, ref_x, ref_y, row_offset, margins, weights, squared, fp16, *wants
     )
+    return value, penalty, count
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    loss, grad_x, grad_ref, penalty, count = output
+def penalties(
+    operator: Any,
+    x: Tensor,
+    y: Tensor,
+    ref_x: Tensor | None,
+    ref_y: Tensor | None,
+    row_offset: int | None,
+    margins: Tensor,
+    squared: bool,
+    fp16: bool,
+) -> tuple[Tensor, Tensor]:
+    """Penalty [2], differentiable by x and ref_x, and count [2]."""
+    wants = wants_gradient(x), ref_x is not None and wants_gradient(ref_x)
+    value, _, _, count = _run(operator, x, y, ref_x, ref_y, row_offset, margins, squared, fp16, *wants)
+    return value, count
+
+
+def wants_gradient(x: Tensor) -> bool:
+    """Whether autograd will ask for the gradient by `x`."""
+    return torch.is_grad_enabled() and x.requires_grad
+
+
+def _run(operator: Any, *arguments: Any) -> tuple[Tensor, ...]:
+    """The operator's results, the first of them differentiable; the gradients of an eager call stay with autograd."""
+    if torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None:
+        results: tuple[Tensor, ...] = operator(*arguments)
+        return results
+    if arguments[-1] or arguments[-2]:
+        results = _Differentiable.apply(arguments[0], arguments[2], operator, arguments)
+        return results
+    with torch._C._AutoDispatchBelowAutograd():
+        results = operator(*arguments)
+    return results
+
+
+class _Differentiable(torch.autograd.Function):
+    """An operator of the loss with the gradients that it returns."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, ref_x: Tensor | None, operator: Any, arguments: tuple[Any, ...]
+    ) -> tuple[Tensor, ...]:
+        with torch._C._AutoDispatchBelowAutograd():
+            results: tuple[Tensor, ...] = operator(*arguments)
+        _keep(ctx, x, ref_x, results)
+        return results
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor | None, *_: Any) -> Any:
+        return *_gradients(ctx, upstream, ctx.needs_input_grad[:2]), None, None
+
+
+def _keep(ctx: Any, x: Tensor, ref_x: Tensor | None, results: tuple[Tensor, ...]) -> None:
+    """All that backward needs."""
+    _, grad_x, grad_ref, *_ = results
     ctx.save_for_backward(grad_x, grad_ref)
     # Not saved with the others: backward does not read their values, which may change after forward.
-    ctx.embeddings = inputs[0], inputs[2]
-    ctx.per_side = inputs[-3]
-    ctx.mark_non_differentiable(grad_x, grad_ref, loss if ctx.per_side else penalty, count)
+    ctx.embeddings = x, ref_x
+    ctx.mark_non_differentiable(*results[1:])
     ctx.set_materialize_grads(False)
 
 
-def _backward(
-    ctx: Any, grad_loss: Tensor | None, grad_x: None, grad_ref: None, grad_penalty: Tensor | None, grad_count: None
-) -> tuple[Any, ...]:
-    grads: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
-    upstream = grad_penalty if ctx.per_side else grad_loss
-    if upstream is not None:
-        scale = OnceDifferentiable.apply if torch.is_grad_enabled() else scale_saved
-        for argument, saved, x in zip((0, 2), ctx.saved_tensors, ctx.embeddings, strict=True):
-            if ctx.needs_input_grad[argument]:
-                # Cast last: a gradient too small for float16 is multiplied by the loss scale before it is rounded.
-                grads[argument] = scale(saved, upstream, *ctx.embeddings).to(x.dtype)
-    return tuple(grads)
+def _gradients(ctx: Any, upstream: Tensor | None, needed: tuple[bool, ...]) -> list[Tensor | None]:
+    """Those by x and by ref_x, in their dtypes."""
+    if upstream is None:
+        return [None, None]
+    scale = OnceDifferentiable.apply if torch.is_grad_enabled() else scale_saved
+    return [
+        # Cast last: a gradient too small for float16 is multiplied by the loss scale before it is rounded.
+        scale(saved, upstream, *ctx.embeddings).to(x.dtype) if needs else None
+        for saved, x, needs in zip(ctx.saved_tensors, ctx.embeddings, needed, strict=True)
+    ]
 
 
 def scale_saved(saved: Tensor, upstream: Tensor, *_: Any) -> Tensor:
@@ -99,7 +167,7 @@ class WithGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, value: Tensor, grad: Tensor) -> Tensor:
         ctx.save_for_backward(grad)
-        ctx.x = x  # see `_setup_context`
+        ctx.x = x  # see `_keep`
         return value.clone()
 
     @staticmethod
@@ -108,69 +176,43 @@ class WithGradient(torch.autograd.Function):
         return scale(*ctx.saved_tensors, *upstream, ctx.x).to(ctx.x.dtype), None, None
 
 
-def _run_triton(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    from tcm_fused.backends.triton_loss import tcm_triton  # only here: Triton is optional, and takes a second to import
-
-    return tcm_triton(*arguments)
+# Registration.
 
 
-for _name in ("fused", "triton", "blocked"):
-    _LIBRARY.define(_name + _SCHEMA)
-    torch.library.register_fake(f"tcm_fused::{_name}", _fake, lib=_LIBRARY)
-    torch.library.register_autograd(f"tcm_fused::{_name}", _backward, setup_context=_setup_context, lib=_LIBRARY)
-_LIBRARY.define(
-    "loss(Tensor x, Tensor y, Tensor? ref_x, Tensor? ref_y, int? row_offset, Tensor margins, Tensor weights, "
-    "bool squared, bool fp16, bool grad_x, bool grad_ref) "
-    "-> (Tensor loss, Tensor grad_x, Tensor grad_ref, Tensor penalty, Tensor count)"
-)
-_LIBRARY.define(
-    "penalties(Tensor x, Tensor y, Tensor? ref_x, Tensor? ref_y, int? row_offset, Tensor margins, "
-    "bool squared, bool fp16, bool grad_x, bool grad_ref) "
-    "-> (Tensor penalty, Tensor grad_x, Tensor grad_ref, Tensor count)"
-)
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _keep(ctx, inputs[0], inputs[2], output)
 
 
-def _run_kernel(
-    x: Tensor,
-    y: Tensor,
-    ref_x: Tensor | None,
-    ref_y: Tensor | None,
-    row_offset: int | None,
-    margin_plus: float,
-    margin_minus: float,
-    lambda_plus: float,
-    lambda_minus: float,
-    squared: bool,
-    fp16: bool,
-    per_side: bool,
-    grad_x: bool,
-    grad_ref: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    rows, options = (x, y, ref_x, ref_y, row_offset), (squared, fp16, grad_x, grad_ref)
-    margins = torch.tensor([margin_plus, margin_minus], dtype=torch.float64)
-    if not per_side:
-        weights = torch.tensor([lambda_plus, lambda_minus], dtype=torch.float64)
-        done: tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-        done = torch.ops.tcm_fused.loss(*rows, margins, weights, *options)
-        return done
-    penalty, by_x, by_ref, count = torch.ops.tcm_fused.penalties(*rows, margins, *options)
-    return x.new_empty((), dtype=loss_dtype(x)), by_x, by_ref, penalty, count
+def _backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    needed = ctx.needs_input_grad
+    grads: list[Tensor | None] = [None] * len(needed)
+    grads[0], grads[2] = _gradients(ctx, upstream, (needed[0], needed[2]))
+    return tuple(grads)
 
 
-_LIBRARY.impl("fused", _run_kernel, "CPU")
-_LIBRARY.impl("fused", _run_kernel, "CUDA")
-_LIBRARY.impl("blocked", tcm_blocked, "CompositeExplicitAutograd")
-_LIBRARY.impl("triton", _run_triton, "CUDA")  # which is also what torch calls ROCm
-_LIBRARY.impl("triton", _run_triton, "CPU")  # in Triton's interpreter
-OPERATORS = {name: getattr(torch.ops.tcm_fused, name).default for name in ("fused", "triton", "blocked")}
+def _fake_loss(
+    x: Tensor, y: Tensor, ref_x: Tensor | None, ref_y: Tensor | None, row_offset: int | None, *options: Any
+) -> tuple[Tensor, ...]:
+    grads, penalty, count = _fake_results((), x, ref_x, *options[-2:])
+    return x.new_empty((), dtype=loss_dtype(x)), *grads, penalty, count
 
-# x [N, D] float32 or float64, finite; y [N] int64 class; thresholds [T] ascending similarities in the dtype of x.
-# counts [2, 2^(bits + 1) + 1], class_counts [2, classes + 1, T] int64 and best [2, N]: see `pair_counts_blocked`.
-# progress [2] int64, if given: blocks done and in all, while it runs; a GPU only tells that it was given the work.
-_COUNT_SCHEMA = (
-    "(Tensor x, Tensor y, int classes, Tensor thresholds, int bits, Tensor(a!)? progress) "
-    "-> (Tensor counts, Tensor class_counts, Tensor best)"
-)
+
+def _fake_penalties(
+    x: Tensor, y: Tensor, ref_x: Tensor | None, ref_y: Tensor | None, row_offset: int | None, *options: Any
+) -> tuple[Tensor, ...]:
+    grads, penalty, count = _fake_results((2,), x, ref_x, *options[-2:])
+    return penalty, *grads, count
+
+
+def _fake_results(
+    sides: tuple[int, ...], x: Tensor, ref_x: Tensor | None, grad_x: bool, grad_ref: bool
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    dtype = loss_dtype(x)
+    grads = [
+        x.new_empty((*sides, *of.shape) if wanted and of is not None else 0, dtype=dtype)
+        for of, wanted in ((x, grad_x), (ref_x, grad_ref))
+    ]
+    return grads, x.new_empty(2, dtype=wide_dtype(x)), x.new_empty(2, dtype=torch.int64)
 
 
 def _fake_counts(
@@ -183,12 +225,52 @@ def _fake_counts(
     )
 
 
-for _name in ("counts", "pair_counts_blocked"):
-    _LIBRARY.define(_name + _COUNT_SCHEMA)
-    torch.library.register_fake(f"tcm_fused::{_name}", _fake_counts, lib=_LIBRARY)
-_LIBRARY.impl("pair_counts_blocked", pair_counts_blocked, "CompositeExplicitAutograd")
-COUNTERS = {
-    "cpu": torch.ops.tcm_fused.counts.default,
-    "cuda": torch.ops.tcm_fused.counts.default,
-    "torch": torch.ops.tcm_fused.pair_counts_blocked.default,
+def _loss_triton(*arguments: Any) -> tuple[Tensor, ...]:
+    from tcm_fused.backends import triton_loss  # only here: Triton is optional, and takes a second to import
+
+    return triton_loss.loss_triton(*arguments)
+
+
+def _penalties_triton(*arguments: Any) -> tuple[Tensor, ...]:
+    from tcm_fused.backends import triton_loss  # see above
+
+    return triton_loss.penalties_triton(*arguments)
+
+
+_FAKES: dict[str, Callable[..., Any]] = {"loss": _fake_loss, "penalties": _fake_penalties, "counts": _fake_counts}
+
+
+def _register(name: str) -> Any:
+    """The operator `name`, whose kernels come from elsewhere."""
+    kind = name.partition("_")[0]
+    _LIBRARY.define(name + _SCHEMAS[kind])
+    torch.library.register_fake(f"tcm_fused::{name}", _FAKES[kind], lib=_LIBRARY)
+    if kind != "counts":
+        torch.library.register_autograd(f"tcm_fused::{name}", _backward, setup_context=_setup_context, lib=_LIBRARY)
+    return getattr(torch.ops.tcm_fused, name).default
+
+
+class Operators(NamedTuple):
+    """Those of one backend."""
+
+    loss: Any
+    penalties: Any
+    counts: Any  # None: it counts no pairs
+
+
+_KERNELS = Operators(_register("loss"), _register("penalties"), _register("counts"))
+OPERATORS = {
+    "cpu": _KERNELS,
+    "cuda": _KERNELS,
+    "triton": Operators(_register("loss_triton"), _register("penalties_triton"), None),
+    "torch": Operators(_register("loss_blocked"), _register("penalties_blocked"), _register("counts_blocked")),
 }
+for _name, _function in (
+    ("loss_blocked", loss_blocked),
+    ("penalties_blocked", penalties_blocked),
+    ("counts_blocked", counts_blocked),
+):
+    _LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
+for _device in ("CUDA", "CPU"):  # CUDA is also what torch calls ROCm; on CPUs Triton has its interpreter
+    _LIBRARY.impl("loss_triton", _loss_triton, _device)
+    _LIBRARY.impl("penalties_triton", _penalties_triton, _device)

@@ -182,8 +182,7 @@ def similarity(
     penalty,  # [2, row tiles, column tiles]
     count,
     kind,
-    margin_plus,
-    margin_minus,
+    margins,  # [2] from -2 to 2
     row_begin,  # of the panel
     column_begin,
     padded_rows,
@@ -222,6 +221,8 @@ def similarity(
         _write_tile(penalty, count, kind, tile + tiles, 0.0, 0, EMPTY)
         return
 
+    margin_plus = tl.load(margins)
+    margin_minus = tl.load(margins + 1)
     # Most tiles are of one side: no label, no pair of a row with itself, no padding to look at.
     r = row + tl.arange(0, ROWS)
     is_plus = (tl.load(first + rows_end - 1) <= column) & (tl.load(last + row) >= columns_end)
@@ -493,16 +494,19 @@ def totals(
     loss,  # [], NaN if an embedding is not finite
     penalty,  # [2], likewise
     count,  # [2]
-    weight,  # [2] lambda / n, likewise; PER_SIDE: [2, 2], 1 and 0, then 0 and 1
-    lambda_plus,
-    lambda_minus,
-    excess_plus,  # what a hard pair adds to its penalty besides
-    excess_minus,
+    weight,  # [2] lambda / n, likewise; without `weights` [2, 2], 1 and 0, then 0 and 1
+    weights,  # [2] lambda+ and lambda- in fp64, or None: no loss
+    margins,  # [2] in fp64
     tiles,
-    PER_SIDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    check = tl.load(row_check) + tl.load(column_check)
+    check = (tl.load(row_check) + tl.load(column_check)).to(tl.float64)
+    for side in tl.static_range(2):  # of a number that is not finite it makes NaN
+        check += 0.0 * tl.load(margins + side)
+    LOSS: tl.constexpr = weights is not None
+    if LOSS:
+        for side in tl.static_range(2):
+            check += 0.0 * tl.load(weights + side)
     poison = tl.where(check == check, 0.0, float("nan"))
     value = tl.zeros((), tl.float64) + poison
     for side in tl.static_range(2):
@@ -513,19 +517,21 @@ def totals(
             total += tl.load(panel_penalty + side * tiles + t, mask=t < tiles, other=0.0)
             pairs += tl.load(panel_count + side * tiles + t, mask=t < tiles, other=0)
         n = tl.sum(pairs)
-        factor = lambda_plus if side == 0 else lambda_minus
-        excess = excess_plus if side == 0 else excess_minus
-        sum_ = tl.sum(total) + n.to(tl.float64) * excess + poison
-        w = tl.cast(factor, tl.float64) / tl.maximum(n, 1).to(tl.float64)
+        # Of a margin beyond +-2, which panels take as +-2, a hard pair has the rest to add.
+        margin = tl.load(margins + side)
+        excess = margin - tl.minimum(tl.maximum(margin, -2.0), 2.0)
+        sum_ = tl.sum(total) + n.to(tl.float64) * (excess if side == 0 else -excess) + poison
         tl.store(penalty + side, sum_)
         tl.store(count + side, n)
-        if PER_SIDE:
+        if LOSS:
+            w = tl.load(weights + side) / tl.maximum(n, 1).to(tl.float64)
+            tl.store(weight + side, w.to(tl.float32) + poison)
+            value += w * sum_
+        else:
             tl.store(weight + 3 * side, 1.0 + poison)
             tl.store(weight + side + 1, poison)
-        else:
-            tl.store(weight + side, w.to(tl.float32) + poison)
-        value += w * sum_
-    tl.store(loss, value.to(tl.float32))
+    if LOSS:
+        tl.store(loss, value.to(tl.float32))
 
 
 @triton.jit(do_not_specialize=["n"])

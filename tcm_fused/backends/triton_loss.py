@@ -1,6 +1,7 @@
-"""The loss in Triton: the operator `tcm_fused::triton`, for any GPU that Triton knows and without a compiler.
+"""The loss in Triton: the operators `tcm_fused::loss_triton` and `tcm_fused::penalties_triton`, for any GPU that Triton
+knows and without a compiler.
 
-How a call goes (`tcm_triton`):
+How a call goes (`run`):
 
 1. Sort rows and columns by label, those that take no part last, and store them as unit vectors X^ in fp16: once, or for
    fp32 accuracy as a high and a low part, x^ = high + low / 2^11 (`normalise`). A row's positives are then one range of
@@ -14,6 +15,8 @@ How a call goes (`tcm_triton`):
 3. `totals`: loss, counts and w = lambda / n. `project`: dL/dx = (g - (g . x^) x^) / |x| with g = w- G- - w+ G+. The
    gradients of the two penalties are two such, with w 1 and 0.
 
+Margins and weights are read by the kernels from the memory of the device, so that a captured CUDA graph follows them.
+
 The host never waits for the device, and every sum has one owner and a fixed order: two runs give the same bits.
 
 Cost for N rows = columns and D components, in 16-bit products (three times that for fp32 accuracy): N^2 D flops for the
@@ -26,11 +29,8 @@ multiprocessors, 1024 sums of columns, and 64 sums of rows, which are split in 4
 """
 
 import contextlib
-import os
-import sys
-import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -110,53 +110,91 @@ class Embeddings:
         return self.norm.shape[0]
 
 
-def tcm_triton(
+def loss_triton(
     x: Tensor,
     y: Tensor,
     ref_x: Tensor | None,
     ref_y: Tensor | None,
     row_offset: int | None,
-    margin_plus: float,
-    margin_minus: float,
-    lambda_plus: float,
-    lambda_minus: float,
+    margins: Tensor,
+    weights: Tensor,
     squared: bool,
     fp16: bool,
-    per_side: bool,
     grad_x: bool,
     grad_ref: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The operator of `tcm_fused.backends.operators`, for embeddings of 16 or 32 bits."""
+    """The operator `loss` of `tcm_fused.backends.operators`, for embeddings of 16 or 32 bits."""
+    check("loss_triton", x, y, ref_x, ref_y, row_offset, squared, margins, weights)
+    with _on(x.device):
+        config, processors = device_of(x.device)
+        loss, by_x, by_ref, penalty, count = run(
+            CONFIGS[config], processors, x, y, ref_x, ref_y, row_offset, margins, weights, fp16, grad_x, grad_ref
+        )
+        assert loss is not None
+        return loss, by_x, by_ref, penalty, count
+
+
+def penalties_triton(
+    x: Tensor,
+    y: Tensor,
+    ref_x: Tensor | None,
+    ref_y: Tensor | None,
+    row_offset: int | None,
+    margins: Tensor,
+    squared: bool,
+    fp16: bool,
+    grad_x: bool,
+    grad_ref: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The operator `penalties`, likewise."""
+    check("penalties_triton", x, y, ref_x, ref_y, row_offset, squared, margins)
+    with _on(x.device):
+        config, processors = device_of(x.device)
+        _, by_x, by_ref, penalty, count = run(
+            CONFIGS[config], processors, x, y, ref_x, ref_y, row_offset, margins, None, fp16, grad_x, grad_ref
+        )
+        return penalty, by_x, by_ref, count
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def check(
+    name: str,
+    x: Tensor,
+    y: Tensor,
+    ref_x: Tensor | None,
+    ref_y: Tensor | None,
+    row_offset: int | None,
+    squared: bool,
+    *numbers: Tensor,
+) -> None:
+    """RuntimeError for what kernels would read out of bounds: the operators may be called without `tcm_loss`."""
+    name = f"tcm_fused::{name}"
     if squared:
-        raise RuntimeError("tcm_fused::triton: there is no squared penalty")
-    _check(x, y, x)
-    if ref_x is not None and ref_y is not None:
-        _check(ref_x, ref_y, x)
-    elif ref_x is not ref_y:
-        raise RuntimeError("tcm_fused::triton: give both ref_x and ref_y, or neither")
+        raise RuntimeError(f"{name}: there is no squared penalty")
+    if (ref_x is None) != (ref_y is None):
+        raise RuntimeError(f"{name}: give both ref_x and ref_y, or neither")
+    for rows, labels in ((x, y), (ref_x, ref_y)):
+        if rows is None or labels is None:
+            continue
+        if rows.dtype not in (torch.float16, torch.bfloat16, torch.float32) or rows.dtype != x.dtype:
+            raise RuntimeError(f"{name}: embeddings must be float16, bfloat16 or float32, and of one dtype")
+        if labels.dtype != torch.int64:
+            raise RuntimeError(f"{name}: labels must be int64")
+        if rows.ndim != 2 or labels.shape != rows.shape[:1] or rows.shape[1:] != x.shape[1:] or x.shape[1] == 0:
+            raise RuntimeError(f"{name}: embeddings must be [N, D] and [M, D], labels [N] and [M]")
+        if rows.device != x.device or labels.device != x.device:
+            raise RuntimeError(f"{name}: embeddings and labels must be on one device")
     last = 0 if ref_x is None else ref_x.shape[0] - x.shape[0]
     if row_offset is not None and not 0 <= row_offset <= last:
-        raise RuntimeError("tcm_fused::triton: row_offset must put every row among the columns")
-    call = (x, y, ref_x, ref_y, row_offset, (margin_plus, margin_minus), (lambda_plus, lambda_minus))
-    options = (1 if fp16 else 2, per_side, grad_x, grad_ref)
-    with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
-        name, processors = device_of(x.device)
-        config = CONFIGS[name]
-        if os.environ.get("TCM_FUSED_TUNE") == "1":
-            config = tuned(config, processors, call, options)
-        return run(config, processors, *call, *options)
-
-
-def _check(x: Tensor, y: Tensor, like: Tensor) -> None:
-    """RuntimeError for what kernels would read out of bounds: the operator may be called without `tcm_loss`."""
-    if x.dtype not in (torch.float16, torch.bfloat16, torch.float32) or x.dtype != like.dtype:
-        raise RuntimeError("tcm_fused::triton: embeddings must be float16, bfloat16 or float32, and of one dtype")
-    if y.dtype != torch.int64:
-        raise RuntimeError("tcm_fused::triton: labels must be int64")
-    if x.ndim != 2 or y.ndim != 1 or x.shape[0] != y.shape[0] or x.shape[1] != like.shape[1] or x.shape[1] == 0:
-        raise RuntimeError("tcm_fused::triton: embeddings must be [N, D] and [M, D], labels [N] and [M]")
-    if x.device != like.device or y.device != like.device:
-        raise RuntimeError("tcm_fused::triton: embeddings and labels must be on one device")
+        raise RuntimeError(f"{name}: row_offset must put every row among the columns")
+    for two in numbers:
+        if two.shape != (2,) or two.dtype != torch.float64 or not two.is_contiguous():
+            raise RuntimeError(f"{name}: margins and weights must be [2] float64, contiguous")
+        if two.device.type != "cpu" and two.device != x.device:
+            raise RuntimeError(f"{name}: margins and weights must be on the CPU or on the device of the embeddings")
 
 
 def run(
@@ -167,38 +205,33 @@ def run(
     ref_x: Tensor | None,
     ref_y: Tensor | None,
     row_offset: int | None,
-    margin: tuple[float, float],
-    weight: tuple[float, float],
-    parts: int,
-    per_side: bool,
+    margins: Tensor,
+    weights: Tensor | None,
+    fp16: bool,
     grad_x: bool,
     grad_ref: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Loss and gradients with `parts` fp16 numbers for a component."""
+) -> tuple[Tensor | None, Tensor, Tensor, Tensor, Tensor]:
+    """Loss, gradients, penalty and count; without weights no loss, and the gradients of the two penalties."""
+    parts = 1 if fp16 else 2
     symmetric = ref_x is None or ref_y is None
     rows = prepare(config, x, y, parts, grad_x)
     columns = rows if ref_x is None or ref_y is None else prepare(config, ref_x, ref_y, parts, grad_ref)
-    # |s| is below 2, so that a margin beyond decides as 2 does; what it adds to penalties is added at the end, in fp64,
-    # since the sum of a tile could overflow.
-    near = (max(-2.0, min(margin[0], 2.0)), max(-2.0, min(margin[1], 2.0)))
-    excess = (margin[0] - near[0], near[1] - margin[1])
-    walk = Walk(config, processors, rows, columns, parts, near, symmetric, row_offset)
+    margins = on_device(margins, x.device)
+    walk = Walk(config, processors, rows, columns, parts, margins, symmetric, row_offset)
     walk.run()
 
-    loss, penalty, count, w = (
-        torch.empty(shape, dtype=dtype, device=x.device)
-        for shape, dtype in (
-            ((), torch.float32),
-            (2, torch.float64),
-            (2, torch.int64),
-            ((2, 2) if per_side else 2, torch.float32),
-        )
-    )
+    def new(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=x.device)
+
+    penalty, count = new((2,), torch.float64), new((2,), torch.int64)
+    loss = None if weights is None else new((), torch.float32)
+    w = new((2, 2) if weights is None else (2,), torch.float32)
     # A norm may be infinite, which is none of the embedding's fault; only NaN says that it was not finite.
     checks = (rows.norm.sum(), columns.norm.sum())
     kernels.totals[(1,)](
-        walk.penalty, walk.count, *checks, loss, penalty, count, w, *weight, *excess, walk.penalty.shape[1],
-        PER_SIDE=per_side, BLOCK=1024,
+        walk.penalty, walk.count, *checks, loss, penalty, count, w,
+        None if weights is None else on_device(weights, x.device), margins, walk.penalty.shape[1],
+        BLOCK=1024,
     )  # fmt: skip
     none = x.new_empty(0, dtype=torch.float32)
     return (
@@ -208,6 +241,16 @@ def run(
         penalty,
         count,
     )
+
+
+def on_device(numbers: Tensor, device: torch.device) -> Tensor:
+    """[2] float64 on the device. Numbers from the CPU are filled in: a copy would wait, and break a graph's capture."""
+    if numbers.device == device:
+        return numbers
+    plus, minus = numbers.tolist()
+    filled = torch.full((2,), plus, dtype=torch.float64, device=device)
+    filled[1:].fill_(minus)
+    return filled
 
 
 def prepare(config: Config, x: Tensor, y: Tensor, parts: int, gradient: bool) -> Embeddings:
@@ -265,11 +308,14 @@ class Walk:
         rows: Embeddings,
         columns: Embeddings,
         parts: int,
-        margin: tuple[float, float],
+        margins: Tensor,
         symmetric: bool,
         row_offset: int | None,
     ) -> None:
-        self.config, self.processors, self.parts, self.margin = config, processors, parts, margin
+        self.config, self.processors, self.parts = config, processors, parts
+        # |s| is below 2, so that a margin beyond decides as 2 does; its share of the penalties is added at the end, in
+        # fp64, since the sum of a tile could overflow.
+        self.margins = margins.clamp(-2, 2).float()
         self.rows, self.columns, self.symmetric = rows, columns, symmetric
         self.d = rows.unit.shape[1]
         self.masked = rows.g is not None or columns.g is not None
@@ -322,7 +368,7 @@ class Walk:
             self.operand(rows.unit, config.rows, config.step),
             self.operand(columns.unit, config.columns, config.step),
             self.operand(columns.unit, config.narrow, config.step),
-            self.first, self.last, self.own, rows.valid, columns.valid, masks, penalty, count, kind, *self.margin,
+            self.first, self.last, self.own, rows.valid, columns.valid, masks, penalty, count, kind, self.margins,
             row, column, rows.padded, columns.padded, self.d, i, j,
             PARTS=self.parts, SELF=self.self_pairs, MASKS=self.masked, ROWS=config.rows, COLUMNS=config.columns,
             NARROW=config.narrow, STEP=config.step, TMA=config.tma, num_warps=config.warps,
@@ -384,41 +430,3 @@ class Walk:
     def operand(self, matrix: Tensor, rows: int, columns: int) -> Any:
         """What a kernel reads blocks [rows, columns] of `matrix` from."""
         return TensorDescriptor.from_tensor(matrix, [rows, columns]) if self.config.tma else matrix
-
-
-_TUNED: dict[tuple[Any, ...], Config] = {}
-
-
-def tuned(config: Config, processors: int, call: tuple[Any, ...], options: tuple[Any, ...]) -> Config:
-    """The fastest of `config` and its neighbours for calls of this shape: timed once a process, and told on stderr."""
-    x, ref_x = call[0], call[2]
-    key = (str(x.device), x.dtype, tuple(x.shape), None if ref_x is None else tuple(ref_x.shape), *options)
-    if key not in _TUNED:
-        neighbours = [
-            config,
-            replace(config, columns=config.rows),  # half the registers and memory: two blocks a multiprocessor
-            *(replace(config, similarity_stages=max(1, config.similarity_stages + k)) for k in (-1, 1)),
-            *(replace(config, sum_stages=max(1, config.sum_stages + k)) for k in (-2, 2)),
-            replace(config, panel_bytes=2 * config.panel_bytes),
-        ]
-        seconds = [_time(neighbour, processors, call, options) for neighbour in neighbours]
-        _TUNED[key] = neighbours[seconds.index(min(seconds))]
-        print(
-            f"tcm_fused: TCM_FUSED_TUNE on {key}: {1e3 * min(seconds):.3f} ms with {_TUNED[key]}, "
-            f"{1e3 * seconds[0]:.3f} ms as shipped",
-            file=sys.stderr,
-        )
-    return _TUNED[key]
-
-
-def _time(config: Config, processors: int, call: tuple[Any, ...], options: tuple[Any, ...]) -> float:
-    """Shortest of 5 runs in seconds, infinite where the device lacks the memory; the first run compiles."""
-    seconds = []
-    for _ in range(6):
-        try:
-            start = time.perf_counter()
-            run(config, processors, *call, *options)[0].item()
-        except triton.runtime.errors.OutOfResources:
-            return float("inf")
-        seconds.append(time.perf_counter() - start)
-    return min(seconds[1:])

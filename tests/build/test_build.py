@@ -211,8 +211,8 @@ def test_no_reason(monkeypatch: pytest.MonkeyPatch, architectures: str, gpu: tup
     pretend(monkeypatch, architectures, [(7, 0), gpu])
     with pytest.raises(RuntimeError, match="backend='cuda' needs tensors on device 'cuda', embeddings are on 'cpu'"):
         tcm_loss(torch.ones(4, 2), torch.arange(4), backend="cuda")
-    assert choice.choose("auto", "cuda", torch.bfloat16) == "fused"
-    assert choice.choose("auto", "cuda", torch.float64) == "blocked"
+    assert choice.choose("auto", "cuda", torch.bfloat16) == "cuda"
+    assert choice.choose("auto", "cuda", torch.float64) == "torch"
     with pytest.raises(RuntimeError, match="no float64 kernels; use backend='torch'"):
         choice.choose("cuda", "cuda", torch.float64)
 

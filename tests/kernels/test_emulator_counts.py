@@ -23,7 +23,7 @@ from test_emulator import (
     run_alone,
 )
 
-from tcm_fused.backends.blocked_counts import pair_counts_blocked
+from tcm_fused.backends.blocked_counts import counts_blocked
 
 HOPPER, OLDER = {"sm": 90}, {"sm": 80}
 PATHS = pytest.mark.parametrize("path", [OLDER, HOPPER], ids=["sm_80", "sm_90"])
@@ -42,7 +42,7 @@ class Call(CountCall):
         return counts, class_counts, best
 
     def blocked(self) -> Tables:
-        counts, class_counts, best = (t.numpy() for t in pair_counts_blocked(*self.tensors(), None))
+        counts, class_counts, best = (t.numpy() for t in counts_blocked(*self.tensors(), None))
         return counts, class_counts, best
 
 

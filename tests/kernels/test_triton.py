@@ -18,7 +18,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.batches import KINDS, batch, dyadic, embeddings, margins
-from support.oracle import Array, check, check_sides, compare, oracle_of, run, run_sides
+from support.oracle import Array, check, check_sides, compare, oracle_of, run, run_sides, two
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -115,10 +115,10 @@ def calls(draw: st.DrawFn) -> dict[str, Any]:
 
 
 @settings(max_examples=25)
-@given(call=calls(), per_side=st.booleans())
-def test_random_batches(call: dict[str, Any], per_side: bool) -> None:
+@given(call=calls(), penalties=st.booleans())
+def test_random_batches(call: dict[str, Any], penalties: bool) -> None:
     sets = [call.pop(name) for name in ("x", "y", "ref_x", "ref_y") if name in call]
-    (check_sides if per_side else check)("triton", *sets, **call)
+    (check_sides if penalties else check)("triton", *sets, **call)
 
 
 @pytest.mark.usefixtures("operands")
@@ -202,14 +202,11 @@ def test_gradients_asked_for(row_offset: int | None, grad_x: bool, grad_ref: boo
 
 @pytest.mark.parametrize(("grad_x", "grad_ref"), [(True, True), (False, True)])
 def test_gradients_of_the_penalties(grad_x: bool, grad_ref: bool) -> None:
-    """Either's own, also where the other has no hard pair; lambda has no part in them, not a bit."""
+    """Either's own, also where the other has no hard pair."""
     sets = (*batch(40, 9, 5), *batch(70, 9, 5, seed=1))
+    options: dict[str, Any]
     for options in ({"margin_minus": 0.2}, {"margin_plus": -2.0}, {"margin_minus": 2.0}):
-        call: dict[str, Any] = {**options, "grad_x": grad_x, "grad_ref": grad_ref}
-        first = check_sides("triton", *sets, **call)
-        other = run_sides("triton", *sets, **call, lambda_plus=0.0, lambda_minus=9e9)
-        np.testing.assert_array_equal(other.grad_x, first.grad_x)
-        np.testing.assert_array_equal(other.grad_ref, first.grad_ref)
+        check_sides("triton", *sets, **options, grad_x=grad_x, grad_ref=grad_ref)
 
 
 @pytest.mark.parametrize("n", [1, 40, 130])
@@ -545,13 +542,13 @@ class _NoWait(TorchDispatchMode):
 def test_the_host_does_not_wait() -> None:
     """Of everything the launches do in between; the kernels themselves are left out here."""
     x, y = batch(200, 9, 5)
-    sets = (x, y, *batch(230, 9, 5, seed=1), 7)
+    sets, numbers = (x, y, *batch(230, 9, 5, seed=1), 7), two(0.9, 0.5)
     with pytest.MonkeyPatch.context() as patch:
         for name in ("normalise", "tile_sums", "similarity", "lists", "masked_sum", "collect", "totals", "project"):
             patch.setattr(triton_kernels, name, _Nothing())
         with _NoWait():
-            triton_loss.tcm_triton(*sets, 0.9, 0.5, 1.0, 1.0, False, False, False, True, True)
-            triton_loss.tcm_triton(x, y, None, None, None, 0.9, 0.5, 1.0, 1.0, False, True, True, True, False)
+            triton_loss.loss_triton(*sets, numbers, numbers, False, False, True, True)
+            triton_loss.penalties_triton(x, y, None, None, None, numbers, False, True, True, False)
 
 
 class _Nothing:
@@ -594,17 +591,17 @@ def _padded(rows: int) -> Any:
 # In PyTorch's machinery.
 
 
-@pytest.mark.parametrize(
-    ("form", "per_side"), [("symmetric", False), ("reference set", False), ("reference set", True)]
-)
+@pytest.mark.parametrize("form", ["symmetric", "reference set"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_opcheck(dtype: torch.dtype, form: str, per_side: bool) -> None:
+def test_opcheck(dtype: torch.dtype, form: str) -> None:
     """Schema, fake kernel, autograd registration, and tracing with static and dynamic shapes."""
     x, y = batch(40, 5, 5, dtype)
     ref_x, ref_y = batch(50, 5, 5, dtype, seed=1) if form == "reference set" else (None, None)
     x.requires_grad_()
-    arguments = (x, y, ref_x, ref_y, None, 0.9, 0.1, 1.0, 1.0, False, dtype != torch.float32, per_side, True, False)
-    torch.library.opcheck(OPERATORS[choice.choose("triton", "cpu", dtype)], arguments)
+    operators, how = OPERATORS[choice.choose("triton", "cpu", dtype)], (False, dtype != torch.float32, True, False)
+    rows = (x, y, ref_x, ref_y, None, two(0.9, 0.1))
+    torch.library.opcheck(operators.loss, (*rows, two(1.0, 2.0), *how))
+    torch.library.opcheck(operators.penalties, (*rows, *how))
 
 
 def test_compile() -> None:
@@ -657,16 +654,23 @@ def test_float64_is_refused_by_name() -> None:
         ({3: None}, "both ref_x and ref_y"),
         ({4: 3}, "row_offset"),
         ({4: -1}, "row_offset"),
+        ({5: two(0.9, 0.5).float()}, "margins and weights must be"),
+        ({5: torch.ones(4, dtype=torch.float64)[::2]}, "margins and weights must be"),
+        ({6: torch.ones((), dtype=torch.float64)}, "margins and weights must be"),
+        ({7: True}, "no squared penalty"),
     ],
 )
 def test_operator_refuses_what_it_cannot_read(changed: dict[int, Any], word: str) -> None:
     """Called without `tcm_loss` it trusts nobody: what is wrong would be read out of bounds."""
-    call: list[Any] = [torch.ones(6, 3), torch.arange(6), torch.ones(8, 3), torch.arange(8), 0, 0.9, 0.5, 1.0, 1.0]
-    call += [False, False, False, True, True]
+    call: list[Any] = [torch.ones(6, 3), torch.arange(6), torch.ones(8, 3), torch.arange(8), 0, two(0.9, 0.5)]
+    call += [two(1.0, 1.0), False, False, True, True]
     for index, value in changed.items():
         call[index] = value
     with pytest.raises(RuntimeError, match=word):
-        torch.ops.tcm_fused.triton(*call)
+        torch.ops.tcm_fused.loss_triton(*call)
+    if 6 not in changed:
+        with pytest.raises(RuntimeError, match=word):
+            torch.ops.tcm_fused.penalties_triton(*call[:6], *call[7:])
 
 
 def test_gpu_tensors_are_refused_in_the_interpreter() -> None:
@@ -681,15 +685,15 @@ def test_auto_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     missing: dict[str, str] = {}
     monkeypatch.setattr(choice, "why_unavailable", missing.get)
     monkeypatch.setattr(triton_loss, "INTERPRETED", False)
-    assert choice.choose("auto", "cuda", torch.float32) == "fused"
+    assert choice.choose("auto", "cuda", torch.float32) == "cuda"
     missing["cuda"] = "it was built without nvcc; build it again with nvcc on the PATH"
     assert choice.choose("auto", "cuda", torch.float16) == "triton"
-    assert choice.choose("auto", "cuda", torch.float64) == "blocked"
+    assert choice.choose("auto", "cuda", torch.float64) == "torch"
     missing["triton"] = "pip install triton"
     with pytest.warns(UserWarning, match="slower PyTorch fallback on 'cuda'.*nvcc on the PATH.*pip install triton"):
-        assert choice.choose("auto", "cuda", torch.float32) == "blocked"
-    assert choice.choose("auto", "cuda", torch.float32) == "blocked"  # and no second warning, which would be an error
-    assert choice.choose("auto", "cuda", torch.float64) == "blocked"
+        assert choice.choose("auto", "cuda", torch.float32) == "torch"
+    assert choice.choose("auto", "cuda", torch.float32) == "torch"  # and no second warning, which would be an error
+    assert choice.choose("auto", "cuda", torch.float64) == "torch"
 
 
 def test_without_triton() -> None:
@@ -724,15 +728,3 @@ import tcm_fused.backends.triton_loss
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
-
-
-def test_tuning_is_told_and_kept(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """TCM_FUSED_TUNE=1 times the neighbours once for a shape, says so, and the result is right."""
-    monkeypatch.setenv("TCM_FUSED_TUNE", "1")
-    x, y = batch(20, 9, 5)
-    check("triton", x, y, margin_minus=0.1, precision="fp32", grad_x=False)
-    told = capsys.readouterr().err
-    assert "TCM_FUSED_TUNE" in told
-    assert "Config(" in told
-    check("triton", x, y, margin_minus=0.2, precision="fp32", grad_x=False)
-    assert not capsys.readouterr().err

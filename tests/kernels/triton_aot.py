@@ -73,8 +73,10 @@ def launches(name: str) -> Iterator[tuple[JITFunction, dict[str, str], dict[str,
                 torch.empty(m, d, dtype=dtype, device="meta"),
                 torch.empty(m, dtype=torch.int64, device="meta"),
             )
-        wanted = (gradients == "penalties", gradients != "none", gradients != "none" and m is not None)
-        arguments = (x, y, *reference, row_offset, (0.9, 0.5), (1.0, 1.0), parts, *wanted)
+        two = torch.empty(2, dtype=torch.float64, device="meta")
+        wanted = (gradients != "none", gradients != "none" and m is not None)
+        weights = None if gradients == "penalties" else two
+        arguments = (x, y, *reference, row_offset, two, weights, parts == 1, *wanted)
         triton_loss.run(triton_loss.CONFIGS[name], 132, *arguments)
     yield from found.values()
 
@@ -110,7 +112,7 @@ def report(name: str) -> Iterator[dict[str, Any]]:
         )
         yield {
             "kernel": kernel.__name__,
-            "variant": {key: value for key, value in constants.items() if key.isupper()},
+            "variant": {key: value for key, value in constants.items() if key.isupper() or value is None},
             "registers": max(map(int, re.findall(r"Used (\d+) registers", log.getvalue()))),
             "spilled": sum(int(size) for sizes in spills for size in sizes) if spills else None,
             "shared": binary.metadata.shared,

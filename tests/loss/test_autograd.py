@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from support.batches import batch, embeddings, margins
-from support.oracle import Result, check, compare, oracle_of, run
+from support.oracle import Result, check, compare, oracle_of, run, two
 from torch import Tensor
 from torch._dynamo.exc import Unsupported
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -305,7 +305,8 @@ def test_reference_has_second_derivatives(form: str) -> None:
 def test_opcheck(backend: str, dtype: torch.dtype, grad_x: bool, grad_ref: bool, form: str) -> None:
     """Schema, fake kernel, autograd registration, and tracing with static and dynamic shapes."""
     call = make(form, 70, 90, 5, dtype)
-    torch.library.opcheck(OPERATORS[choice.choose(backend, "cpu", dtype)], operator_arguments(call, grad_x, grad_ref))
+    operator = OPERATORS[choice.choose(backend, "cpu", dtype)].loss
+    torch.library.opcheck(operator, operator_arguments(call, grad_x, grad_ref))
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -326,36 +327,36 @@ def test_opcheck_of_layouts(backend: str, layout: str, form: str) -> None:
                 call["labels" if name == "embeddings" else "ref_labels"] = torch.empty(0, dtype=torch.int64)
     if layout == "empty" and form == "row_offset":
         call["row_offset"] = 0
-    torch.library.opcheck(OPERATORS[choice.choose(backend, "cpu", torch.float64)], operator_arguments(call, True, True))
+    operator = OPERATORS[choice.choose(backend, "cpu", torch.float64)].loss
+    torch.library.opcheck(operator, operator_arguments(call, True, True))
 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(("grad_x", "grad_ref"), [(True, True), (True, False), (False, True)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_opcheck_of_per_side(backend: str, dtype: torch.dtype, grad_x: bool, grad_ref: bool, form: str) -> None:
+def test_opcheck_of_penalties(backend: str, dtype: torch.dtype, grad_x: bool, grad_ref: bool, form: str) -> None:
     """The same where the penalties are what has a gradient."""
     call = make(form, 70, 90, 5, dtype)
-    arguments = operator_arguments(call, grad_x, grad_ref, per_side=True)
-    torch.library.opcheck(OPERATORS[choice.choose(backend, "cpu", dtype)], arguments)
+    operator = OPERATORS[choice.choose(backend, "cpu", dtype)].penalties
+    torch.library.opcheck(operator, operator_arguments(call, grad_x, grad_ref, weights=False))
 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("side", [0, 1])
 def test_penalties_have_gradients_of_their_own(backend: str, side: int, form: str) -> None:
-    """With `per_side`: against finite differences in fp64. An upstream of 0, lambda and the other side play no part."""
+    """Against finite differences in fp64. An upstream of 0 and the other side play no part."""
     call = far_from_the_margins(form, 9, 11, 5)
-    operator = OPERATORS[choice.choose(backend, "cpu", torch.float64)]
+    operator = OPERATORS[choice.choose(backend, "cpu", torch.float64)].penalties
 
     def penalty(x: Tensor, ref_x: Tensor | None = None) -> Tensor:
         changed = {"embeddings": x} if ref_x is None else {"embeddings": x, "ref_emb": ref_x}
-        arguments = operator_arguments({**call, **changed}, True, True, per_side=True)
-        value: Tensor = operator(x, arguments[1], ref_x, *arguments[3:])[3]
+        arguments = operator_arguments({**call, **changed}, True, True, weights=False)
+        value: Tensor = operator(x, arguments[1], ref_x, *arguments[3:])[0]
         return value
 
     inputs = tuple(leaves(call))
     assert torch.autograd.gradcheck(lambda *x: penalty(*x)[side], inputs, eps=1e-6, atol=1e-8, rtol=1e-6)
     grads = torch.autograd.grad(penalty(*inputs), inputs, torch.eye(2, dtype=torch.float64)[side])
-    call.update(lambda_plus=0.0, lambda_minus=5.0)
     for grad, expected in zip(torch.autograd.grad(penalty(*inputs)[side], inputs), grads, strict=True):
         assert torch.equal(grad, expected)
         assert grad.abs().sum() > 0
@@ -366,7 +367,7 @@ def test_penalties_have_gradients_of_their_own(backend: str, side: int, form: st
         torch.stack([grad.square().sum() for grad in graph]).sum().backward()
 
 
-def operator_arguments(call: dict[str, Any], grad_x: bool, grad_ref: bool, per_side: bool = False) -> tuple[Any, ...]:
+def operator_arguments(call: dict[str, Any], grad_x: bool, grad_ref: bool, weights: bool = True) -> tuple[Any, ...]:
     ref_x = call.get("ref_emb")
     grad_ref = grad_ref and ref_x is not None
     return (
@@ -375,13 +376,10 @@ def operator_arguments(call: dict[str, Any], grad_x: bool, grad_ref: bool, per_s
         None if ref_x is None else ref_x.detach().requires_grad_(grad_ref),
         call.get("ref_labels"),
         call.get("row_offset"),
-        call["margin_plus"],
-        call["margin_minus"],
-        call["lambda_plus"],
-        call["lambda_minus"],
+        two(call["margin_plus"], call["margin_minus"]),
+        *([two(call["lambda_plus"], call["lambda_minus"])] if weights else []),
         False,
         False,
-        per_side,
         grad_x,
         grad_ref,
     )

@@ -31,7 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tcm_fused import CrossBatchMemory, DistributedTCMLoss, TCMLoss, distributed
 from tcm_fused.arguments import Rows
-from tcm_fused.loss import sums_of
+from tcm_fused.pair_sums import pair_sums
 
 WORLDS = (2, 3, 4)
 BACKENDS = ("cpu", "torch")
@@ -404,10 +404,10 @@ def held_columns(rank: int, batch: Batch) -> int:
         if columns is not None:
             stored.append(StorageWeakRef(columns.x.untyped_storage()))
         most = max(most, sum(not storage.expired() for storage in stored))
-        return sums_of(rows, columns, *others)
+        return pair_sums(rows, columns, *others)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(distributed, "sums_of", spy)
+        patch.setattr(distributed, "pair_sums", spy)
         local(rank, batch)
     assert len(stored) == dist.get_world_size() - 1
     return most
@@ -639,18 +639,18 @@ def test_a_rank_that_fails_is_an_error_on_the_others(pools: Pools, function: Any
 
 
 def failing_inside(rank: int, batch: Batch, calls: int) -> tuple[str, Result]:
-    """Rank 1 fails in the given call of `sums_of`, is caught, and all go on in the same group."""
+    """Rank 1 fails in the given call of `pair_sums`, is caught, and all go on in the same group."""
     x, y, _ = batch.part(rank)
     made = 0
 
     def spy(*arguments: Any) -> Any:
         nonlocal made
         made += 1
-        return sums_of(*arguments) if made < calls else out_of_memory()
+        return pair_sums(*arguments) if made < calls else out_of_memory()
 
     with pytest.MonkeyPatch.context() as patch:
         if rank == 1:
-            patch.setattr(distributed, "sums_of", spy)
+            patch.setattr(distributed, "pair_sums", spy)
         with pytest.raises(RuntimeError) as caught:
             batch.criterion()(torch.full_like(x, torch.nan), y)
     return f"{type(caught.value).__name__}: {caught.value}", local(rank, batch)
@@ -674,7 +674,7 @@ def failing_everywhere(rank: int, batch: Batch) -> Result:
     """All ranks fail in the middle, are caught, and go on with other embeddings in the same group."""
     x, y, _ = batch.part(rank)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(distributed, "sums_of", lambda *_: 1 // 0)
+        patch.setattr(distributed, "pair_sums", lambda *_: 1 // 0)
         with pytest.raises(ZeroDivisionError):
             batch.criterion()(torch.full_like(x, torch.nan), y)
     return local(rank, batch)

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.oracle import two
 from torch import Tensor
 
 from tcm_fused import TCMLoss, tcm_loss
@@ -143,7 +144,7 @@ def test_integers_beyond_a_float(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["margin_plus", "margin_minus", "lambda_plus", "lambda_minus"])
-@pytest.mark.parametrize("value", ["0.5", [0.5], 0.5j, torch.tensor(0.5)], ids=["str", "list", "complex", "tensor"])
+@pytest.mark.parametrize("value", ["0.5", [0.5], 0.5j, np.array(0.5)], ids=["str", "list", "complex", "array"])
 def test_not_a_number(name: str, value: Any) -> None:
     refuse(TypeError, f"{name} must be a number", type(value).__name__, **{name: value})
 
@@ -431,12 +432,19 @@ def test_blocked_form_on_a_gpu_has_no_tf32_unless_asked(allowed: str) -> None:
         ({3: None}, "both ref_x and ref_y"),
         ({4: 10**12}, "row_offset"),
         ({4: -1}, "row_offset"),
+        ({5: two(0.9, 0.5).float()}, "margins must be"),
+        ({5: torch.ones(3, dtype=torch.float64)}, "margins must be"),
+        ({5: torch.ones(4, dtype=torch.float64)[::2]}, "margins must be"),
+        ({6: torch.ones((), dtype=torch.float64)}, "weights must be"),
     ],
 )
 def test_operator_refuses_what_it_cannot_read(changed: dict[int, Any], word: str) -> None:
-    call = [torch.ones(N, D), torch.arange(N), torch.ones(M, D), torch.arange(M), 0, 0.9, 0.5, 1.0, 1.0]
-    call += [False, False, False, True, True]
+    call = [torch.ones(N, D), torch.arange(N), torch.ones(M, D), torch.arange(M), 0, two(0.9, 0.5), two(1.0, 1.0)]
+    call += [False, False, True, True]
     for index, value in changed.items():
         call[index] = value
     with pytest.raises(RuntimeError, match=word):
-        torch.ops.tcm_fused.fused(*call)
+        torch.ops.tcm_fused.loss(*call)
+    if 6 not in changed:
+        with pytest.raises(RuntimeError, match=word):
+            torch.ops.tcm_fused.penalties(*call[:6], *call[7:])

@@ -363,21 +363,20 @@ def run_sides(
     row_offset: int | None = None,
     margin_plus: float = 0.9,
     margin_minus: float = 0.5,
-    lambda_plus: float = 1.0,
-    lambda_minus: float = 1.0,
     precision: str = "auto",
+    squared: bool = False,
     grad_x: bool = True,
     grad_ref: bool = True,
 ) -> Result:
-    """The operator of `backend` with `per_side`: gradients [2, N, D] and [2, M, D]; the loss means nothing."""
+    """The operator `penalties` of `backend`: gradients [2, N, D] and [2, M, D], and no loss."""
     fp16 = one_fp16_product(backend, x.dtype, precision)
     if runs_on_gpu(backend):
         x, y = on_gpu(x), on_gpu(y)
         ref_x, ref_y = (None if t is None else on_gpu(t) for t in (ref_x, ref_y))
     grad_ref = grad_ref and ref_x is not None
-    operator = OPERATORS[choice.choose(backend, x.device.type, x.dtype)]
-    options = (row_offset, margin_plus, margin_minus, lambda_plus, lambda_minus, False, fp16, True, grad_x, grad_ref)
-    _, *grads, penalty, count = operator(x, y, ref_x, ref_y, *options)
+    operator = OPERATORS[choice.choose(backend, x.device.type, x.dtype)].penalties
+    margins = two(margin_plus, margin_minus)
+    penalty, *grads, count = operator(x, y, ref_x, ref_y, row_offset, margins, squared, fp16, grad_x, grad_ref)
     for grad, of, wanted in zip(grads, (x, ref_x), (grad_x, grad_ref), strict=True):
         assert of is None or grad.shape == ((2, *of.shape) if wanted else (0,))
     counts = count.cpu().numpy()
@@ -388,6 +387,11 @@ def run_sides(
         grad_x=as_array(grads[0]) if grad_x else None,
         grad_ref=as_array(grads[1]) if grad_ref else None,
     )
+
+
+def two(plus: float, minus: float) -> Tensor:
+    """Margins or weights as the operators take them."""
+    return torch.tensor([plus, minus], dtype=torch.float64)
 
 
 def runs_on_gpu(backend: str) -> bool:

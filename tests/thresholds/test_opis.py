@@ -18,7 +18,7 @@ from support import batches
 from support.oracle import Array
 from torch import Tensor
 
-from tcm_fused import calibrate, opis, suggest_margins, tcm_loss
+from tcm_fused import calibrate, opis, suggest_margins, tcm_loss, warn
 from tcm_fused.backends import choice
 from tcm_fused.thresholds.rates import BITS, HALF, Pairs
 
@@ -196,7 +196,7 @@ def test_kernel_and_blocked_form_agree(dtype: torch.dtype) -> None:
     x, y = batches.batch(2100, 24, 90, dtype, seed=3)
     t = torch.linspace(-0.2, 0.8, 33, dtype=dtype)
     kernel = torch.ops.tcm_fused.counts(x, y, 90, t, 10, None)
-    blocked = torch.ops.tcm_fused.pair_counts_blocked(x, y, 90, t, 10, None)
+    blocked = torch.ops.tcm_fused.counts_blocked(x, y, 90, t, 10, None)
     for ours, theirs in zip(kernel[:2], blocked[:2], strict=True):
         moved = (ours.cumsum(-1) - theirs.cumsum(-1)).abs().max()
         assert moved <= (2100**2 * 1e-6 if dtype == torch.float32 else 0)
@@ -213,7 +213,7 @@ def test_kernel_over_many_blocks(classes: int) -> None:
     x, y = torch.from_numpy(batches.dyadic(4700, 12, rng)), torch.from_numpy(rng.integers(-1, classes, size=4700))
     t = torch.tensor([-0.5, -0.25, 0.0, 0.25, 0.75, 1.0], dtype=torch.float64)
     kernel = torch.ops.tcm_fused.counts(x, y, classes // 2, t, 4, None)
-    blocked = torch.ops.tcm_fused.pair_counts_blocked(x, y, classes // 2, t, 4, None)
+    blocked = torch.ops.tcm_fused.counts_blocked(x, y, classes // 2, t, 4, None)
     in_float32 = torch.ops.tcm_fused.counts(x.float(), y, classes // 2, t.float(), 4, None)
     for ours, theirs, single in zip(kernel, blocked, in_float32, strict=True):
         assert torch.equal(ours, theirs)
@@ -247,7 +247,7 @@ def test_arrays_of_any_layout() -> None:
 
 def test_opcheck() -> None:
     x, y = batches.batch(40, 5, 6)
-    for name in ("counts", "pair_counts_blocked"):
+    for name in ("counts", "counts_blocked"):
         operator = getattr(torch.ops.tcm_fused, name).default
         for progress in (None, torch.zeros(2, dtype=torch.int64)):
             torch.library.opcheck(operator, (x, y, 6, torch.tensor([0.0, 0.5]), 5, progress))
@@ -684,7 +684,7 @@ def test_without_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:
     x, y = clustered(n=100)
     expected = opis(x, y, thresholds=[0.8, 1.2])
     monkeypatch.setattr(choice, "_IMPORT_ERROR", "no such file")
-    choice._warn_once.cache_clear()
+    monkeypatch.setattr(warn, "TOLD", set())
     with pytest.warns(UserWarning, match="slower PyTorch fallback on 'cpu'.*no such file") as warned:
         assert opis(x, y, thresholds=[0.8, 1.2]).opis == pytest.approx(expected.opis, abs=1e-4)
     assert warned[0].filename == __file__, "not at the caller"
@@ -694,7 +694,7 @@ def test_without_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_choice_of_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a CUDA device the kernel for all that is float32 by then, else the blocked form; by name it runs or raises."""
-    kernel, blocked = torch.ops.tcm_fused.counts.default, torch.ops.tcm_fused.pair_counts_blocked.default
+    kernel, blocked = torch.ops.tcm_fused.counts.default, torch.ops.tcm_fused.counts_blocked.default
     assert choice.choose_counter("auto", "cpu", torch.float64) is kernel
     monkeypatch.setattr(choice, "why_unavailable", lambda backend: None)
     assert choice.choose_counter("auto", "cuda", torch.float32) is kernel
@@ -707,11 +707,10 @@ def test_choice_of_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
         choice.choose_counter("cuda", "cpu", torch.float32)
     with pytest.raises(RuntimeError, match="'cpu', 'cuda' or 'torch' only"):
         choice.choose_counter("triton", "cuda", torch.float32)
-    choice._warn_once.cache_clear()
+    monkeypatch.setattr(warn, "TOLD", set())
     monkeypatch.setattr(choice, "why_unavailable", lambda backend: "a reason")
     with pytest.warns(UserWarning, match="slower PyTorch fallback on 'cuda': a reason"):
         assert choice.choose_counter("auto", "cuda", torch.float32) is blocked
-    choice._warn_once.cache_clear()
 
 
 def test_progress_on_a_cpu_leaves_gpus_alone(monkeypatch: pytest.MonkeyPatch) -> None:
