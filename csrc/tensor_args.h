@@ -8,12 +8,17 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <exception>
 #include <initializer_list>
 #include <optional>
 #include <string>
 #include <tuple>
 
+#include "memory.h"
 #include "problem.h"
+
+// Of torch's C interface from 2.13 on; null before.
+extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_backtrace();
 
 namespace tcm {
 
@@ -32,8 +37,28 @@ inline bool on_device_of(const Tensor& x, const Tensor& t) {
   return t.is_cpu() == x.is_cpu() && t.is_cuda() == x.is_cuda() && t.get_device_index() == x.get_device_index();
 }
 
+// make(), a new tensor on the device of `like`. If there is no memory, it is said so, which the stable ABI does not.
+template <class Make>
+Tensor allocate(const Tensor& like, const Make& make) {
+  try {
+    return make();
+  } catch (const std::exception&) {
+    bool knows = &torch_exception_get_what_without_backtrace != nullptr;
+    std::string reason = knows ? torch_exception_get_what_without_backtrace() : "CUDA out of memory, it seems";
+    if (like.is_cpu()) throw OutOfMemory("a tensor cannot be allocated beside embeddings " + describe(like));
+    STD_TORCH_CHECK(false, "tcm_fused: a tensor cannot be allocated beside embeddings ", describe(like), ": ", reason);
+  }
+}
+
 inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType dtype) {
-  return torch::stable::new_empty(like, shape, dtype);
+  return allocate(like, [&] { return torch::stable::new_empty(like, shape, dtype); });
+}
+
+inline Tensor dense(const Tensor& t) {
+  return allocate(t, [&] { return torch::stable::contiguous(t); });
+}
+inline Tensor dense(const Tensor& t, ScalarType dtype) {
+  return allocate(t, [&] { return torch::stable::contiguous(torch::stable::to(t, dtype)); });
 }
 
 // The arguments of `loss` and of `penalties`, which has no weights.

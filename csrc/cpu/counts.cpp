@@ -54,7 +54,7 @@ class CountWalk {
   struct Scratch {             // of one thread
     Array<real> s;             // [tile, tile]
     Array<int64_t> count[2];   // [cells]
-    std::vector<real> best[2]; // [size] by sorted row
+    Array<real> best[2];       // [size] by sorted row
     Table row_table[2], column_table;
     bool row_table_used[2];
     int32_t cell[kCountTile], listed[kCountTile], column_base[kCountTile];
@@ -96,14 +96,16 @@ class CountWalk {
     for (int64_t i = 0; i < panels; ++i)
       for (int64_t j = i; j < panels; j += kRun) runs.emplace_back(i, j);
     std::vector<std::mutex>(p_.classes / kClassLock + 1).swap(locks_);
+    std::vector<Scratch> scratches(host_.threads);
+    for (Scratch& w : scratches) allocate(w);
     std::atomic<int64_t> next{0};
     std::atomic<bool> failed{false};
     std::mutex mutex;
     std::exception_ptr error;
     host_.parallel(host_.threads, [&](int64_t from, int64_t to) {
       for (int64_t worker = from; worker < to; ++worker) try {
-          Scratch w;
-          allocate(w);
+          Scratch& w = scratches[worker];
+          for (auto& best : w.best) std::fill_n(best.get(), rows_.size, -std::numeric_limits<real>::infinity());
           for (int64_t t; !failed && (t = next++) < static_cast<int64_t>(runs.size());) {
             auto [i, j] = runs[t];
             one_run(i, j, std::min(panels, j + kRun), w);
@@ -119,12 +121,14 @@ class CountWalk {
     if (error) std::rethrow_exception(error);
   }
 
+  // Before threads are at work, so that what `Host` needs beside is all that they may lack.
   void allocate(Scratch& w) {
     w.s.allocate(int64_t{rows_.tile} * rows_.tile);
-    for (int side : {kPlus, kMinus}) {
-      w.count[side].allocate(p_.cells());
-      w.best[side].assign(rows_.size, -std::numeric_limits<real>::infinity());
-    }
+    for (int side : {kPlus, kMinus}) w.count[side].allocate(p_.cells()), w.best[side].allocate(rows_.size);
+    int64_t longest = 0;
+    for (int64_t panel = 0; panel < rows_.panels; ++panel) longest = std::max(longest, classes_of(panel));
+    for (Table* table : {&w.row_table[kPlus], &w.row_table[kMinus], &w.column_table})
+      table->count.reserve(longest * p_.thresholds);
   }
 
   void one_run(int64_t i, int64_t from, int64_t to, Scratch& w) {
@@ -145,10 +149,14 @@ class CountWalk {
   }
 
   void reset(Table& table, int64_t panel) {
-    int64_t end = rows_.begin(panel) + rows_.rows(panel);
-    table.first = class_of(rows_.begin(panel));
-    table.size = class_of(end - 1) + 1 - table.first;
+    table.first = class_of(rows_.begin(panel)), table.size = classes_of(panel);
     table.count.assign(table.size * p_.thresholds, 0);
+  }
+
+  // From the first class of a panel to its last.
+  int64_t classes_of(int64_t panel) const {
+    int64_t begin = rows_.begin(panel);
+    return class_of(begin + rows_.rows(panel) - 1) + 1 - class_of(begin);
   }
 
   int64_t class_of(int64_t k) const { return std::min(rows_.label[k], p_.classes); }
@@ -191,7 +199,7 @@ class CountWalk {
   void count_positives(int64_t k, int64_t j, int row, int from, int to, Scratch& w) {
     if (from >= to) return;
     const real* s = w.s.get() + int64_t{row} * rows_.tile;
-    real* best = w.best[kPlus].data();
+    real* best = w.best[kPlus].get();
     int64_t* count = w.count[kPlus].get();
     real top = loops_.cell_row(s + from, to - from, half_, w.cell + from, best + rows_.begin(j) + from);
     best[k] = std::max(best[k], top);
@@ -207,7 +215,7 @@ class CountWalk {
   bool count_negatives(int64_t k, int64_t j, int row, int from, int to, Scratch& w) {
     if (from >= to) return false;
     const real* s = w.s.get() + int64_t{row} * rows_.tile;
-    real* best = w.best[kMinus].data();
+    real* best = w.best[kMinus].get();
     real top = loops_.cell_row(s + from, to - from, half_, w.cell + from, best + rows_.begin(j) + from);
     best[k] = std::max(best[k], top);
     int64_t* count = w.count[kMinus].get();
@@ -239,7 +247,7 @@ class CountWalk {
       for (int64_t k = 0; k < p_.cells(); ++k) result_.count[side][k] += w.count[side].get()[k];
       for (int64_t k = 0; k < rows_.size; ++k) {
         real& best = result_.best[side][rows_.order[k]];
-        best = std::max(best, w.best[side][k]);
+        best = std::max(best, w.best[side].get()[k]);
       }
     }
   }

@@ -9,13 +9,13 @@
 #include <cstdlib>
 #include <limits>
 #include <memory>
-#include <new>
 #include <vector>
 
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
 
+#include "../memory.h"
 #include "../problem.h"
 #include "host.h"
 #include "pair_loops.h"
@@ -50,7 +50,7 @@ class Array {
 #ifdef __linux__
     if (bytes_ >= kHugePage) {
       memory_ = mmap(nullptr, bytes_ + kHugePage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-      if (memory_ == MAP_FAILED) memory_ = nullptr, throw std::bad_alloc();
+      if (memory_ == MAP_FAILED) memory_ = nullptr, throw OutOfMemory(bytes_, kPurpose);
       data_ = reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(memory_) + kHugePage - 1) / kHugePage * kHugePage);
       use_huge_pages(data_, bytes_);
       return;
@@ -58,7 +58,7 @@ class Array {
 #endif
     memory_ = std::calloc(bytes_, 1);
     data_ = static_cast<T*>(memory_);
-    if (!data_) throw std::bad_alloc();
+    if (!data_) throw OutOfMemory(bytes_, kPurpose);
   }
   void reset() {
 #ifdef __linux__
@@ -70,6 +70,7 @@ class Array {
   T* get() const { return data_; }
 
  private:
+  static constexpr const char* kPurpose = "an array of the kernel";
   void* memory_ = nullptr;
   T* data_ = nullptr;
   size_t bytes_ = 0;

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 #include <functional>
+#include <limits>
+#include <vector>
 
 namespace tcm::cpu {
 
@@ -25,5 +27,19 @@ struct Host {
     parallel_for(size, body);
   }
 };
+
+// Whether products use all bits of their operands. A process may let its libraries use fewer: torch's
+// set_float32_matmul_precision("medium") turns float32 to bfloat16 where the processor multiplies that faster.
+template <class real>
+bool exact(const Host<real>& host) {
+  constexpr int64_t kSize = 32;  // of a product that is large enough for such libraries
+  constexpr real kOne = 1 + std::numeric_limits<real>::epsilon();
+  std::vector<real> a(kSize * kSize), b(kSize * kSize), s(kSize * kSize);
+  for (int64_t k = 0; k < kSize; ++k) a[k * kSize + k] = kOne, b[k * kSize + k] = 1;
+  host.product(a.data(), kSize, b.data(), kSize, kSize, kSize, s.data(), kSize);
+  for (int64_t k = 0; k < kSize; ++k)
+    if (s[k * kSize + k] != kOne) return false;
+  return true;
+}
 
 }  // namespace tcm::cpu

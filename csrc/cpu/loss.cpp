@@ -158,13 +158,12 @@ class LossWalk {
       auto& turn = rows_short ? columns().turn : rows_.turn;
       for (int64_t b = 0; b < longer; ++b) turn[b] = std::min(b, shorter - 1);
     }
+    std::vector<Scratch> scratches(host_.threads);
+    for (Scratch& scratch : scratches) allocate(scratch);
     std::atomic<int64_t> next{0};
     host_.parallel(host_.threads, [&](int64_t from, int64_t to) {
       for (int64_t worker = from; worker < to; ++worker) try {
-          Scratch scratch;
-          int tile = rows_.tile;
-          scratch.s.allocate(kGroup * kGroup * tile * tile);
-          if (p_.squared) scratch.weight.allocate(tile * tile), scratch.transposed_weight.allocate(tile * tile);
+          Scratch& scratch = scratches[worker];
           for (int64_t t; !failed_ && (t = next++) < longer * shorter;) {
             int64_t r = t / shorter, a = t % shorter, b = (symmetric_ ? r - a + longer : a + r) % longer;
             if (symmetric_ && a > b) continue;
@@ -183,6 +182,13 @@ class LossWalk {
         }
     });
     if (error_) std::rethrow_exception(error_);
+  }
+
+  // Before threads are at work, so that what `Host` needs beside is all that they may lack.
+  void allocate(Scratch& scratch) {
+    int64_t tile = rows_.tile;
+    scratch.s.allocate(kGroup * kGroup * tile * tile);
+    if (p_.squared) scratch.weight.allocate(tile * tile), scratch.transposed_weight.allocate(tile * tile);
   }
 
   // The tiles of row group `a` and column group `b`; on the diagonal only those above it.

@@ -2,8 +2,15 @@
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
 #include <algorithm>
+#include <array>
+#include <cstdlib>
+#include <mutex>
+#include <set>
+#include <string>
 #include <type_traits>
+#include <vector>
 
+#include "../memory.h"
 #include "../tensor_args.h"
 #include "counts.h"
 #include "loss.h"
@@ -47,12 +54,26 @@ void product(const real* a, int64_t m, const real* b, int64_t n, int64_t d, int6
   TCM_CHECK(aoti_torch_cpu_mm_out(out.handle, left.handle, right.handle));
 }
 
+// oneDNN generates code for each shape and thread at its first use, and writes through a null pointer if there is no
+// memory for it. So that is asked for first, by one thread at a time.
+void brgemm(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldc, bool add, const float* a,
+            const float* b, float* c) {
+  constexpr size_t kCode = 4 << 20;
+  static std::mutex mutex;
+  static thread_local std::set<std::array<int64_t, 7>> generated;
+  std::array<int64_t, 7> shape{m, n, k, lda, ldb, ldc, add};
+  std::unique_lock<std::mutex> lock(mutex, std::defer_lock);
+  bool is_new = !generated.contains(shape);
+  if (is_new) lock.lock(), require_memory(kCode, "the code of a matrix product");
+  at::native::cpublas::brgemm(m, n, k, lda, ldb, ldc, add, a, b, c, false);
+  if (is_new) generated.insert(shape);
+}
+
 // In steps of 256 columns: the operands of a step stay in cache, and its partial sums are shorter, so rounded less.
 void transposed_product(const float* a, int64_t m, const float* b, int64_t n, int64_t d, int64_t b_stride, float* s,
                         int64_t stride) {
   for (int64_t k = 0; k < d; k += 256)
-    at::native::cpublas::brgemm(m, n, std::min<int64_t>(256, d - k), d, b_stride, stride, k > 0, a + k, b + k * b_stride,
-                                s, false);
+    brgemm(m, n, std::min<int64_t>(256, d - k), d, b_stride, stride, k > 0, a + k, b + k * b_stride, s);
 }
 
 template <class real>
@@ -63,8 +84,42 @@ void add_product(const real* a, int64_t m, int64_t n, const real* b, int64_t d, 
 
 void add_brgemm(const float* a, int64_t m, int64_t n, const float* b, int64_t d, float* c) {
   for (int64_t k = 0; k < d; k += 256)  // so that the operands of a step stay in cache
-    at::native::cpublas::brgemm(m, std::min<int64_t>(256, d - k), n, n, d, d, true, a, b + k, c + k, false);
+    brgemm(m, std::min<int64_t>(256, d - k), n, n, d, d, true, a, b + k, c + k);
 }
+
+// a [rows, columns], rows `stride` apart, in float64.
+std::vector<double> widened(const float* a, int64_t rows, int64_t columns, int64_t stride) {
+  std::vector<double> wide(rows * columns);
+  for (int64_t i = 0; i < rows; ++i) std::copy_n(a + i * stride, columns, wide.data() + i * columns);
+  return wide;
+}
+
+// Products in float64, which nothing lowers.
+void wide_product(const float* a, int64_t m, const float* b, int64_t n, int64_t d, int64_t b_stride, float* s,
+                  int64_t stride) {
+  std::vector<double> left = widened(a, m, d, d), right = widened(b, n, d, b_stride), out(m * n);
+  product(left.data(), m, right.data(), n, d, d, out.data(), n);
+  for (int64_t i = 0; i < m; ++i)
+    for (int64_t j = 0; j < n; ++j) s[i * stride + j] = static_cast<float>(out[i * n + j]);
+}
+
+void wide_add_product(const float* a, int64_t m, int64_t n, const float* b, int64_t d, float* c) {
+  std::vector<double> left = widened(a, m, n, n), right = widened(b, n, d, d), out = widened(c, m, d, d);
+  add_product(left.data(), m, n, right.data(), d, out.data());
+  for (int64_t k = 0; k < m * d; ++k) c[k] = static_cast<float>(out[k]);
+}
+
+// Products by oneDNN's kernels if this torch has them, else by aten::mm; in float64 if those were inexact.
+// TCM_FUSED_PRODUCTS (mm, wide) leaves out the first of these, so that the others are tested where they are not needed.
+void set_products(Host<float>& host) {
+  const char* wish = std::getenv("TCM_FUSED_PRODUCTS");
+  std::string products = wish ? wish : "";
+  if (at::native::cpublas::brgemm && products.empty())
+    host.product = transposed_product, host.transposed = true, host.add_product = add_brgemm;
+  if (products == "wide" || !exact(host))
+    host.product = wide_product, host.transposed = false, host.add_product = wide_add_product;
+}
+void set_products(Host<double>&) {}
 
 constexpr int64_t kWorthThreads = 1 << 19;  // multiplications; below, starting threads costs more than they save
 
@@ -74,16 +129,15 @@ void parallel_for(int64_t size, const std::function<void(int64_t, int64_t)>& bod
 
 template <class real>
 Host<real> host(int64_t multiplications) {
-  bool alone = multiplications < kWorthThreads;
+  int threads = multiplications < kWorthThreads ? 1 : static_cast<int>(torch::stable::get_num_threads());
+  if (threads > 1) require_threads(threads - 1);
   Host<real> host{
-      .threads = alone ? 1 : static_cast<int>(torch::stable::get_num_threads()),
+      .threads = threads,
       .parallel_for = parallel_for,
       .product = product<real>,
       .add_product = add_product<real>,
   };
-  if constexpr (std::is_same_v<real, float>)
-    if (at::native::cpublas::brgemm)
-      host.product = transposed_product, host.transposed = true, host.add_product = add_brgemm;
+  set_products(host);
   return host;
 }
 
@@ -96,9 +150,8 @@ void run_loss(const LossArguments& arguments, LossTensors& out) {
 LossTensors loss_operator(LossArguments& a) {
   bool is_double = a.x.scalar_type() == ScalarType::Double;
   ScalarType real = is_double ? ScalarType::Double : ScalarType::Float;  // 16-bit embeddings are computed in float32
-  auto embeddings = [real](const Tensor& t) { return torch::stable::contiguous(torch::stable::to(t, real)); };
-  a.x = embeddings(a.x), a.y = torch::stable::contiguous(a.y);
-  if (a.ref_x) a.ref_x = embeddings(*a.ref_x), a.ref_y = torch::stable::contiguous(*a.ref_y);
+  a.x = dense(a.x, real), a.y = dense(a.y);
+  if (a.ref_x) a.ref_x = dense(*a.ref_x, real), a.ref_y = dense(*a.ref_y);
   LossTensors out(a, real);
   is_double ? run_loss<double>(a, out) : run_loss<float>(a, out);
   return out;
@@ -111,7 +164,7 @@ void run_counts(const CountArguments& arguments, CountTensors& out) {
 }
 
 CountTensors counts_operator(CountArguments& a) {
-  for (Tensor* t : {&a.x, &a.y, &a.thresholds}) *t = torch::stable::contiguous(*t);
+  for (Tensor* t : {&a.x, &a.y, &a.thresholds}) *t = dense(*t);
   CountTensors out(a);
   a.x.scalar_type() == ScalarType::Double ? run_counts<double>(a, out) : run_counts<float>(a, out);
   return out;

@@ -121,8 +121,8 @@ LossTensors loss_operator(LossArguments& a) {
   STD_TORCH_CHECK(!a.squared, a.name, ": there is no squared penalty on cuda");
   Current current(a.name, a.x);
   Type type = type_of(a.name, a.x);
-  for (Tensor* t : {&a.x, &a.y}) *t = torch::stable::contiguous(*t);
-  if (a.ref_x) a.ref_x = torch::stable::contiguous(*a.ref_x), a.ref_y = torch::stable::contiguous(*a.ref_y);
+  a.x = dense(a.x), a.y = dense(a.y);
+  if (a.ref_x) a.ref_x = dense(*a.ref_x), a.ref_y = dense(*a.ref_y);
   LossTensors out(a, ScalarType::Float);
   Problem<void> problem = a.problem<void>();
   Tensor workspace = Current::workspace(a.x, workspace_bytes(problem, current.device()));
@@ -135,7 +135,7 @@ CountTensors counts_operator(CountArguments& a) {
   Current current("tcm_fused::counts", a.x);
   STD_TORCH_CHECK(a.x.scalar_type() == ScalarType::Float,
                   "tcm_fused::counts: on a CUDA device embeddings must be float32; others take backend='torch'");
-  for (Tensor* t : {&a.x, &a.y, &a.thresholds}) *t = torch::stable::contiguous(*t);
+  for (Tensor* t : {&a.x, &a.y, &a.thresholds}) *t = dense(*t);
   CountTensors out(a);
   CountProblem<float> problem = a.problem<float>();
   CountResult<float> result = out.result<float>(a);

@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <limits>
 #include <random>
 #include <stdexcept>
@@ -318,6 +319,30 @@ void failing_product() {
   }
 }
 
+// A product of operands that were rounded to bfloat16 first is found out, in both layouts; one that was not is let pass.
+void inexact_product() {
+  auto rounded = [](const float* from, int64_t size) {
+    std::vector<float> to(from, from + size);
+    for (float& value : to) {
+      uint32_t bits;
+      std::memcpy(&bits, &value, 4);
+      bits &= 0xffff0000u;
+      std::memcpy(&value, &bits, 4);
+    }
+    return to;
+  };
+  for (bool transposed : {false, true}) {
+    auto plain = host<float>(1, transposed), lowered = plain;
+    lowered.product = [&](const float* a, int64_t m, const float* b, int64_t n, int64_t d, int64_t b_stride, float* s,
+                          int64_t stride) {
+      plain.product(rounded(a, m * d).data(), m, rounded(b, n * d).data(), n, d, b_stride, s, stride);
+    };
+    if (!tcm::cpu::exact(plain)) std::printf("an exact product was refused\n"), std::exit(1);
+    if (tcm::cpu::exact(lowered)) std::printf("a product in bfloat16 was let pass\n"), std::exit(1);
+  }
+  if (!tcm::cpu::exact(host<double>(1, false))) std::printf("an exact product was refused\n"), std::exit(1);
+}
+
 int main(int argc, char** argv) {
   int cases = argc > 1 ? std::atoi(argv[1]) : 100;
   uint64_t seed = argc > 2 ? std::strtoull(argv[2], nullptr, 10) : std::random_device{}();
@@ -342,5 +367,6 @@ int main(int argc, char** argv) {
     if (random() % 4 == 0) random() % 2 ? check_counts<float>(random) : check_counts<double>(random);
   }
   failing_product();
+  inexact_product();
   std::printf("%d cases agree\n", cases);
 }
