@@ -12,6 +12,7 @@
 #ifdef __linux__
 #include <pthread.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #endif
 
 namespace tcm {
@@ -38,16 +39,20 @@ inline void require_memory([[maybe_unused]] size_t bytes, [[maybe_unused]] const
 
 // Throws unless `threads` threads could be started besides this one, and then have some memory each.
 inline void require_threads(int threads) {
-  constexpr size_t kEach = 1 << 20;  // OpenMP's and torch's own, thread-local variables among it
-  size_t stack = 8 << 20;
 #ifdef __linux__
-  pthread_attr_t attributes;
-  if (pthread_getattr_default_np(&attributes) == 0) {
-    pthread_attr_getstacksize(&attributes, &stack);
+  constexpr size_t kEach = 1 << 20;  // OpenMP's and torch's own, thread-local variables among it
+  static const size_t stack = [] {
+    size_t size = 8 << 20;
+    pthread_attr_t attributes;
+    if (pthread_getattr_default_np(&attributes) != 0) return size;
+    pthread_attr_getstacksize(&attributes, &size);
     pthread_attr_destroy(&attributes);
-  }
+    return size;
+  }();
+  rlimit limit;  // what else could refuse a stack, of which no page is there yet?
+  if (getrlimit(RLIMIT_AS, &limit) != 0 || limit.rlim_cur != RLIM_INFINITY)
+    require_memory(threads * (stack + kEach), "threads; torch.set_num_threads sets fewer");
 #endif
-  require_memory(threads * (stack + kEach), "threads; torch.set_num_threads sets fewer");
   // There may be a limit on their number too. Only at the first time: to start threads costs more than a small problem.
   static thread_local int rehearsed = 0;
   if (threads <= rehearsed) return;
