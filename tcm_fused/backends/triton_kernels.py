@@ -94,6 +94,18 @@ def normalise(
 
 
 @triton.jit
+def _tile_and_column(d, WIDTH: tl.constexpr):
+    """Of this program: its tile of rows and its first column of d; and how many tiles there are.
+
+    The grid's first dimension has them all, one tile's columns after the other: the others end at 65,535, which is 8.4
+    million rows.
+    """
+    blocks = tl.cdiv(d, WIDTH)
+    program = tl.program_id(0)
+    return program // blocks, program % blocks * WIDTH, tl.num_programs(0) // blocks
+
+
+@triton.jit
 def tile_sums(
     unit,  # [PARTS, padded, d]
     sums,  # [padded / TILE, d] sum of x^ over each tile of rows
@@ -103,8 +115,8 @@ def tile_sums(
     TILE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    tile = tl.program_id(1)
-    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tile, column, _ = _tile_and_column(d, BLOCK)
+    column += tl.arange(0, BLOCK)
     row = (tile * TILE + tl.arange(0, TILE)).to(tl.int64)
     source = unit + row[:, None] * d + column[None, :]
     total = tl.sum(tl.load(source, mask=(column < d)[None, :], other=0.0).to(tl.float32), 0)
@@ -400,9 +412,8 @@ def masked_sum(
     TMA: tl.constexpr,
     LONG: tl.constexpr,  # a block of a mask spans 2^31 numbers
 ):
-    column = tl.program_id(0) * WIDTH
-    o = tl.program_id(1)
-    z = tl.program_id(2)
+    o, column, outs_here = _tile_and_column(d, WIDTH)
+    z = tl.program_id(1)
     side = z // splits
     split = z % splits
     across = o // (COLUMNS // ROWS) if TRANSPOSED else o
@@ -412,7 +423,7 @@ def masked_sum(
     end = n * (split + 1) // splits * PER_TILE
     if begin == end:
         return
-    of_side = tl.num_programs(1) // (COLUMNS // ROWS) if TRANSPOSED else tl.num_programs(1)
+    of_side = outs_here // (COLUMNS // ROWS) if TRANSPOSED else outs_here
     lists += (side * of_side + across) * length
     mask_row = side * mask_rows
     out += z.to(tl.int64) * out_stride
@@ -463,9 +474,9 @@ def collect(
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    c = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
-    o = tl.program_id(1)
-    side = tl.program_id(2)
+    o, column, outs_here = _tile_and_column(d, WIDTH)
+    c = column + tl.arange(0, WIDTH)
+    side = tl.program_id(1)
     across = o // RATIO if TRANSPOSED else o
     n_mixed = tl.load(mixed + side * outs + across)
     n_full = tl.load(full + side * outs + across)
@@ -473,7 +484,7 @@ def collect(
         n_mixed = 0
     if n_mixed + n_full == 0:
         return
-    of_side = tl.num_programs(1) // RATIO if TRANSPOSED else tl.num_programs(1)
+    of_side = outs_here // RATIO if TRANSPOSED else outs_here
     lists += (side * of_side + across) * length
     PER_TILE: tl.constexpr = 1 if TRANSPOSED else RATIO  # tiles of `sums` in a full tile
     common = tl.zeros((WIDTH,), tl.float32)
@@ -490,7 +501,7 @@ def collect(
     target = g + side.to(tl.int64) * g_stride + place
     total = tl.load(target, mask=inside, other=0.0) + common[None, :]
     if SPLIT:
-        part_stride = tl.num_programs(1).to(tl.int64) * ROWS * d
+        part_stride = outs_here.to(tl.int64) * ROWS * d
         for split in range(splits):
             if n_mixed * split // splits < n_mixed * (split + 1) // splits:
                 total += tl.load(parts + (side * splits + split) * part_stride + place, mask=inside, other=0.0)

@@ -43,6 +43,7 @@ from tcm_fused.backends import triton_kernels as kernels
 from tcm_fused.backends.numerics import EPS
 
 LONGEST = 2**31  # numbers that offsets of 32 bits reach
+MOST = 2**30 - 256  # rows, of which two parts are counted in 32 bits
 INTERPRETED = bool(triton.knobs.runtime.interpret)  # kernels run in NumPy, on CPU tensors
 
 
@@ -187,6 +188,8 @@ def check(
             raise RuntimeError(f"{name}: embeddings must be [N, D] and [M, D], labels [N] and [M]")
         if rows.device != x.device or labels.device != x.device:
             raise RuntimeError(f"{name}: embeddings and labels must be on one device")
+        if len(rows) > MOST:
+            raise RuntimeError(f"{name}: {len(rows):,} embeddings are more than {MOST:,}; take them in several parts")
     last = 0 if ref_x is None else ref_x.shape[0] - x.shape[0]
     if row_offset is not None and not 0 <= row_offset <= last:
         raise RuntimeError(f"{name}: row_offset must put every row among the columns")
@@ -276,7 +279,7 @@ def prepare(config: Config, x: Tensor, y: Tensor, parts: int, gradient: bool) ->
         BLOCK=block,
     )  # fmt: skip
     width = min(block, 64)
-    kernels.tile_sums[(triton.cdiv(d, width), padded // config.rows)](
+    kernels.tile_sums[(triton.cdiv(d, width) * (padded // config.rows),)](
         e.unit, e.sums, padded, d, PARTS=parts, TILE=config.rows, BLOCK=width
     )
     return e
@@ -413,14 +416,14 @@ class Walk:
         mask_rows, mask_width = row_tiles * config.rows, column_tiles * config.columns
         mask = masks[: 2 * mask_rows * mask_width].view(2 * mask_rows, mask_width)
         mask_block = (config.step, config.rows) if transposed else (config.rows, config.step)
-        kernels.masked_sum[(blocks, out_tiles, 2 * splits)](
+        kernels.masked_sum[(blocks * out_tiles, 2 * splits)](
             self.operand(mask, *mask_block), self.operand(of.unit, config.step, width), lists, sizes, parts,
             parts.stride(-3), parts.stride(-2), mask_rows, mask_width, begin, of.padded, d, length, sizes.stride(1),
             splits, PARTS=self.parts, SPLIT=splits > 1, TRANSPOSED=transposed, ROWS=config.rows,
             COLUMNS=config.columns, STEP=config.step, WIDTH=width, TMA=config.tma,
             LONG=config.rows * mask_width >= LONGEST, num_warps=config.warps, num_stages=config.sum_stages,
         )  # fmt: skip
-        kernels.collect[(triton.cdiv(d, min(width, 64)), out_tiles, 2)](
+        kernels.collect[(triton.cdiv(d, min(width, 64)) * out_tiles, 2)](
             g, parts, of.sums[begin // config.rows :], lists, sizes[0], sizes[1], g.stride(0), d, length,
             sizes.stride(1), splits, SPLIT=splits > 1, TRANSPOSED=transposed, RATIO=ratio, ROWS=config.rows,
             WIDTH=min(width, 64), BLOCK=16,
