@@ -38,14 +38,14 @@ docs: $(VENV)/documents
 	@echo "open build/site/index.html"
 
 bench: $(VENV)/built
-	$(RUN) -m pytest benchmarks --benchmark-json=benchmarks/results/cpu.json
-	$(RUN) -m benchmarks.report benchmarks/results/cpu.json
+	$(RUN) -m pytest benchmarks/speed --benchmark-json=benchmarks/results/cpu.json
+	$(RUN) -m benchmarks.speed.report benchmarks/results/cpu.json
 
 info: $(VENV)/built
 	$(RUN) -m tcm_fused info
 
 gpu:
-	$(PYTHON) -m benchmarks.gpu
+	$(PYTHON) -m benchmarks.speed.gpu
 
 registers: $(VENV)/built
 	$(RUN) tests/kernels/test_ptxas.py

@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from scipy.stats import t as student_t
 
-from benchmarks.figures import GREY, LOOK
-from benchmarks.training import spread
+from benchmarks.digits.training import spread
+from benchmarks.speed.figures import GREY, LOOK
 
 BETTER, WORSE, UNCLEAR = "#0072B2", "#D55E00", "#888888"  # Okabe and Ito's; the shapes differ as well
 

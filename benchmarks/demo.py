@@ -28,10 +28,7 @@ from matplotlib.patches import Circle
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.gate import check_fused
-from benchmarks.peers import PEERS, forward_backward, make_batch, time_alternating
-from benchmarks.retrieval.losses import ArcFace
-from benchmarks.training import (
+from benchmarks.digits.training import (
     Split,
     Trained,
     check_paired,
@@ -43,6 +40,9 @@ from benchmarks.training import (
     spread,
     train,
 )
+from benchmarks.retrieval.losses import ArcFace
+from benchmarks.speed.gate import check_fused
+from benchmarks.speed.peers import PEERS, forward_backward, make_batch, time_alternating
 from tcm_fused import Calibration, OPISResult, TCMLoss, calibrate, opis, tcm_loss
 from tcm_fused.backends import choice
 from tcm_fused.thresholds.outputs import check_folder, check_outputs, write_whole
@@ -126,7 +126,7 @@ CONSISTENCY: tuple[Row, ...] = (
 def train_and_measure(
     task: Task, with_tcm: bool, seed: int, epochs: int, tick: Callable[[], object]
 ) -> tuple[Run, Trained]:
-    """Train on all training images as one batch, `epochs` times, and measure; see `benchmarks.training.train`."""
+    """Train on all training images as one batch, `epochs` times, and measure; see `benchmarks.digits.training.train`."""
     margins: dict[str, Any] = {"margin_plus": task.margin_plus, "margin_minus": task.margin_minus}
     tcm = TCMLoss(**margins, lambda_plus=task.weight, lambda_minus=task.weight) if with_tcm else None
     trained = train(

@@ -12,10 +12,11 @@ from pytorch_metric_learning.losses import ProxyAnchorLoss
 from support import batches
 from torch import Tensor
 
-from benchmarks import comparison, demo, digits
+import benchmarks.digits.__main__ as digits
+from benchmarks import comparison, demo
 from benchmarks.comparison import MEASURES, Experiment, Scores, compare
-from benchmarks.digits import HELD_OUT, TCM, Job, choose_tcm, score_pair, split_of
-from benchmarks.training import SEEN, UNSEEN, Trained, check_paired, load, make_mlp, spread, train
+from benchmarks.digits.__main__ import HELD_OUT, TCM, Job, choose_tcm, score_pair, split_of
+from benchmarks.digits.training import SEEN, UNSEEN, Trained, check_paired, load, make_mlp, spread, train
 from tcm_fused import opis
 
 OPIS, RECALL = MEASURES[0], MEASURES[2]

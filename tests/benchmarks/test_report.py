@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from benchmarks import figures
-from benchmarks.figures import draw_cost
-from benchmarks.report import cost_table, goal_table, goals, main, opis_table, time_table
+from benchmarks.speed import figures
+from benchmarks.speed.figures import draw_cost
+from benchmarks.speed.report import cost_table, goal_table, goals, main, opis_table, time_table
 
 ROOT = Path(__file__).parents[2]
 
@@ -59,7 +59,7 @@ def figure_of(monkeypatch: pytest.MonkeyPatch, name: str) -> Figure:
     """A picture of the committed run, as it is saved."""
     drawn: list[Figure] = []
     monkeypatch.setattr(figures, "_save", lambda figure, hardware, target: drawn.append(figure))
-    result = json.loads((Path(figures.__file__).parent / "results" / "cpu.json").read_text())
+    result = json.loads((ROOT / "benchmarks" / "results" / "cpu.json").read_text())
     infos = {benchmark["name"]: benchmark["extra_info"] for benchmark in result["benchmarks"]}
     getattr(figures, f"draw_{name}")(infos, "", Path("unused.png"))
     drawn[0].draw_without_rendering()

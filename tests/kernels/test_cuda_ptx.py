@@ -236,5 +236,3 @@ def test_shipped_sizes_are_those_of_the_sources() -> None:
     work = (ROOT / "csrc/cuda/work.h").read_text()
     for name, value in (("kRectangle", shipped.RECTANGLE), ("kChunk", shipped.CHUNK), ("kOneChunk", shipped.ONE_CHUNK)):
         assert f"constexpr int {name} = {value};" in work
-
-

@@ -59,11 +59,13 @@ BUGS = {
         "similarity_sm90.cuh", "        barrier_wait(memory.empty[ring.stage], ring.parity ^ 1);\n", ""
     ),
     "sm90: products not waited for": hopper("similarity_sm90.cuh", "      warpgroup_wait<0>();\n", ""),
-    "sm90: stage given back too early": hopper(
-        "similarity_sm90.cuh", "warpgroup_wait<1>();", "warpgroup_wait<2>();"
+    "sm90: stage given back too early": hopper("similarity_sm90.cuh", "warpgroup_wait<1>();", "warpgroup_wait<2>();"),
+    "sm90: one arrival missing": hopper(
+        "similarity_sm90.cuh", "memory.empty[k], kWarps)", "memory.empty[k], kWarps + 1)"
     ),
-    "sm90: one arrival missing": hopper("similarity_sm90.cuh", "memory.empty[k], kWarps)", "memory.empty[k], kWarps + 1)"),
-    "sm90: fewer bytes expected": hopper("similarity_sm90.cuh", "sizeof memory.stage[0])", "sizeof memory.stage[0] / 3)"),
+    "sm90: fewer bytes expected": hopper(
+        "similarity_sm90.cuh", "sizeof memory.stage[0])", "sizeof memory.stage[0] / 3)"
+    ),
     "sm90: barriers not shown to the copy engine": hopper("similarity_sm90.cuh", "    barriers_ready();\n", ""),
     # Masked sums.
     "masked sum: no wait": Bug("masked_sum.cuh", "    copies_wait<0>();\n    if constexpr", "    if constexpr"),
@@ -98,8 +100,9 @@ BUGS = {
     ),
     "ptx: no fence before products": hopper("ptx_sm90.cuh", '"wgmma.fence.sync.aligned;"', '""'),
     "ptx: no fence between the proxies": hopper(
-        "ptx_sm90.cuh", 'void writes_to_products() { asm volatile("fence.proxy.async.shared::cta;"',
-        'void writes_to_products() { asm volatile(""'
+        "ptx_sm90.cuh",
+        'void writes_to_products() { asm volatile("fence.proxy.async.shared::cta;"',
+        'void writes_to_products() { asm volatile(""',
     ),
     # Before and after.
     "prologue: a label before itself": Bug("prologue.cuh", "other == mine && j < i", "other == mine && j <= i"),
@@ -115,9 +118,7 @@ BUGS = {
     # Counts.
     "window: not cleared": Bug("counts.cuh", "window_of(memory)[k] = 0;", "window_of(memory)[k] |= 0;"),
     "window: carry lost": Bug("counts.cuh", "to_place + place, kCarry);", "to_place + place, 0);"),
-    "window: read early": Bug(
-        "counts.cuh", "    workers_sync();\n    for (int k = worker", "    for (int k = worker"
-    ),
+    "window: read early": Bug("counts.cuh", "    workers_sync();\n    for (int k = worker", "    for (int k = worker"),
     "window: too little shared memory": Bug(
         "counts.cu", "used + int64_t{counter.window} * 2", "used + int64_t{counter.window} * 2 - 4"
     ),
@@ -125,7 +126,9 @@ BUGS = {
     "queue: written early": Bug("counts.cuh", "    __syncwarp();  // and read\n", ""),
     "queue: too short": Bug("counts.cuh", "kQueue = (kBatch + 1) * 32 - 1;", "kQueue = kBatch * 32;"),
     "classes: threshold not included": Bug("counts.cuh", "threshold[middle] <= value", "threshold[middle] < value"),
-    "classes: only the row's": Bug("counts.cuh", "if (at.side == kMinus) add(class_count", "if (column < 0) add(class_count"),
+    "classes: only the row's": Bug(
+        "counts.cuh", "if (at.side == kMinus) add(class_count", "if (column < 0) add(class_count"
+    ),
     "tiles: pairs twice": Bug("counts.cuh", "note_pairs<kHeld, true>", "note_pairs<kHeld, false>"),
     "best: raised by a store": Bug("counts.cuh", "atomicMax(best, key);", "*best = key;"),
 }
@@ -207,7 +210,9 @@ def test_planted_bugs_are_found(name: str, roots: dict[str, Path]) -> None:
         return
     machine = kernels().machine
     code = f"{bug.sm} with a bug"
-    machine.load_files(code, [build.ptx(unit, bug.sm, roots[name] if unit == bug.unit else build.ROOT) for unit in build.UNITS])
+    machine.load_files(
+        code, [build.ptx(unit, bug.sm, roots[name] if unit == bug.unit else build.ROOT) for unit in build.UNITS]
+    )
     try:
         with pytest.raises(AssertionError):
             search(bug, code)

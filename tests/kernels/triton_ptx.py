@@ -22,6 +22,7 @@ os.environ["TRITON_CACHE_DIR"] = str(build.KEPT / "triton")
 import numpy as np
 import torch
 import triton
+from ptx_machine.machine import Machine
 from support.batches import dyadic, embeddings, margins
 from support.oracle import Oracle, Result, compare, compare_sides, oracle_of
 from torch import Tensor
@@ -32,7 +33,6 @@ from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 from triton_aot import specialise
 
-from ptx_machine.machine import Machine
 from tcm_fused.backends import triton_loss
 
 NUMBERS = {"fp32": ctypes.c_float, "fp64": ctypes.c_double, "i32": ctypes.c_int32, "i64": ctypes.c_int64}
@@ -93,7 +93,9 @@ class Launcher:
         for address in lent:
             self.machine.release(address)
 
-    def compile(self, kernel: JITFunction, args: tuple[Any, ...], meta: dict[str, Any]) -> tuple[str, Any, dict[str, str]]:
+    def compile(
+        self, kernel: JITFunction, args: tuple[Any, ...], meta: dict[str, Any]
+    ) -> tuple[str, Any, dict[str, str]]:
         """Name of the kernel in the machine, Triton's facts about it, and its signature."""
         signature, constants, attributes, options = launch = specialise(kernel, args, meta)
         key = repr((kernel.__name__, *launch))
@@ -141,7 +143,9 @@ class Problem:
     dtype: torch.dtype = torch.float32
     fp16: bool = False
     penalties: bool = False
-    share: float | None = 0.5  # of the pairs of either side that are hard; None: margins between the similarities of `dyadic`
+    share: float | None = (
+        0.5  # of the pairs of either side that are hard; None: margins between the similarities of `dyadic`
+    )
     classes: int = 8
     negative: float = 0.1
     grad_x: bool = True

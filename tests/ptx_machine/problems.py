@@ -71,7 +71,12 @@ class LossProblem:
         return replace(self, margin=(found["margin_plus"], found["margin_minus"]))
 
     def check(
-        self, knobs: Knobs = Knobs(), *, exact: bool = False, on: Kernels | None = None, **options: Any  # noqa: B008
+        self,
+        knobs: Knobs = Knobs(),
+        *,
+        exact: bool = False,
+        on: Kernels | None = None,
+        **options: Any,  # noqa: B008
     ) -> Result:
         """Runs it and compares; where the machine cuts sums off, with what the oracle allows tensor cores."""
         result = self.run(knobs, on=on, **options)

@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 
 import benchmarks.demo
-import benchmarks.digits
-import benchmarks.report
+import benchmarks.digits.__main__
 import benchmarks.retrieval.__main__
 import benchmarks.retrieval.drawn
+import benchmarks.speed.report
 from tcm_fused import calibrate, opis, suggest_margins
 from tcm_fused.__main__ import main
 from tcm_fused.thresholds.terminal import printable, printable_lines
@@ -153,8 +153,8 @@ def test_interrupted(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
 PROGRAMS: dict[str, Callable[[Sequence[str]], Any]] = {
     "tcm_fused": main,
     "benchmarks.demo": benchmarks.demo.main,
-    "benchmarks.digits": benchmarks.digits.main,
-    "benchmarks.report": benchmarks.report.main,
+    "benchmarks.digits": benchmarks.digits.__main__.main,
+    "benchmarks.speed.report": benchmarks.speed.report.main,
     "benchmarks.retrieval": benchmarks.retrieval.__main__.main,
     "benchmarks.retrieval.drawn": benchmarks.retrieval.drawn.main,
 }

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.gpu_speed RESULT.json`: time and memory of loss and gradient on one GPU, beside what it can do.
+"""`python -m benchmarks.speed.gpu_speed RESULT.json`: time and memory of loss and gradient on one GPU, beside what it can do.
 
 A figure is a ratio taken in one run: to the time that the flops of a case take at the rate of this card's own 16-bit
 matrix product (the floor), or to a peer that alternates with it. Nothing is measured before the loss is found right.
@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.gate import DENSITIES, check_fused, check_opis
-from benchmarks.peers import PEERS, forward_backward, make_batch, make_classes
-from benchmarks.report import Goal, at_least, at_most, goal_table
+from benchmarks.speed.gate import DENSITIES, check_fused, check_opis
+from benchmarks.speed.peers import PEERS, forward_backward, make_batch, make_classes
+from benchmarks.speed.report import Goal, at_least, at_most, goal_table
 from tcm_fused import opis, tcm_loss
 from tcm_fused.reference import tcm_reference
 from tcm_fused.thresholds.opis import OPISResult
@@ -368,7 +368,7 @@ def run(clock: Clock, backend: str, chosen: dict[str, Case], seconds: float) -> 
 
 
 def main() -> int:
-    parser = Parser(prog="python -m benchmarks.gpu_speed", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m benchmarks.speed.gpu_speed", description=__doc__.splitlines()[0])
     parser.add_argument("result", type=Path, help="the JSON file to write")
     parser.add_argument("--backend", default="cuda", help="of tcm_loss; 'cuda' unless given")
     parser.add_argument("--seconds", type=float, default=220, help="how many all of it may take")

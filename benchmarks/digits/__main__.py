@@ -31,8 +31,7 @@ from tqdm import tqdm
 
 from benchmarks import comparison
 from benchmarks.comparison import Experiment, Scores
-from benchmarks.retrieval.losses import ArcFace
-from benchmarks.training import (
+from benchmarks.digits.training import (
     SEEN,
     Split,
     Trained,
@@ -46,6 +45,7 @@ from benchmarks.training import (
     train,
     turned,
 )
+from benchmarks.retrieval.losses import ArcFace
 from tcm_fused import TCMLoss, __version__, opis
 from tcm_fused.thresholds.outputs import check_folder, check_outputs, write_whole
 from tcm_fused.thresholds.terminal import Parser, printable, run

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.report RESULT.json`: the goals and figures of one run as Markdown, and its drawings.
+"""`python -m benchmarks.speed.report RESULT.json`: the goals and figures of one run as Markdown, and its drawings.
 
 Reads what `pytest benchmarks --benchmark-json=RESULT.json` wrote; the drawings go beside it, named after it.
 """
@@ -225,7 +225,7 @@ def read(path: Path) -> dict[str, Any]:
 
 def report(path: Path) -> None:
     """Print the tables of a run and draw its pictures beside it."""
-    from benchmarks.figures import draw_cost, draw_growth, draw_speed  # the table alone needs no matplotlib
+    from benchmarks.speed.figures import draw_cost, draw_growth, draw_speed  # the table alone needs no matplotlib
 
     result = read(path)
     infos: Infos = {benchmark["name"]: benchmark["extra_info"] for benchmark in result["benchmarks"]}
@@ -250,7 +250,7 @@ def report(path: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run it; exit code 2 and a message on stderr for bad input."""
-    parser = Parser(prog="python -m benchmarks.report", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m benchmarks.speed.report", description=__doc__.splitlines()[0])
     parser.add_argument("result", type=Path, help="what pytest-benchmark wrote")
     options = parser.parse_args(arguments)
     run(parser, parser.prog, lambda: report(options.result))
