@@ -1,6 +1,6 @@
 """`python -m benchmarks.speed.report RESULT.json`: the goals and figures of one run as Markdown, and its drawings.
 
-Reads what `pytest benchmarks --benchmark-json=RESULT.json` wrote; the drawings go beside it, named after it.
+Reads what `pytest benchmarks/speed --benchmark-json=RESULT.json` wrote; the drawings go beside it, named after it.
 """
 
 import json
