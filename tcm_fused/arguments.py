@@ -94,7 +94,7 @@ def _check_value(name: str, value: Any, least: float = -math.inf) -> None:
         raise ValueError(f"{name} must be a number or a 0-d tensor, got a tensor of shape {list(value.shape)}{layout}")
     if value.is_complex() or value.dtype == torch.bool:
         raise TypeError(f"{name} must be real, got a tensor of {value.dtype}")
-    if value.requires_grad:
+    if value.requires_grad or (not torch.compiler.is_compiling() and forward_ad.unpack_dual(value).tangent is not None):
         raise ValueError(
             f"{name} requires a gradient, but margins and weights cannot be learned: the loss has no gradient by them, "
             f"and would only drive them to where it is 0. Pass {name}.detach(), and see tcm_fused.suggest_margins"
@@ -122,7 +122,7 @@ def _sides(x: Tensor, **values: float | Tensor) -> Tensor:
     dtype = wide_dtype(x.device)
     if not torch.compiler.is_compiling() and all(map(_is_known, values.values())):
         numbers = (float(value) for value in values.values())
-        # Under a mode (of fake tensors, say) it makes what the mode wants, which is of no use elsewhere.
+        # Under a mode (of fake tensors, say) it is one of the mode's own tensors, which is of no use elsewhere.
         return (_on_cpu.__wrapped__ if torch._C._len_torch_dispatch_stack() else _on_cpu)(*numbers, dtype)
     # By sums, of which torch.compile makes one graph for all values of a Python float. Of torch.full it makes one for
     # each value, and then keeps an older value elsewhere in the user's graph (seen in torch 2.13).
@@ -222,7 +222,7 @@ def _user_allows_less_than_float32(device_type: str) -> bool:
         return False
     try:
         return torch.get_float32_matmul_precision() != "highest"
-    except RuntimeError:  # the user has set what is newer than that: torch.backends.cuda.matmul.fp32_precision
+    except RuntimeError:  # the user has set the newer option, torch.backends.cuda.matmul.fp32_precision
         return torch.backends.cuda.matmul.fp32_precision not in ("none", "ieee")
 
 

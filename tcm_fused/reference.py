@@ -1,4 +1,7 @@
-"""The loss in plain PyTorch: the definition, which everything else is checked against."""
+"""The definition of the TCM loss in plain PyTorch, in the paper's notation: everything else is checked against it.
+
+Zhang et al., Threshold-Consistent Margin Loss for Open-World Deep Metric Learning, ICLR 2024, section 4.
+"""
 
 import torch
 from torch import Tensor
@@ -12,47 +15,57 @@ def tcm_reference(
     ref_emb: Tensor | None = None,
     ref_labels: Tensor | None = None,
     *,
-    margin_plus: float = 0.9,
-    margin_minus: float = 0.5,
-    lambda_plus: float = 1.0,
-    lambda_minus: float = 1.0,
+    margin_plus: float | Tensor = 0.9,
+    margin_minus: float | Tensor = 0.5,
+    lambda_plus: float | Tensor = 1.0,
+    lambda_minus: float | Tensor = 1.0,
     row_offset: int | None = None,
     penalty: str = "hinge",
     reduction: str = "violating",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The definition of the TCM loss, with every pair written out: O(N M) memory, differentiable by autograd.
+    """L = lambda+ / n+ sum_{H+} (m+ - s_ij)  +  lambda- / n- sum_{H-} (s_ij - m-), with every pair written out.
 
-    Arguments, shapes and meaning as in `tcm_fused.tcm_loss`, which has `groups` besides; nothing is validated. Products
-    are of float64, where the device has it: so no setting of the process, autocast neither, makes them less exact.
+    O(N M) memory, differentiable by autograd. Arguments, shapes and meaning as in `tcm_fused.tcm_loss`, which has
+    `groups` besides; nothing is checked.
 
     Returns:
         loss [], penalty [2] (sums over hard positives, hard negatives) and count [2] int64 (n+, n-).
     """
     if ref_emb is None or ref_labels is None:
         ref_emb, ref_labels, row_offset = embeddings, labels, 0
-    rows, columns = labels >= 0, ref_labels >= 0  # those that take part
+
+    # s_ij = x^_i . x^_j. A row with a negative label takes part in no pair and is not looked at.
+    rows, columns = labels >= 0, ref_labels >= 0
     x_hat = _unit(torch.where(rows[:, None], embeddings, 0))
     ref_hat = _unit(torch.where(columns[:, None], ref_emb, 0))
-    wide = wide_dtype(x_hat.device)
+    wide = wide_dtype(
+        x_hat.device
+    )  # float64: no setting of the process, autocast neither, makes its products less exact
     s = (x_hat.to(wide) @ ref_hat.to(wide).T).to(x_hat.dtype)
+
+    # Positives have the same label, negatives have not. Row i is column i + row_offset, which it is not compared with.
     pair = rows[:, None] & columns
     if row_offset is not None:
         index = torch.arange(max(s.shape), device=s.device)
         pair &= index[: s.shape[0], None] + row_offset != index[: s.shape[1]]
     same = labels[:, None] == ref_labels
-    pairs = torch.stack([pair & same, pair & ~same])
-    violation = torch.stack([margin_plus - s, s - margin_minus])
-    hard = pairs & torch.stack([s <= margin_plus, s >= margin_minus])
-    violation = torch.where(hard, violation, 0)
+    positives, negatives = pair & same, pair & ~same
+
+    # H+ and H-: both inequalities are inclusive.
+    hard = torch.stack([positives & (s <= margin_plus), negatives & (s >= margin_minus)])
+    violation = torch.where(hard, torch.stack([margin_plus - s, s - margin_minus]), 0)
     total = (violation**2 if penalty == "squared" else violation).sum((1, 2))
-    count = hard.sum((1, 2))
-    divisor = count if reduction == "violating" else pairs.sum((1, 2))
-    weight = torch.tensor([lambda_plus, lambda_minus], dtype=s.dtype, device=s.device)
-    loss = (weight * total / divisor.clamp_min(1)).sum()
-    # 0, and in the gradient of each, or NaN if any embedding that takes part is not finite.
+    n = hard.sum((1, 2))
+
+    # A side without a pair adds 0.
+    divisor = n if reduction == "violating" else torch.stack([positives.sum(), negatives.sum()])
+    mean_plus, mean_minus = total / divisor.clamp_min(1)
+    loss = lambda_plus * mean_plus + lambda_minus * mean_minus
+
+    # Loss and gradient are NaN if an embedding that takes part is not finite; else this adds 0 to both.
     everything = x_hat.sum() + ref_hat.sum()
     non_finite = torch.where(everything.isfinite(), torch.zeros_like(everything), torch.nan)
-    return loss + non_finite * everything, total.detach(), count
+    return (loss + non_finite * everything).to(s.dtype), total.detach(), n
 
 
 def _unit(x: Tensor) -> Tensor:

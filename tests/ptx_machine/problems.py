@@ -76,7 +76,7 @@ class LossProblem:
         *,
         exact: bool = False,
         on: Kernels | None = None,
-        **options: Any,  # noqa: B008
+        **options: Any,
     ) -> Result:
         """Runs it and compares; where the machine cuts sums off, with what the oracle allows tensor cores."""
         result = self.run(knobs, on=on, **options)
