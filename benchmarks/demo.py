@@ -126,7 +126,7 @@ CONSISTENCY: tuple[Row, ...] = (
 def train_and_measure(
     task: Task, with_tcm: bool, seed: int, epochs: int, tick: Callable[[], object]
 ) -> tuple[Run, Trained]:
-    """Train on all training images as one batch, `epochs` times, and measure; see `benchmarks.digits.training.train`."""
+    """Train on all training images as one batch, `epochs` times, and measure; see `train`."""
     margins: dict[str, Any] = {"margin_plus": task.margin_plus, "margin_minus": task.margin_minus}
     tcm = TCMLoss(**margins, lambda_plus=task.weight, lambda_minus=task.weight) if with_tcm else None
     trained = train(

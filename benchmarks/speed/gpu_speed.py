@@ -1,4 +1,4 @@
-"""`python -m benchmarks.speed.gpu_speed RESULT.json`: time and memory of loss and gradient on one GPU, beside what it can do.
+"""`python -m benchmarks.speed.gpu_speed RESULT.json`: time and memory of the loss on one GPU, beside its limits.
 
 A figure is a ratio taken in one run: to the time that the flops of a case take at the rate of this card's own 16-bit
 matrix product (the floor), or to a peer that alternates with it. Nothing is measured before the loss is found right.
