@@ -71,7 +71,7 @@ class Options(NamedTuple):
 
 def warn_of_crossed_margins(margin_plus: float, margin_minus: float) -> bool:
     """Whether margin_plus is below margin_minus; if so with a warning, once in a process for a place in user code."""
-    if not margin_plus < margin_minus:
+    if not -1 <= margin_plus < margin_minus <= 1:  # beyond those a side is left out on purpose, or hard throughout
         return False
     warn_once(
         f"margin_plus={margin_plus:.6g} is below margin_minus={margin_minus:.6g}: the loss is satisfied with positives "

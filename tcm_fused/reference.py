@@ -38,9 +38,7 @@ def tcm_reference(
     rows, columns = labels >= 0, ref_labels >= 0
     x_hat = _unit(torch.where(rows[:, None], embeddings, 0))
     ref_hat = _unit(torch.where(columns[:, None], ref_emb, 0))
-    wide = wide_dtype(
-        x_hat.device
-    )  # float64: no setting of the process, autocast neither, makes its products less exact
+    wide = wide_dtype(x_hat.device)  # float64, whose products no setting of the process makes less exact
     s = (x_hat.to(wide) @ ref_hat.to(wide).T).to(x_hat.dtype)
 
     # Positives have the same label, negatives have not. Row i is column i + row_offset, which it is not compared with.

@@ -1,7 +1,7 @@
 """Time and peak memory of OPIS, fp32, in ratio to the symmetric similarity product alone and to blocked PyTorch.
 
 Every test times `opis` in alternation with its peers, as test_speed.py does for the loss. Every figure is taken of
- the whole result: rates of each class at 101 thresholds of a range that is not known before, and recall@1.
+the whole result: rates of each class at 101 thresholds of a range that is not known before, and recall@1.
 """
 
 from functools import partial

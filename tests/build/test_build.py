@@ -57,7 +57,7 @@ def program(path: Path, script: str) -> str:
 
 
 def fake_nvcc(home: Path, version: str = "12.6.85", report: str = "") -> str:
-    """`home` as CUDA_HOME, whose nvcc answers as one that does not know sm_100, and compiles to nothing with a report."""
+    """`home` as CUDA_HOME, whose nvcc does not know sm_100, and compiles to nothing with a report."""
     (home / "lib").mkdir(parents=True, exist_ok=True)
     (home / "lib/libcudart_static.a").touch()
     (home / "report").write_text(report)
