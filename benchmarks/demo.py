@@ -38,12 +38,13 @@ from benchmarks.digits.training import (
     open_world,
     positive,
     spread,
+    tcm_of,
     train,
 )
 from benchmarks.retrieval.losses import ArcFace
 from benchmarks.speed.gate import check_fused
 from benchmarks.speed.peers import PEERS, forward_backward, make_batch, time_alternating
-from tcm_fused import Calibration, OPISResult, TCMLoss, calibrate, opis, tcm_loss
+from tcm_fused import Calibration, OPISResult, calibrate, opis, tcm_loss
 from tcm_fused.backends import choice
 from tcm_fused.thresholds.outputs import check_folder, check_outputs, write_whole
 from tcm_fused.thresholds.plots import plot_pareto
@@ -127,8 +128,7 @@ def train_and_measure(
     task: Task, with_tcm: bool, seed: int, epochs: int, tick: Callable[[], object]
 ) -> tuple[Run, Trained]:
     """Train on all training images as one batch, `epochs` times, and measure; see `train`."""
-    margins: dict[str, Any] = {"margin_plus": task.margin_plus, "margin_minus": task.margin_minus}
-    tcm = TCMLoss(**margins, lambda_plus=task.weight, lambda_minus=task.weight) if with_tcm else None
+    tcm = tcm_of(task.margin_plus, task.margin_minus, task.weight) if with_tcm else None
     trained = train(
         task.split,
         partial(make_mlp, task.width),

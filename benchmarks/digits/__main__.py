@@ -42,11 +42,12 @@ from benchmarks.digits.training import (
     one_thread,
     open_world,
     positive,
+    tcm_of,
     train,
     turned,
 )
 from benchmarks.retrieval.losses import ArcFace
-from tcm_fused import TCMLoss, __version__, opis
+from tcm_fused import __version__, opis
 from tcm_fused.thresholds.outputs import check_folder, check_outputs, write_whole
 from tcm_fused.thresholds.terminal import Parser, printable, run
 
@@ -110,12 +111,7 @@ def split_of(fold: int | None) -> Split:
 
 def fit(job: Job) -> tuple[Trained, Scores]:
     """Train as the job says, and score the test images of its split."""
-    tcm = job.tcm and TCMLoss(
-        margin_plus=job.tcm.margin_plus,
-        margin_minus=job.tcm.margin_minus,
-        lambda_plus=job.tcm.weight,
-        lambda_minus=job.tcm.weight,
-    )
+    tcm = job.tcm and tcm_of(*job.tcm)
     split = split_of(job.fold)
     network, base_loss = NETWORKS[job.network], BASE_LOSSES[job.base_loss]
     with one_thread():
