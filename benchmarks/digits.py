@@ -271,9 +271,8 @@ def main(arguments: Sequence[str] | None = None, tcm: Sequence[TCM] = TCM_GRID) 
     )
     print(text)
     content = json.dumps(as_json(chosen, experiments, options.steps, tcm), indent=1)
-    picture = comparison.draw(
-        experiments, f"Digits unseen in training, {options.seeds} seed{'s' * (options.seeds > 1)}, {WIDTH} dimensions"
-    )
+    seeds = f"{options.seeds} seed{'s' * (options.seeds > 1)}"
+    picture = comparison.draw(experiments, f"Digits unseen in training, {seeds}, {WIDTH} dimensions")
     write_whole(options.out / "digits.md", lambda path: path.write_text(text))
     write_whole(options.out / "digits.json", lambda path: path.write_text(content + "\n"))
     write_whole(options.out / "digits.png", lambda path: picture.savefig(path, dpi=150, format="png"))
