@@ -28,7 +28,7 @@ gpu:
 	$(PYTHON) -m benchmarks.gpu
 
 registers: $(VENV)/built
-	$(RUN) tests/kernels/test_ptxas.py
+	PYTHONPATH=tests $(RUN) tests/kernels/test_ptxas.py
 
 $(VENV)/installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)

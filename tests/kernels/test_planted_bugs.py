@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from ptx_machine import build
 from ptx_machine.kernels import Kernels, Knobs, kernels
-from ptx_machine.problems import CountsProblem, LossProblem, problem_of, stored
+from ptx_machine.problems import CountsProblem, LossProblem, crowd, problem_of, stored
 from support.batches import embeddings
 
 
@@ -59,11 +59,13 @@ BUGS = {
         "similarity_sm90.cuh", "        barrier_wait(memory.empty[ring.stage], ring.parity ^ 1);\n", ""
     ),
     "sm90: products not waited for": hopper("similarity_sm90.cuh", "      warpgroup_wait<0>();\n", ""),
-    "sm90: stage given back too early": hopper(
-        "similarity_sm90.cuh", "warpgroup_wait<1>();", "warpgroup_wait<2>();"
+    "sm90: stage given back too early": hopper("similarity_sm90.cuh", "warpgroup_wait<1>();", "warpgroup_wait<2>();"),
+    "sm90: one arrival missing": hopper(
+        "similarity_sm90.cuh", "memory.empty[k], kWarps)", "memory.empty[k], kWarps + 1)"
     ),
-    "sm90: one arrival missing": hopper("similarity_sm90.cuh", "memory.empty[k], kWarps)", "memory.empty[k], kWarps + 1)"),
-    "sm90: fewer bytes expected": hopper("similarity_sm90.cuh", "sizeof memory.stage[0])", "sizeof memory.stage[0] / 3)"),
+    "sm90: fewer bytes expected": hopper(
+        "similarity_sm90.cuh", "sizeof memory.stage[0])", "sizeof memory.stage[0] / 3)"
+    ),
     "sm90: barriers not shown to the copy engine": hopper("similarity_sm90.cuh", "    barriers_ready();\n", ""),
     # Masked sums.
     "masked sum: no wait": Bug("masked_sum.cuh", "    copies_wait<0>();\n    if constexpr", "    if constexpr"),
@@ -98,8 +100,9 @@ BUGS = {
     ),
     "ptx: no fence before products": hopper("ptx_sm90.cuh", '"wgmma.fence.sync.aligned;"', '""'),
     "ptx: no fence between the proxies": hopper(
-        "ptx_sm90.cuh", 'void writes_to_products() { asm volatile("fence.proxy.async.shared::cta;"',
-        'void writes_to_products() { asm volatile(""'
+        "ptx_sm90.cuh",
+        'void writes_to_products() { asm volatile("fence.proxy.async.shared::cta;"',
+        'void writes_to_products() { asm volatile(""',
     ),
     # Before and after.
     "prologue: a label before itself": Bug("prologue.cuh", "other == mine && j < i", "other == mine && j <= i"),
@@ -115,9 +118,7 @@ BUGS = {
     # Counts.
     "window: not cleared": Bug("counts.cuh", "window_of(memory)[k] = 0;", "window_of(memory)[k] |= 0;"),
     "window: carry lost": Bug("counts.cuh", "to_place + place, kCarry);", "to_place + place, 0);"),
-    "window: read early": Bug(
-        "counts.cuh", "    workers_sync();\n    for (int k = worker", "    for (int k = worker"
-    ),
+    "window: read early": Bug("counts.cuh", "    workers_sync();\n    for (int k = worker", "    for (int k = worker"),
     "window: too little shared memory": Bug(
         "counts.cu", "used + int64_t{counter.window} * 2", "used + int64_t{counter.window} * 2 - 4"
     ),
@@ -125,7 +126,9 @@ BUGS = {
     "queue: written early": Bug("counts.cuh", "    __syncwarp();  // and read\n", ""),
     "queue: too short": Bug("counts.cuh", "kQueue = (kBatch + 1) * 32 - 1;", "kQueue = kBatch * 32;"),
     "classes: threshold not included": Bug("counts.cuh", "threshold[middle] <= value", "threshold[middle] < value"),
-    "classes: only the row's": Bug("counts.cuh", "if (at.side == kMinus) add(class_count", "if (column < 0) add(class_count"),
+    "classes: only the row's": Bug(
+        "counts.cuh", "if (at.side == kMinus) add(class_count", "if (column < 0) add(class_count"
+    ),
     "tiles: pairs twice": Bug("counts.cuh", "note_pairs<kHeld, true>", "note_pairs<kHeld, false>"),
     "best: raised by a store": Bug("counts.cuh", "atomicMax(best, key);", "*best = key;"),
 }
@@ -142,12 +145,13 @@ def losses() -> list[tuple[LossProblem, Knobs, bool]]:
     whole = LossProblem(stored(x, "fp32"), y)
     small = Knobs(rectangle=2, sm_count=2, chunk=32, one_chunk=0)
     part = problem_of((stored(x[50:250], "fp16"), y[50:250], stored(x, "fp16"), y), row_offset=50, fp16=True)
-    alike = LossProblem(stored(embeddings("cone", np.zeros(640, dtype=int), 40, rng), "fp16"), y=np.arange(640) % 3)
+    alike = LossProblem(stored(embeddings("cone", np.zeros(600, dtype=int), 40, rng), "fp16"), y=np.arange(600) % 3)
     return [
         (whole.at_share(0.5), small, False),
         (part.at_share(0.5), small, True),
         (whole.at_share(0.004), small, False),
         (replace(alike, margin=(2.0, -2.0), fp16=True), Knobs(), False),
+        (crowd(1100), Knobs(), False),
     ]
 
 
@@ -207,7 +211,9 @@ def test_planted_bugs_are_found(name: str, roots: dict[str, Path]) -> None:
         return
     machine = kernels().machine
     code = f"{bug.sm} with a bug"
-    machine.load_files(code, [build.ptx(unit, bug.sm, roots[name] if unit == bug.unit else build.ROOT) for unit in build.UNITS])
+    machine.load_files(
+        code, [build.ptx(unit, bug.sm, roots[name] if unit == bug.unit else build.ROOT) for unit in build.UNITS]
+    )
     try:
         with pytest.raises(AssertionError):
             search(bug, code)

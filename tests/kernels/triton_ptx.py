@@ -1,7 +1,7 @@
-"""Runs the Triton backend on the PTX machine: `triton_loss.run` launches its kernels as on a GPU, and each is compiled to
-PTX for the architecture and executed on the CPU.
+"""Runs the Triton backend on the PTX machine: `triton_loss.run` launches its kernels as on a GPU, and each is compiled
+to PTX for the architecture and executed on the CPU.
 
-`python tests/kernels/triton_ptx.py sm_90` prints one JSON object a problem of PROBLEMS, with what was wrong, if anything.
+`python tests/kernels/triton_ptx.py sm_90` prints one JSON object for each problem, with its errors.
 """
 
 import ctypes
@@ -22,6 +22,7 @@ os.environ["TRITON_CACHE_DIR"] = str(build.KEPT / "triton")
 import numpy as np
 import torch
 import triton
+from ptx_machine.machine import Machine
 from support.batches import dyadic, embeddings, margins
 from support.oracle import Oracle, Result, compare, compare_sides, oracle_of
 from torch import Tensor
@@ -32,7 +33,6 @@ from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 from triton_aot import specialise
 
-from ptx_machine.machine import Machine
 from tcm_fused.backends import triton_loss
 
 NUMBERS = {"fp32": ctypes.c_float, "fp64": ctypes.c_double, "i32": ctypes.c_int32, "i64": ctypes.c_int64}
@@ -93,7 +93,9 @@ class Launcher:
         for address in lent:
             self.machine.release(address)
 
-    def compile(self, kernel: JITFunction, args: tuple[Any, ...], meta: dict[str, Any]) -> tuple[str, Any, dict[str, str]]:
+    def compile(
+        self, kernel: JITFunction, args: tuple[Any, ...], meta: dict[str, Any]
+    ) -> tuple[str, Any, dict[str, str]]:
         """Name of the kernel in the machine, Triton's facts about it, and its signature."""
         signature, constants, attributes, options = launch = specialise(kernel, args, meta)
         key = repr((kernel.__name__, *launch))
@@ -141,7 +143,7 @@ class Problem:
     dtype: torch.dtype = torch.float32
     fp16: bool = False
     penalties: bool = False
-    share: float | None = 0.5  # of the pairs of either side that are hard; None: margins between the similarities of `dyadic`
+    share: float | None = 0.5  # of each side's pairs that are hard; None: exact similarities, on the margins
     classes: int = 8
     negative: float = 0.1
     grad_x: bool = True
@@ -187,7 +189,8 @@ def make(problem: Problem, seed: int) -> tuple[list[Tensor], dict[str, Any]]:
 
 def solve(problem: Problem, config: str, sets: list[Tensor], options: dict[str, Any]) -> Result:
     """The loss, or the penalties, by Triton's kernels."""
-    x, y, ref_x, ref_y = (*sets, None, None)[:4]
+    x, y, *reference = sets
+    ref_x, ref_y = reference or (None, None)
     two = [torch.tensor([options[f"{name}_plus"], options[f"{name}_minus"]]).double() for name in ("margin", "lambda")]
     loss, dx, dref, penalty, count = triton_loss.run(
         replace(triton_loss.CONFIGS[config], panel_bytes=problem.panel_bytes),
