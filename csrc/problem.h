@@ -23,7 +23,7 @@ struct Sides {
 // `element` is the type of the embeddings; void: one of several, named beside the problem.
 template <class element>
 struct Problem {
-  bool symmetric;        // the columns are the rows: m is n, ref_x and ref_y are not read, row_offset is 0
+  bool symmetric;  // the columns are the rows: m is n, ref_x and ref_y are not read, row_offset is 0
   int64_t n, m, d;
   const element* x;      // [n, d] rows
   const int64_t* y;      // [n]

@@ -167,22 +167,25 @@ struct LossTensors {
 // The operators `loss` and `penalties` of a device, whose `run` takes checked arguments and returns LossTensors.
 template <LossTensors (*run)(LossArguments&)>
 struct LossOperators {
-  static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> loss(
-      const Tensor& x, const Tensor& y, std::optional<Tensor> ref_x, std::optional<Tensor> ref_y,
-      std::optional<int64_t> row_offset, const Tensor& margins, const Tensor& weights, bool squared, bool fp16,
-      bool grad_x, bool grad_ref) {
-    LossArguments arguments{"tcm_fused::loss", x,       y,    ref_x,  ref_y,   row_offset, margins, weights,
-                            squared,           fp16,    grad_x, grad_ref};
+  static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> loss(const Tensor& x, const Tensor& y,
+                                                                 std::optional<Tensor> ref_x,
+                                                                 std::optional<Tensor> ref_y,
+                                                                 std::optional<int64_t> row_offset,
+                                                                 const Tensor& margins, const Tensor& weights,
+                                                                 bool squared, bool fp16, bool grad_x, bool grad_ref) {
+    LossArguments arguments{"tcm_fused::loss", x,       y,       ref_x, ref_y,  row_offset,
+                            margins,           weights, squared, fp16,  grad_x, grad_ref};
     arguments.check();
     LossTensors out = run(arguments);
     return {*out.loss, out.grad_x, out.grad_ref, out.penalty, out.count};
   }
 
-  static std::tuple<Tensor, Tensor, Tensor, Tensor> penalties(
-      const Tensor& x, const Tensor& y, std::optional<Tensor> ref_x, std::optional<Tensor> ref_y,
-      std::optional<int64_t> row_offset, const Tensor& margins, bool squared, bool fp16, bool grad_x, bool grad_ref) {
-    LossArguments arguments{"tcm_fused::penalties", x,    y,      ref_x,   ref_y, row_offset, margins, std::nullopt,
-                            squared,                fp16, grad_x, grad_ref};
+  static std::tuple<Tensor, Tensor, Tensor, Tensor> penalties(const Tensor& x, const Tensor& y,
+                                                              std::optional<Tensor> ref_x, std::optional<Tensor> ref_y,
+                                                              std::optional<int64_t> row_offset, const Tensor& margins,
+                                                              bool squared, bool fp16, bool grad_x, bool grad_ref) {
+    LossArguments arguments{"tcm_fused::penalties", x,       y,    ref_x,  ref_y,   row_offset, margins,
+                            std::nullopt,           squared, fp16, grad_x, grad_ref};
     arguments.check();
     LossTensors out = run(arguments);
     return {out.penalty, out.grad_x, out.grad_ref, out.count};
@@ -199,15 +202,14 @@ struct CountArguments {
 
   void check() const {
     const char* name = "tcm_fused::counts";
-    STD_TORCH_CHECK((x.scalar_type() == ScalarType::Float || x.scalar_type() == ScalarType::Double) && x.dim() == 2, name,
-                    ": embeddings must be [N, D], float32 or float64; they are ", describe(x));
+    STD_TORCH_CHECK((x.scalar_type() == ScalarType::Float || x.scalar_type() == ScalarType::Double) && x.dim() == 2,
+                    name, ": embeddings must be [N, D], float32 or float64; they are ", describe(x));
     STD_TORCH_CHECK(y.scalar_type() == ScalarType::Long && y.dim() == 1 && y.size(0) == x.size(0) && on_device_of(x, y),
                     name, ": classes must be int64, one for each of the embeddings and on their device; they are ",
                     describe(y), ", embeddings ", describe(x));
-    STD_TORCH_CHECK(
-        thresholds.scalar_type() == x.scalar_type() && thresholds.dim() == 1 && on_device_of(x, thresholds), name,
-        ": thresholds must be [T] in the dtype and on the device of the embeddings; they are ", describe(thresholds),
-        ", embeddings ", describe(x));
+    STD_TORCH_CHECK(thresholds.scalar_type() == x.scalar_type() && thresholds.dim() == 1 && on_device_of(x, thresholds),
+                    name, ": thresholds must be [T] in the dtype and on the device of the embeddings; they are ",
+                    describe(thresholds), ", embeddings ", describe(x));
     STD_TORCH_CHECK(0 <= bits && bits <= 20 && classes >= 0, name,
                     ": bits must be from 0 to 20, the number of classes 0 or more; they are ", bits, " and ", classes);
     STD_TORCH_CHECK(!progress || (progress->is_cpu() && progress->scalar_type() == ScalarType::Long &&

@@ -35,7 +35,7 @@ class CountWalk {
     prepare();
     if (!rows_.finite) throw std::invalid_argument("embeddings must be finite");
     make_starts();
-        for (int side : {kPlus, kMinus}) {
+    for (int side : {kPlus, kMinus}) {
       std::fill_n(result_.count[side], p_.cells(), 0);
       std::fill_n(result_.class_count[side], (p_.classes + 1) * p_.thresholds, 0);
       std::fill_n(result_.best[side], p_.n, -std::numeric_limits<real>::infinity());
@@ -51,10 +51,10 @@ class CountWalk {
     std::vector<uint32_t> count;  // a run has less than 2^32 pairs
   };
 
-  struct Scratch {             // of one thread
-    Array<real> s;             // [tile, tile]
-    Array<int64_t> count[2];   // [cells]
-    Array<real> best[2];       // [size] by sorted row
+  struct Scratch {            // of one thread
+    Array<real> s;            // [tile, tile]
+    Array<int64_t> count[2];  // [cells]
+    Array<real> best[2];      // [size] by sorted row
     Table row_table[2], column_table;
     bool row_table_used[2];
     int32_t cell[kCountTile], listed[kCountTile], column_base[kCountTile];
@@ -180,8 +180,8 @@ class CountWalk {
     int64_t m = rows_.rows(i), n = rows_.rows(j), strip = i == j ? kStrip : m;
     for (int64_t row = 0; row < m; row += strip) {
       int64_t column = rows_.begin(j) + (i == j ? row : 0), end = rows_.begin(j) + n;
-      similarities(host_, rows_, rows_.begin(i) + row, rows_.begin(i) + std::min(strip, m - row) + row, rows_, column, end,
-                   w.s.get() + row * rows_.tile - rows_.begin(j), rows_.tile);
+      similarities(host_, rows_, rows_.begin(i) + row, rows_.begin(i) + std::min(strip, m - row) + row, rows_, column,
+                   end, w.s.get() + row * rows_.tile - rows_.begin(j), rows_.tile);
     }
   }
 
@@ -258,8 +258,8 @@ class CountWalk {
   const PairLoops<real>& loops_;
   int32_t half_, first_cell_;
   Embeddings<real> rows_;
-  std::vector<int64_t> last_;    // [size] end of the sorted rows of row k's class
-  std::vector<int32_t> start_;   // [cells] see make_starts()
+  std::vector<int64_t> last_;   // [size] end of the sorted rows of row k's class
+  std::vector<int32_t> start_;  // [cells] see make_starts()
   std::vector<std::mutex> locks_;
 };
 

@@ -109,11 +109,11 @@ template <class real>
 struct Embeddings {
   int64_t size, d, panels;
   int tile;
-  std::vector<int64_t> order;    // [size] input row of sorted row k
-  std::vector<int64_t> label;    // [size]
-  std::vector<double> inverse;   // [size] 1 / max(|x|, kEps); 0 for a zero row
-  Array<real> unit;              // [panels * tile, d] x^, then zeros
-  Array<real> transposed;        // [panels, d, tile] x^ of each panel transposed, if asked for
+  std::vector<int64_t> order;   // [size] input row of sorted row k
+  std::vector<int64_t> label;   // [size]
+  std::vector<double> inverse;  // [size] 1 / max(|x|, kEps); 0 for a zero row
+  Array<real> unit;             // [panels * tile, d] x^, then zeros
+  Array<real> transposed;       // [panels, d, tile] x^ of each panel transposed, if asked for
   std::atomic<bool> finite{true};
 
   int64_t begin(int64_t panel) const { return panel * tile; }

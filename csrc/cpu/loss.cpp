@@ -37,7 +37,7 @@ constexpr int kWeightedPairs = 4;  // the same where pairs have weights (measure
 // Rows or columns with the sums of their gradient.
 template <class real>
 struct EmbeddingSums : Embeddings<real> {
-  Array<real> panel_sum;         // [panels, d] sum of x^ over each panel
+  Array<real> panel_sum;  // [panels, d] sum of x^ over each panel
   bool wants_gradient = false;
   Array<real> sum[2];            // [panels * tile, d] masked or weighted sums over hard positives, hard negatives
   Array<real> shared[2];         // [panels, d] what every row of a panel gets besides, but for those set apart
@@ -73,7 +73,8 @@ class LossWalk {
 
   void run() {
     int64_t longest = std::max(p_.n, symmetric_ ? 0 : p_.m);
-    int tile = static_cast<int>(std::clamp<int64_t>((longest / (4 * kGroup * host_.threads) + 63) / 64 * 64, 64, kTile));
+    int tile =
+        static_cast<int>(std::clamp<int64_t>((longest / (4 * kGroup * host_.threads) + 63) / 64 * 64, 64, kTile));
     prepare(rows_, p_.x, p_.y, p_.n, tile, result_.grad_x != nullptr);
     if (!symmetric_) prepare(other_, p_.ref_x, p_.ref_y, p_.m, tile, result_.grad_ref != nullptr);
     if (rows_.finite && columns().finite) {
@@ -85,17 +86,17 @@ class LossWalk {
   }
 
  private:
-  struct Tile {      // similarities of row panel i and column panel j
+  struct Tile {  // similarities of row panel i and column panel j
     int64_t i, j;
     int m, n;
-    real* s;         // [m, n], rows `stride` apart
+    real* s;  // [m, n], rows `stride` apart
     int stride;
     Penalty penalty[2];
     std::array<bool, kTile> any[2];  // whether a row has hard pairs
   };
 
-  struct Scratch {   // of one thread
-    Array<real> s;   // [kGroup tile, kGroup tile]
+  struct Scratch {                                                        // of one thread
+    Array<real> s;                                                        // [kGroup tile, kGroup tile]
     uint64_t mask[kTile * kWords] = {}, transposed[kTile * kWords] = {};  // words past the tile stay 0
     uint64_t missing[kTile * kWords], hard[kTile * kWords];               // see add_most
     Array<real> weight, transposed_weight;                                // [tile, tile] see make_weights
@@ -113,7 +114,8 @@ class LossWalk {
     for (int side : {kPlus, kMinus}) {
       e.touched[side].resize(e.panels);
       if (!wants_gradient) continue;
-      e.sum[side].allocate(e.panels * e.tile * e.d), e.shared[side].allocate(e.panels * e.d), e.apart[side].resize(e.size);
+      e.sum[side].allocate(e.panels * e.tile * e.d), e.shared[side].allocate(e.panels * e.d),
+          e.apart[side].resize(e.size);
     }
     host_.parallel(e.panels, [&](int64_t from, int64_t to) {
       for (int64_t panel = from; panel < to; ++panel) {
@@ -202,8 +204,8 @@ class LossWalk {
         real* s = scratch.s.get() + (i - kGroup * a) * rows_.tile * stride + (j - kGroup * b) * rows_.tile;
         tiles[size++] = {i, j, rows_.rows(i), columns().rows(j), s, stride, {}};
       }
-    multiply(tiles[0], rows_.begin(end_i - 1) + rows_.rows(end_i - 1), columns().begin(end_j - 1) + columns().rows(end_j - 1),
-             diagonal);
+    multiply(tiles[0], rows_.begin(end_i - 1) + rows_.rows(end_i - 1),
+             columns().begin(end_j - 1) + columns().rows(end_j - 1), diagonal);
     for (int k = 0; k < size; ++k) scan(tiles[k]);
 
     row_turn.turn = &rows_.turn[a], column_turn.turn = &columns().turn[b];
@@ -220,7 +222,8 @@ class LossWalk {
   // Similarities of a group: sorted rows from the first tile's first to `end_i`, columns likewise. On the diagonal strips
   // stop short of what lies below it.
   void multiply(const Tile& first, int64_t end_i, int64_t end_j, bool diagonal) {
-    int64_t begin_i = rows_.begin(first.i), begin_j = columns().begin(first.j), strip = diagonal ? kStrip : end_i - begin_i;
+    int64_t begin_i = rows_.begin(first.i), begin_j = columns().begin(first.j),
+            strip = diagonal ? kStrip : end_i - begin_i;
     for (int64_t i = begin_i; i < end_i; i += strip) {
       int64_t j = diagonal ? begin_j + i - begin_i : begin_j;
       real* s = first.s + (i - begin_i) * first.stride - begin_j;
@@ -289,8 +292,8 @@ class LossWalk {
 
   // The same where M is nearly full: the panel's column sum for all rows at once, less the pairs that M lacks (null:
   // none). A row that lacks more than half takes its hard pairs instead, and from then on no part in the shared sum.
-  void add_most(EmbeddingSums<real>& to, int64_t i, const EmbeddingSums<real>& from, int64_t j, int side, const uint64_t* lacks,
-                Scratch& scratch) {
+  void add_most(EmbeddingSums<real>& to, int64_t i, const EmbeddingSums<real>& from, int64_t j, int side,
+                const uint64_t* lacks, Scratch& scratch) {
     int m = to.rows(i), n = from.rows(j);
     real *shared = to.shared[side].get() + i * p_.d, *sum = to.sum[side].get() + to.begin(i) * p_.d;
     const real* panel_sum = from.panel_sum.get() + j * p_.d;
@@ -335,7 +338,8 @@ class LossWalk {
     if (symmetric_ && t.i == t.j) {  // only the upper triangle is there
       transpose_mask(mask, rows_.tile / 64, scratch.transposed);
       for (int row = 0; row < t.m; ++row)
-        for (int word = 0; word < rows_.tile / 64; ++word) mask[row * kWords + word] |= scratch.transposed[row * kWords + word];
+        for (int word = 0; word < rows_.tile / 64; ++word)
+          mask[row * kWords + word] |= scratch.transposed[row * kWords + word];
     }
     if (!inverted) return;
     range_mask(0, t.n, all);
@@ -346,7 +350,8 @@ class LossWalk {
   std::tuple<int, int, int> segments(const Tile& t, int row) const {
     int64_t k = rows_.begin(t.i) + row, begin = rows_.begin(t.j);  // panels of rows and columns are equally long
     int64_t start = symmetric_ && t.i == t.j ? row + 1 : 0;        // above the diagonal
-    return {start, std::clamp<int64_t>(first_[k] - begin, start, t.n), std::clamp<int64_t>(last_[k] - begin, start, t.n)};
+    return {start, std::clamp<int64_t>(first_[k] - begin, start, t.n),
+            std::clamp<int64_t>(last_[k] - begin, start, t.n)};
   }
 
   // scratch.weight [tile, tile]: twice the violation of the tile's hard pairs of one side, 0 for all others.
@@ -370,8 +375,8 @@ class LossWalk {
   }
 
   // Adds W X^ to one side's sums of panel `i` of `to`, X^ being panel `j` of `from` and W having `count` hard pairs.
-  void add_weighted(EmbeddingSums<real>& to, int64_t i, const EmbeddingSums<real>& from, int64_t j, int side, int64_t count,
-                    const real* weight) {
+  void add_weighted(EmbeddingSums<real>& to, int64_t i, const EmbeddingSums<real>& from, int64_t j, int side,
+                    int64_t count, const real* weight) {
     int m = to.rows(i), n = from.rows(j), tile = to.tile;
     real* sum = to.sum[side].get() + to.begin(i) * p_.d;
     to.touched[side][i] = 1;
@@ -388,7 +393,9 @@ class LossWalk {
 
   static void add(Penalty& total, const Penalty& part) { total.count += part.count, total.sum += part.sum; }
   // Beyond 2 a margin makes all pairs hard or none, however far: the sums stay small and precise, see finish().
-  double near_margin(int side) const { return p_.squared ? p_.margin.value[side] : std::clamp(p_.margin.value[side], -2.0, 2.0); }
+  double near_margin(int side) const {
+    return p_.squared ? p_.margin.value[side] : std::clamp(p_.margin.value[side], -2.0, 2.0);
+  }
   real margin(int side) const { return static_cast<real>(near_margin(side)); }
 
   // Step 4.
@@ -439,7 +446,8 @@ class LossWalk {
           };
           RowSums<real> sums{own(kPlus), shared(kPlus), own(kMinus), shared(kMinus)};
           bool constant_norm = e.inverse[k] >= 1 / kEps;  // below kEps the divisor does not depend on x
-          loops_.gradient_row(sums, constant_norm ? nullptr : e.unit.get() + k * e.d, e.d, w_plus, w_minus, e.inverse[k], out);
+          loops_.gradient_row(sums, constant_norm ? nullptr : e.unit.get() + k * e.d, e.d, w_plus, w_minus,
+                              e.inverse[k], out);
         }
       }
     });

@@ -211,8 +211,7 @@ TCM_INLINE void projected(const RowSums<real>& sums, const real* unit, int64_t d
   const real *plus = sums.plus, *shared_plus = sums.shared_plus;
   const real *minus = sums.minus, *shared_minus = sums.shared_minus;
 #pragma omp simd
-  for (int64_t k = 0; k < d; ++k)
-    out[k] = w_minus * (minus[k] + shared_minus[k]) - w_plus * (plus[k] + shared_plus[k]);
+  for (int64_t k = 0; k < d; ++k) out[k] = w_minus * (minus[k] + shared_minus[k]) - w_plus * (plus[k] + shared_plus[k]);
   if (unit == nullptr) return scaled(out, d, inverse, out);
   double along = 0;
 #pragma omp simd reduction(+ : along)
@@ -222,42 +221,42 @@ TCM_INLINE void projected(const RowSums<real>& sums, const real* unit, int64_t d
   for (int64_t k = 0; k < d; ++k) out[k] = static_cast<real>((out[k] - a * unit[k]) * inverse);
 }
 
-#define TCM_PAIR_LOOPS(Name, width, target)                                                                      \
-  template <class real>                                                                                          \
-  struct Name {                                                                                                  \
-    target static Penalty scan_row(const real* s, int n, real margin, real sign) {                               \
-      return scan<false>(s, n, margin, sign);                                                                    \
-    }                                                                                                            \
-    target static Penalty scan_squared(const real* s, int n, real margin, real sign) {                           \
-      return scan<true>(s, n, margin, sign);                                                                     \
-    }                                                                                                            \
-    target static void weigh_row(const real* s, int n, real margin, real sign, real* weight) {                   \
-      weigh(s, n, margin, sign, weight);                                                                         \
-    }                                                                                                            \
-    target static void weighted(const real* weight, int m, int n, const real* x, int64_t d, real* g) {           \
-      weighted_sum<real, width>(weight, m, n, x, d, g);                                                          \
-    }                                                                                                            \
-    target static real cell_row(const real* s, int n, int32_t half, int32_t* cell, real* best) {                   \
-      return cells(s, n, half, cell, best);                                                                       \
-    }                                                                                                            \
-    target static void mask_row(const real* s, int words, real margin, real sign, uint64_t* bits) {                         \
-      mask(s, words, margin, sign, bits);                                                                               \
-    }                                                                                                            \
-    target static void sparse(const uint64_t* bits, int m, const real* x, int64_t d, real weight, real* g) {     \
-      sparse_sum<real, width>(bits, m, x, d, weight, g);                                                         \
-    }                                                                                                            \
-    target static void dense(const uint64_t* bits, int m, int n, const real* x, int64_t d, real weight, real* g) { \
-      dense_sum<real, width>(bits, m, n, x, d, weight, g);                                                       \
-    }                                                                                                            \
-    target static void transpose(const real* x, int64_t n, int64_t d, real* out) { transposed(x, n, d, out); }   \
-    target static double squares(const real* x, int64_t d) { return sum_of_squares(x, d); }                      \
-    target static void scale(const real* x, int64_t d, double factor, real* out) { scaled(x, d, factor, out); }  \
-    target static void gradient_row(const RowSums<real>& sums, const real* unit, int64_t d, real w_plus,         \
-                                    real w_minus, double inverse, real* out) {                                   \
-      projected(sums, unit, d, w_plus, w_minus, inverse, out);                                                   \
-    }                                                                                                            \
-    static constexpr PairLoops<real> kLoops{scan_row,  scan_squared, cell_row,  mask_row, sparse, dense, \
-                                            weigh_row, weighted,     transpose, squares,  scale,  gradient_row}; \
+#define TCM_PAIR_LOOPS(Name, width, target)                                                                            \
+  template <class real>                                                                                                \
+  struct Name {                                                                                                        \
+    target static Penalty scan_row(const real* s, int n, real margin, real sign) {                                     \
+      return scan<false>(s, n, margin, sign);                                                                          \
+    }                                                                                                                  \
+    target static Penalty scan_squared(const real* s, int n, real margin, real sign) {                                 \
+      return scan<true>(s, n, margin, sign);                                                                           \
+    }                                                                                                                  \
+    target static void weigh_row(const real* s, int n, real margin, real sign, real* weight) {                         \
+      weigh(s, n, margin, sign, weight);                                                                               \
+    }                                                                                                                  \
+    target static void weighted(const real* weight, int m, int n, const real* x, int64_t d, real* g) {                 \
+      weighted_sum<real, width>(weight, m, n, x, d, g);                                                                \
+    }                                                                                                                  \
+    target static real cell_row(const real* s, int n, int32_t half, int32_t* cell, real* best) {                       \
+      return cells(s, n, half, cell, best);                                                                            \
+    }                                                                                                                  \
+    target static void mask_row(const real* s, int words, real margin, real sign, uint64_t* bits) {                    \
+      mask(s, words, margin, sign, bits);                                                                              \
+    }                                                                                                                  \
+    target static void sparse(const uint64_t* bits, int m, const real* x, int64_t d, real weight, real* g) {           \
+      sparse_sum<real, width>(bits, m, x, d, weight, g);                                                               \
+    }                                                                                                                  \
+    target static void dense(const uint64_t* bits, int m, int n, const real* x, int64_t d, real weight, real* g) {     \
+      dense_sum<real, width>(bits, m, n, x, d, weight, g);                                                             \
+    }                                                                                                                  \
+    target static void transpose(const real* x, int64_t n, int64_t d, real* out) { transposed(x, n, d, out); }         \
+    target static double squares(const real* x, int64_t d) { return sum_of_squares(x, d); }                            \
+    target static void scale(const real* x, int64_t d, double factor, real* out) { scaled(x, d, factor, out); }        \
+    target static void gradient_row(const RowSums<real>& sums, const real* unit, int64_t d, real w_plus, real w_minus, \
+                                    double inverse, real* out) {                                                       \
+      projected(sums, unit, d, w_plus, w_minus, inverse, out);                                                         \
+    }                                                                                                                  \
+    static constexpr PairLoops<real> kLoops{scan_row,  scan_squared, cell_row,  mask_row, sparse, dense,               \
+                                            weigh_row, weighted,     transpose, squares,  scale,  gradient_row};       \
   };
 
 TCM_PAIR_LOOPS(Baseline, 16, )
@@ -278,9 +277,7 @@ Isa best_isa() {
   return Isa::kBaseline;
 }
 
-const char* name(Isa isa) {
-  return isa == Isa::kAvx512 ? "avx512" : isa == Isa::kAvx2 ? "avx2" : "baseline";
-}
+const char* name(Isa isa) { return isa == Isa::kAvx512 ? "avx512" : isa == Isa::kAvx2 ? "avx2" : "baseline"; }
 
 template <class real>
 const PairLoops<real>& pair_loops(Isa isa) {

@@ -47,8 +47,8 @@ struct PairLoops {
   // out [d] = x [d] * factor
   void (*scale)(const real* x, int64_t d, double factor, real* out);
   // out [d] = (g - (g . unit) unit) * inverse with g = w_minus * minus - w_plus * plus; unit null: g * inverse.
-  void (*gradient_row)(const RowSums<real>& sums, const real* unit, int64_t d, real w_plus, real w_minus, double inverse,
-                       real* out);
+  void (*gradient_row)(const RowSums<real>& sums, const real* unit, int64_t d, real w_plus, real w_minus,
+                       double inverse, real* out);
 };
 
 enum class Isa { kBaseline, kAvx2, kAvx512 };

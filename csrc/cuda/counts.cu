@@ -45,10 +45,11 @@ cudaError_t count_tiles(const Device& device, CountPlan& plan, const Tuning& tun
   CountVisitor& counter = plan.counter;
   TensorMaps maps;
   const bool sm90 = use_sm90(device.sm, similarity_sm90<CountVisitor>, w, maps);
-  int64_t used = sizeof(SimilarityMemory<CountVisitor>), bytes = device.shared_per_sm / 2 - 1024;  // two blocks, 1 KB each
+  int64_t used = sizeof(SimilarityMemory<CountVisitor>),
+          bytes = device.shared_per_sm / 2 - 1024;  // two blocks, 1 KB each
   if (sm90) used = sizeof(SimilaritySm90Memory<CountVisitor>), bytes = device.shared_per_block;
   else if (bytes < used + (8 << 10)) bytes = device.shared_per_block;  // one with a window, not two without
-  const int64_t room = std::max<int64_t>(0, bytes - used) / 4 * 2;  // cells of two bytes
+  const int64_t room = std::max<int64_t>(0, bytes - used) / 4 * 2;     // cells of two bytes
   counter.window = static_cast<int>(std::min({room, int64_t{counter.cells()} - 1, int64_t{tuning.window}}));
   const size_t shared = used + int64_t{counter.window} * 2;
 
@@ -61,7 +62,7 @@ cudaError_t count_tiles(const Device& device, CountPlan& plan, const Tuning& tun
   const unsigned grid = static_cast<unsigned>(std::min<int64_t>(tiles, w.partials / (sm90 ? 2 : 1)));
   if (sm90)
     return launch(similarity_sm90<CountVisitor>, dim3(grid), dim3(kThreadsSm90), shared, stream, w, rectangle, counter,
-        maps);
+                  maps);
   return launch(similarity<CountVisitor>, dim3(grid), dim3(kThreads), shared, stream, w, rectangle, counter);
 }
 
@@ -77,7 +78,7 @@ const char* run_counts(const CountProblem<float>& problem, const Device& device,
   if (error == cudaSuccess) error = count_tiles(device, plan, tuning, stream);
   if (error == cudaSuccess)
     error = launch(finish_counts, dim3(blocks(problem.n, kThreads)), dim3(kThreads), 0, stream, plan.work, plan.counter,
-        result.best[kPlus], result.best[kMinus]);
+                   result.best[kPlus], result.best[kMinus]);
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 

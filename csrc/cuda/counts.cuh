@@ -48,15 +48,15 @@ struct alignas(16) CountMemory {
 // One look of a warp: at the pairs of one side of a tile.
 struct Look {
   int tile_i, tile_j, side;
-  bool special;       // memory.mask tells which pairs are of the side; else all are
-  int to_place;       // from a similarity's cell, s 2^bits rounded down, to its place in the window
-  int window;         // cells that are counted there
-  float least;        // first threshold
+  bool special;  // memory.mask tells which pairs are of the side; else all are
+  int to_place;  // from a similarity's cell, s 2^bits rounded down, to its place in the window
+  int window;    // cells that are counted there
+  float least;   // first threshold
 };
 
 struct CountVisitor {
   using Memory = CountMemory;
-  static constexpr int kRing = 3;  // the window has the room of the fourth
+  static constexpr int kRing = 3;       // the window has the room of the fourth
   static constexpr bool kMoves = true;  // see `look`
 
   int64_t n, classes;
@@ -91,8 +91,8 @@ struct CountVisitor {
   }
 
   template <Held kHeld>
-  __device__ __forceinline__ void visit(const Work& w, const Rectangle&, Memory& memory, float (&s)[4][4][4], int tile_i,
-      int tile_j) const {
+  __device__ __forceinline__ void visit(const Work& w, const Rectangle&, Memory& memory, float (&s)[4][4][4],
+                                        int tile_i, int tile_j) const {
     const int rows = valid_rows(w.state->valid[0], tile_i), columns = valid_rows(w.state->valid[1], tile_j);
     // Its barrier keeps a warp from being more than a tile ahead of another; `count_near` relies on it.
     const bool special = note_pairs<kHeld, true>(w, memory.mask, tile_i, tile_j, rows, columns);
@@ -129,8 +129,8 @@ struct CountVisitor {
     int queued = 0;
 #pragma unroll 1
     for (int i = 0; i < 4; ++i) {
-      const int row = warp_row + (kHeld == kRows ? i * 16 : 0) + g;              // and row + 8
-      const int column = warp_column + (kHeld == kRows ? 0 : i * 32) + t * 2;    // and 8 j + e more
+      const int row = warp_row + (kHeld == kRows ? i * 16 : 0) + g;            // and row + 8
+      const int column = warp_column + (kHeld == kRows ? 0 : i * 32) + t * 2;  // and 8 j + e more
       uint32_t pairs[2] = {~0u, ~0u};
       if (at.special)
         for (int h = 0; h < 2; ++h) pairs[h] = memory.mask[at.side][row + h * 8][column / 32] >> t;
@@ -150,7 +150,7 @@ struct CountVisitor {
           const unsigned lanes = __ballot_sync(~0u, more);
           if (more)
             memory.queue[warp][queued + __popc(lanes & ((1u << lane) - 1))] = {value, static_cast<short>(row + h * 8),
-                static_cast<short>(column + j * 8 + e)};
+                                                                               static_cast<short>(column + j * 8 + e)};
           queued += __popc(lanes);
         }
         drain(memory.queue[warp], lane, queued, 31, at);
@@ -209,7 +209,7 @@ struct CountVisitor {
 
   // Takes 32 pairs at a time from the end of the warp's queue, while more than `keep` are there.
   __device__ __forceinline__ void drain(const QueuedPair (&queue)[kQueue], int lane, int& queued, int keep,
-      const Look& at) const {
+                                        const Look& at) const {
     if (queued <= keep) return;
     __syncwarp();  // they are written
 #pragma unroll 1
@@ -255,8 +255,8 @@ struct CountVisitor {
 
 // The first cell of the window: it is centred on the mean similarity of two rows, which is the squared length of the
 // sum of x^, less that of its terms. One block of threads.
-__global__ void __launch_bounds__(kThreads) centre_window(const __grid_constant__ Work w,
-    const __grid_constant__ CountVisitor counter) {
+__global__ void __launch_bounds__(kThreads)
+    centre_window(const __grid_constant__ Work w, const __grid_constant__ CountVisitor counter) {
   double* partial = reinterpret_cast<double*>(shared_memory());  // [kWarps]
   const Embeddings& set = w.set[0];
   double square = 0;
@@ -278,8 +278,8 @@ __global__ void __launch_bounds__(kThreads) centre_window(const __grid_constant_
 }
 
 // Zeros for the counts to add to, and the tables that they look up.
-__global__ void __launch_bounds__(kThreads) prepare_counts(const __grid_constant__ Work w,
-    const __grid_constant__ CountVisitor counter) {
+__global__ void __launch_bounds__(kThreads)
+    prepare_counts(const __grid_constant__ Work w, const __grid_constant__ CountVisitor counter) {
   const int64_t thread = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
   const int64_t class_counts = (counter.classes + 1) * counter.thresholds;
@@ -301,8 +301,9 @@ __global__ void __launch_bounds__(kThreads) prepare_counts(const __grid_constant
 }
 
 // The largest similarities in the order of the input.
-__global__ void __launch_bounds__(kThreads) finish_counts(const __grid_constant__ Work w,
-    const __grid_constant__ CountVisitor counter, float* best_plus, float* best_minus) {
+__global__ void __launch_bounds__(kThreads)
+    finish_counts(const __grid_constant__ Work w, const __grid_constant__ CountVisitor counter, float* best_plus,
+                  float* best_minus) {
   const int64_t k = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (k >= counter.n) return;
   for (int side = 0; side < 2; ++side)

@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(kThreads) finish(const __grid_constant__ Work 
   const int lane = threadIdx.x % 32;
   const int64_t part = static_cast<int64_t>(set.tiles) * kTile * w.width;
   for (int64_t k = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32; k < set.n;
-      k += static_cast<int64_t>(gridDim.x) * kWarps) {
+       k += static_cast<int64_t>(gridDim.x) * kWarps) {
     float* grad = set.grad + (blockIdx.z * set.n + set.order[0][k]) * w.d;
     const double inverse = set.inverse[k];
     const bool takes_part = k < w.state->valid[blockIdx.y];

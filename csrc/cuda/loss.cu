@@ -65,17 +65,18 @@ cudaError_t one_rectangle(const Plan& plan, const Rectangle& rectangle, cudaStre
   cudaError_t error;
   if (plan.sm90) {  // one block of threads fills a multiprocessor
     grid = static_cast<unsigned>(std::min<int64_t>((tiles + 1) / 2, w.partials / 2));
-    error = launch(similarity_sm90<LossVisitor>, dim3(grid), dim3(kThreadsSm90), sizeof(SimilaritySm90Memory<LossVisitor>),
-        stream, w, rectangle, LossVisitor{}, plan.maps);
+    error = launch(similarity_sm90<LossVisitor>, dim3(grid), dim3(kThreadsSm90),
+                   sizeof(SimilaritySm90Memory<LossVisitor>), stream, w, rectangle, LossVisitor{}, plan.maps);
   } else {
-    error = launch(similarity<LossVisitor>, dim3(grid), dim3(kThreads), sizeof(SimilarityMemory<LossVisitor>), stream, w,
-        rectangle, LossVisitor{});
+    error = launch(similarity<LossVisitor>, dim3(grid), dim3(kThreads), sizeof(SimilarityMemory<LossVisitor>), stream,
+                   w, rectangle, LossVisitor{});
   }
-  int owners = (w.set[0].sum[0] != nullptr ? rows : 0) + (w.set[1].sum[0] != nullptr && !rectangle.diagonal ? columns : 0);
+  int owners =
+      (w.set[0].sum[0] != nullptr ? rows : 0) + (w.set[1].sum[0] != nullptr && !rectangle.diagonal ? columns : 0);
   if (error != cudaSuccess || owners == 0) return error;
   auto kernel = plan.sm90 ? masked_sum_sm90 : masked_sum;
   return launch(kernel, dim3(static_cast<unsigned>(owners) * w.slices, 2), dim3(kThreads), sizeof(MaskedSumMemory),
-      stream, w, rectangle);
+                stream, w, rectangle);
 }
 
 cudaError_t enqueue(const Plan& plan, Type type, cudaStream_t stream, const Tuning& tuning) {
@@ -84,14 +85,14 @@ cudaError_t enqueue(const Plan& plan, Type type, cudaStream_t stream, const Tuni
   for (int i = 0; i < w.set[0].tiles; i += plan.side[0])
     for (int j = w.symmetric ? i : 0; j < w.set[1].tiles && error == cudaSuccess; j += plan.side[1]) {
       Rectangle rectangle{i, std::min(i + plan.side[0], w.set[0].tiles), j, std::min(j + plan.side[1], w.set[1].tiles),
-          w.symmetric && i == j};
+                          w.symmetric && i == j};
       error = one_rectangle(plan, rectangle, stream);
     }
   if (error != cudaSuccess) return error;
   int64_t rows = std::max(w.set[0].n, w.set[1].n);
   unsigned grid = static_cast<unsigned>(std::min<int64_t>(blocks(rows, kWarps), int64_t{4} * w.partials));
-  return launch(finish, dim3(grid, w.symmetric ? 1 : 2, w.gradients), dim3(kThreads), kThreads * sizeof(Totals),
-      stream, w);
+  return launch(finish, dim3(grid, w.symmetric ? 1 : 2, w.gradients), dim3(kThreads), kThreads * sizeof(Totals), stream,
+                w);
 }
 
 // The gradients for which there is room in the workspace: all that the form of the problem can have.
@@ -103,8 +104,9 @@ const char* run(const Problem<void>& problem, Type type, const Device& device, c
                 void* workspace, cudaStream_t stream, const Tuning& tuning) {
   if (std::max(problem.n, problem.m) > (int64_t{1} << 31) - 2 * kTile) return "more than 2^31 - 256 embeddings";
   if (problem.d > 65535 * int64_t{kDepth}) return "embeddings of more than 4,194,240 dimensions";
-  Plan plan = make_plan(problem, device, result.gradients(), {result.grad_x != nullptr, !problem.symmetric && result.grad_ref != nullptr},
-      workspace, tuning);
+  Plan plan =
+      make_plan(problem, device, result.gradients(),
+                {result.grad_x != nullptr, !problem.symmetric && result.grad_ref != nullptr}, workspace, tuning);
   Work& w = plan.work;
   w.set[0].grad = result.grad_x, w.set[1].grad = problem.symmetric ? result.grad_x : result.grad_ref;
   w.loss = result.loss, w.penalty = result.penalty, w.count = result.count;

@@ -19,7 +19,7 @@ namespace {
 static_assert(kRectangle <= kThreads, "a thread looks at one tile of its owner's row or column");
 constexpr int kQueue = 256;               // pairs that a warp collects before it adds them
 constexpr int kOwnRows = kTile / kWarps;  // rows of a warp in the second half
-constexpr int kPitch = kSlice + 4;        // floats from one row of the staged sums to the next: they start in different banks
+constexpr int kPitch = kSlice + 4;  // floats from one row of the staged sums to the next: they start in different banks
 
 enum ItemClass { kEmpty = -1, kMixed, kFew, kFull };
 
@@ -51,14 +51,15 @@ struct MaskedSumMemory {
     } stage;
     float sum[kTile * kPitch];
   };
-  float shared_sum[2][kSlice];             // what full tiles add, by halves of the list
-  uint32_t queue[kWarps][kQueue];          // own row and source row of a pair
-  uint16_t item[3][kRectangle];            // tiles by class, in order: see `Owner`
-  int before[3][kWarps], size[3];          // how many in each warp; how many in all
-  Owner owner;                             // here, since its registers are needed for sums
+  float shared_sum[2][kSlice];     // what full tiles add, by halves of the list
+  uint32_t queue[kWarps][kQueue];  // own row and source row of a pair
+  uint16_t item[3][kRectangle];    // tiles by class, in order: see `Owner`
+  int before[3][kWarps], size[3];  // how many in each warp; how many in all
+  Owner owner;                     // here, since its registers are needed for sums
 };
 
-__device__ __forceinline__ Owner find_owner(const Work& w, const Rectangle& rectangle, int number, int slice, int side) {
+__device__ __forceinline__ Owner find_owner(const Work& w, const Rectangle& rectangle, int number, int slice,
+                                            int side) {
   int rows = w.set[0].sum[0] == nullptr ? 0 : rectangle.i1 - rectangle.i0, width = rectangle.j1 - rectangle.j0;
   if (number < rows) return {rectangle.i0 + number, 0, 1, rectangle.j0, width, number, number, slice, side};
   return {rectangle.j0 + number - rows, 1, 0, rectangle.i0, width, number - rows, number - rows, slice, side};
@@ -77,7 +78,7 @@ __device__ __forceinline__ uint4 of_side(const Embeddings& set, int64_t row, int
 // Sorts the owner's tiles into memory.item by class, in order; memory.size tells how many there are of each. On the
 // diagonal those before the owner lie in its column, the others in its row.
 __device__ __forceinline__ void classify(const Work& w, const Rectangle& rectangle, const Owner& owner,
-    MaskedSumMemory& memory) {
+                                         MaskedSumMemory& memory) {
   int lane = threadIdx.x % 32, warp = threadIdx.x / 32, item = threadIdx.x, kind = kEmpty;
   if (item < (owner.set == 0 ? rectangle.j1 - rectangle.j0 : rectangle.i1 - rectangle.i0)) {
     if (owner.set == 1 || (rectangle.diagonal && owner.base + item < owner.tile)) item |= kTransposed;
@@ -142,10 +143,10 @@ struct Products {
 
 // Adds one tile's product by mma.sync: the bits of 32 columns of two groups of 16 rows at a time.
 __device__ __forceinline__ void multiply_tile(const MaskedSumMemory& memory, int stage, uint32_t one,
-    Products& products) {
+                                              Products& products) {
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const int row = threadIdx.x / 64 * 32, column = threadIdx.x / 32 % 2 * 64;
-  auto& sum = reinterpret_cast<float(&)[2][8][4]>(products.sum);
+  auto& sum = reinterpret_cast<float (&)[2][8][4]>(products.sum);
   // chunk_of the lane's row and first chunk; those of j have 2 j exclusive-or'ed, see `similarity`.
   const int at = stage * (kTile * kSlice * 2) + chunk_of(lane % 16, column / 8 + lane / 16);
 #pragma unroll 2
@@ -180,7 +181,7 @@ __device__ __forceinline__ void multiply_tile(const MaskedSumMemory& memory, int
 
 // The same by warpgroups: a warp's bits become its 16 rows of the operand in registers, eight of them for one wait.
 __device__ __forceinline__ void multiply_tile_sm90(const MaskedSumMemory& memory, int stage, uint32_t one,
-    Products& products) {
+                                                   Products& products) {
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, row = threadIdx.x / 32 * 16;
   uint32_t a[kTile / 16][4];
 #pragma unroll
@@ -202,7 +203,7 @@ __device__ __forceinline__ void multiply_tile_sm90(const MaskedSumMemory& memory
 // The products of the mixed tiles, each tile copied while the one before is multiplied.
 template <bool kSm90>
 __device__ __forceinline__ void add_products(const Work& w, const Owner& owner, MaskedSumMemory& memory,
-    Products& products) {
+                                             Products& products) {
   // Two parts: the low ones of all tiles first, while the sums are small. Tensor cores round each addition toward zero.
   const bool two = w.parts == 2;
   auto steps = [&] { return memory.size[kMixed] << two; };
@@ -262,7 +263,9 @@ struct SparseTiles {
   int lane, warp, queued = 0;
 
   // `sum` (of four columns) of row `row` of the warp.
-  __device__ float4& cell(int row) { return *reinterpret_cast<float4*>(memory.sum + (warp * kOwnRows + row) * kPitch + lane * 4); }
+  __device__ float4& cell(int row) {
+    return *reinterpret_cast<float4*>(memory.sum + (warp * kOwnRows + row) * kPitch + lane * 4);
+  }
 
   __device__ void flush(int64_t base) {
     __syncwarp();  // the queue is written
@@ -327,7 +330,8 @@ struct SparseTiles {
       int item = has ? memory.item[kFew][begin + lane] : 0;
       int64_t at = owner.masks(item);
       unsigned rows = 0;  // of the warp, those with a pair in this lane's tile
-      if (has) rows = reinterpret_cast<const unsigned*>(w.occupied)[at * 4 + warp / 2] >> (warp % 2 * kOwnRows) & 0xffff;
+      if (has)
+        rows = reinterpret_cast<const unsigned*>(w.occupied)[at * 4 + warp / 2] >> (warp % 2 * kOwnRows) & 0xffff;
       for (int row = 0; row < kOwnRows; row += 4) {
         if (!__any_sync(~0u, (rows >> row & 15) != 0)) continue;
         uint4 mask[4];
@@ -350,7 +354,8 @@ struct SparseTiles {
 template <bool kSm90>
 __device__ __forceinline__ void add_masked(const Work& w, const Rectangle& rectangle) {
   MaskedSumMemory& memory = *reinterpret_cast<MaskedSumMemory*>(shared_memory());
-  if (threadIdx.x == 0) memory.owner = find_owner(w, rectangle, blockIdx.x / w.slices, blockIdx.x % w.slices, blockIdx.y);
+  if (threadIdx.x == 0)
+    memory.owner = find_owner(w, rectangle, blockIdx.x / w.slices, blockIdx.x % w.slices, blockIdx.y);
   __syncthreads();
   const Owner& owner = memory.owner;
 
@@ -406,14 +411,14 @@ __device__ __forceinline__ void add_masked(const Work& w, const Rectangle& recta
   }
 }
 
-__global__ void __launch_bounds__(kThreads, 2) masked_sum(const __grid_constant__ Work w,
-    const __grid_constant__ Rectangle rectangle) {
+__global__ void __launch_bounds__(kThreads, 2)
+    masked_sum(const __grid_constant__ Work w, const __grid_constant__ Rectangle rectangle) {
   add_masked<false>(w, rectangle);
 }
 
 // By warpgroups; like `similarity_sm90` it does nothing where it is compiled for anything but sm_90a.
-__global__ void __launch_bounds__(kThreads, 2) masked_sum_sm90(const __grid_constant__ Work w,
-    const __grid_constant__ Rectangle rectangle) {
+__global__ void __launch_bounds__(kThreads, 2)
+    masked_sum_sm90(const __grid_constant__ Work w, const __grid_constant__ Rectangle rectangle) {
 #if TCM_SM90
   add_masked<true>(w, rectangle);
 #endif

@@ -56,10 +56,11 @@ Found look_up(int index) {
     return value;
   };
   int sm = 10 * read(cudaDevAttrComputeCapabilityMajor) + read(cudaDevAttrComputeCapabilityMinor);
-  return {sm, {.sm = built_for(sm),
-               .sm_count = read(cudaDevAttrMultiProcessorCount),
-               .shared_per_block = read(cudaDevAttrMaxSharedMemoryPerBlockOptin),
-               .shared_per_sm = read(cudaDevAttrMaxSharedMemoryPerMultiprocessor)}};
+  return {sm,
+          {.sm = built_for(sm),
+           .sm_count = read(cudaDevAttrMultiProcessorCount),
+           .shared_per_block = read(cudaDevAttrMaxSharedMemoryPerBlockOptin),
+           .shared_per_sm = read(cudaDevAttrMaxSharedMemoryPerMultiprocessor)}};
 }
 
 const Device& device_of(const Tensor& x) {
@@ -87,7 +88,8 @@ cudaStream_t current_stream(int device) {
 // Makes the device of x the current one, of torch's runtime and of the one in here, which is not torch's.
 class Current {
  public:
-  explicit Current(const char* name, const Tensor& x) : index_(index_of(name, x)), guard_(index_), device_(device_of(x)) {
+  explicit Current(const char* name, const Tensor& x)
+      : index_(index_of(name, x)), guard_(index_), device_(device_of(x)) {
     check(cudaSetDevice(index_), "current device");
   }
   const Device& device() const { return device_; }
@@ -142,8 +144,8 @@ CountTensors counts_operator(CountArguments& a) {
   // The device works on its own: all that is known here is that nothing has been given to it yet, and then all.
   if (result.progress != nullptr) result.progress[0] = 0, result.progress[1] = 1;
   Tensor workspace = Current::workspace(a.x, workspace_bytes(problem, current.device()));
-  current.succeeded("tcm_fused::counts", counts(problem, current.device(), result, workspace.mutable_data_ptr(),
-                                                current.stream()));
+  current.succeeded("tcm_fused::counts",
+                    counts(problem, current.device(), result, workspace.mutable_data_ptr(), current.stream()));
   if (result.progress != nullptr) result.progress[0] = 1;
   return out;
 }

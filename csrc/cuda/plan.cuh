@@ -82,12 +82,12 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t 
 inline bool describe(TensorMap& map, const Half* matrix, int64_t rows, int columns) {
   void* function = nullptr;
   cudaDriverEntryPointQueryResult found;
-  if (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault,
-      &found) != cudaSuccess ||
+  if (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found) !=
+          cudaSuccess ||
       found != cudaDriverEntryPointSuccess)
     return false;
   cuuint64_t size[] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)},
-      pitch[] = {size[0] * sizeof(Half)};
+             pitch[] = {size[0] * sizeof(Half)};
   cuuint32_t box[] = {kBoxColumns, kBoxRows}, stride[] = {1, 1};
   return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function)(
              &map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, const_cast<Half*>(matrix), size, pitch, box, stride,
@@ -100,7 +100,8 @@ template <class Kernel>
 int most_threads(Kernel* kernel) {
   cudaFuncAttributes attributes;
   return cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)) == cudaSuccess
-      ? attributes.maxThreadsPerBlock : 0;
+             ? attributes.maxThreadsPerBlock
+             : 0;
 }
 
 // Whether the device, its driver and the code compiled for it allow products by warpgroups; if so, describes x^ for

@@ -12,7 +12,7 @@ cudaError_t sort_labels(const Work& w, unsigned sets, const Tuning& tuning, cuda
   for (int64_t run = chunk; run < n; run *= 2) ++merges;
   int at = merges % 2;  // so that the last merge ends in [0]
   cudaError_t error = launch(rank_labels, dim3(blocks(n, kSorted), sets), dim3(kThreads), kWarps * 32 * sizeof(int),
-      stream, w, chunk, at);
+                             stream, w, chunk, at);
   for (int64_t run = chunk; run < n && error == cudaSuccess; run *= 2, at = 1 - at)
     error = launch(merge_labels, dim3(blocks(n, kThreads), sets), dim3(kThreads), 0, stream, w, run, at);
   return error;
@@ -25,8 +25,9 @@ cudaError_t prologue(const Work& w, Type type, bool sums, const Tuning& tuning, 
   cudaError_t error = sort_labels(w, sets, tuning, stream);
   if (error != cudaSuccess) return error;
   int tiles = std::max(w.set[0].tiles, w.set[1].tiles);
-  auto kernel = type == Type::kHalf ? normalise<Half> : type == Type::kBFloat16 ? normalise<BFloat16>
-      : normalise<float>;
+  auto kernel = type == Type::kHalf       ? normalise<Half>
+                : type == Type::kBFloat16 ? normalise<BFloat16>
+                                          : normalise<float>;
   error = launch(kernel, dim3(blocks(int64_t{tiles} * kTile, kWarps), sets), dim3(kThreads), 0, stream, w);
   if (error != cudaSuccess || !sums || tiles == 0) return error;
   dim3 grid(static_cast<unsigned>(tiles), static_cast<unsigned>(w.width / kDepth), sets);

@@ -32,8 +32,8 @@ __global__ void __launch_bounds__(kThreads) rank_labels(const __grid_constant__ 
     for (int64_t k = thread; k < w.partials; k += int64_t{kThreads} * gridDim.x) w.partial[k] = {};
   }
   if (set.touched != nullptr)
-    for (int64_t k = thread; k < int64_t{2} * set.tiles * w.slices;
-        k += int64_t{kThreads} * gridDim.x) set.touched[k] = 0;
+    for (int64_t k = thread; k < int64_t{2} * set.tiles * w.slices; k += int64_t{kThreads} * gridDim.x)
+      set.touched[k] = 0;
 
   int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   int64_t i = static_cast<int64_t>(blockIdx.x) * kSorted + lane;

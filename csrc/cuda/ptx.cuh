@@ -91,10 +91,9 @@ __device__ __forceinline__ void load_matrices(uint32_t (&r)[4], const void* row)
 // d [16, 8] += a [16, 16] b [16, 8], by a warp. With g = lane / 4 and t = lane % 4 a lane holds
 // a (g, 2t..), (g + 8, 2t..), (g, 2t + 8..), (g + 8, 2t + 8..); b (2t.., g), (2t + 8.., g); d (g, 2t..), (g + 8, 2t..).
 __device__ __forceinline__ void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 // A barrier of 256 threads, the workers, which need not be all of their block; the second also tells whether any is
@@ -102,11 +101,10 @@ __device__ __forceinline__ void multiply_add(float (&d)[4], const uint32_t (&a)[
 __device__ __forceinline__ void workers_sync() { asm volatile("bar.sync 1, 256;" ::: "memory"); }
 __device__ __forceinline__ bool workers_any(bool vote) {
   int any;
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.s32 p, %1, 0;\nbar.red.or.pred p, 1, 256, p;\nselp.s32 %0, 1, 0, p;\n}\n"
-      : "=r"(any)
-      : "r"(static_cast<int>(vote))
-      : "memory");
+  asm volatile("{\n.reg .pred p;\nsetp.ne.s32 p, %1, 0;\nbar.red.or.pred p, 1, 256, p;\nselp.s32 %0, 1, 0, p;\n}\n"
+               : "=r"(any)
+               : "r"(static_cast<int>(vote))
+               : "memory");
   return any != 0;
 }
 

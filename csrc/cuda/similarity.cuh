@@ -28,8 +28,8 @@ struct SimilarityMemory {
 // banks.
 __device__ __forceinline__ int swizzled(int r, int c) { return r * 128 + ((c ^ (r & 7)) << 4); }
 
-__device__ __forceinline__ void load_operand(const Embeddings& set, unsigned char* to, int width, bool low_part, int tile,
-    int column) {
+__device__ __forceinline__ void load_operand(const Embeddings& set, unsigned char* to, int width, bool low_part,
+                                             int tile, int column) {
   int64_t row = (low_part ? int64_t{set.tiles} * kTile : 0) + int64_t{tile} * kTile;
   int r = threadIdx.x / 8, c = threadIdx.x % 8;
   const Half* from = set.unit + (row + r) * width + column + c * 8;
@@ -48,8 +48,9 @@ __device__ __forceinline__ void load_step(const Work& w, Stages& memory, int sta
 }
 
 template <class Visitor>
-__global__ void __launch_bounds__(kThreads, 2) similarity(const __grid_constant__ Work w,
-    const __grid_constant__ Rectangle rectangle, const __grid_constant__ Visitor visitor) {
+__global__ void __launch_bounds__(kThreads, 2)
+    similarity(const __grid_constant__ Work w, const __grid_constant__ Rectangle rectangle,
+               const __grid_constant__ Visitor visitor) {
   auto& memory = *reinterpret_cast<SimilarityMemory<Visitor>*>(shared_memory());
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
   const int warp_row = warp / 4 * 64, warp_column = warp % 4 * 32;

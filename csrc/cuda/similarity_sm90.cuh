@@ -42,7 +42,7 @@ struct Ring {
 // One thread: copies all steps of all tiles, each as soon as its stage is empty. Parts as in `load_step`.
 template <class Visitor>
 __device__ __forceinline__ void copy_steps(const Work& w, const Rectangle& rectangle, const TensorMaps& maps,
-    SimilaritySm90Memory<Visitor>& memory) {
+                                           SimilaritySm90Memory<Visitor>& memory) {
   const int of_part = w.width / kDepth, parts = w.parts == 2 ? 3 : 1;
   const int low_rows = w.set[0].tiles * kTile, low_columns = w.set[1].tiles * kTile;  // where the low part begins
   Ring<Visitor::kRing> ring;
@@ -65,11 +65,11 @@ __device__ __forceinline__ void copy_steps(const Work& w, const Rectangle& recta
 // The workers: all products, each pair of tiles then shown to the visitor.
 template <class Visitor>
 __device__ __forceinline__ void work_steps(const Work& w, const Rectangle& rectangle, const Visitor& visitor,
-    SimilaritySm90Memory<Visitor>& memory) {
+                                           SimilaritySm90Memory<Visitor>& memory) {
   const int of_part = w.width / kDepth, steps = of_part * (w.parts == 2 ? 3 : 1);
   const int half = worker<kColumns>() / 128 * (64 * 128);  // bytes to the warpgroup's rows
   const bool speaks = threadIdx.x % 32 == 0;               // for its warp
-  float s[128];  // [tile, word, 8 columns, 2 h + e]
+  float s[128];                                            // [tile, word, 8 columns, 2 h + e]
   Ring<Visitor::kRing> ring;
   TileOrder<2> order(w, rectangle);
   for (bool more = order.find(); more; more = order.next()) {
@@ -101,8 +101,8 @@ __device__ __forceinline__ void work_steps(const Work& w, const Rectangle& recta
     for (int k = 0; k < 2; ++k) {
       const int j = order.j + k;
       if (j >= rectangle.j1 || (rectangle.diagonal && order.i > j) || valid_rows(w.state->valid[1], j) == 0) continue;
-      visitor.template visit<kColumns>(w, rectangle, memory.tile, reinterpret_cast<float(*)[4][4][4]>(s)[k], order.i,
-          j);
+      visitor.template visit<kColumns>(w, rectangle, memory.tile, reinterpret_cast<float (*)[4][4][4]>(s)[k], order.i,
+                                       j);
     }
   }
   visitor.template end<kColumns>(w, memory.tile);
@@ -112,7 +112,7 @@ __device__ __forceinline__ void work_steps(const Work& w, const Rectangle& recta
 template <class Visitor>
 __global__ void __launch_bounds__(TCM_SM90 ? kThreadsSm90 : 32, 1)
     similarity_sm90(const __grid_constant__ Work w, const __grid_constant__ Rectangle rectangle,
-        const __grid_constant__ Visitor visitor, const __grid_constant__ TensorMaps maps) {
+                    const __grid_constant__ Visitor visitor, const __grid_constant__ TensorMaps maps) {
 #if TCM_SM90
   auto& memory = *reinterpret_cast<SimilaritySm90Memory<Visitor>*>(shared_memory());
   if (threadIdx.x == 0) {

@@ -17,8 +17,8 @@ enum Held { kRows, kColumns };
 struct LossMemory {
   uint32_t mask[2][kTile][4];  // pairs of each row: positives, negatives; then hard pairs: rows, columns
   double penalty[2][kWarps];
-  unsigned count[kWarps];      // positives in the low half, negatives in the high half
-  Partial total;               // of all tiles so far
+  unsigned count[kWarps];  // positives in the low half, negatives in the high half
+  Partial total;           // of all tiles so far
   float margin[2];
 };
 
@@ -65,8 +65,7 @@ __device__ __forceinline__ int worker() {
 // kAll: all pairs are negatives; else memory.mask [side] tells which pairs are of the side.
 template <Held kHeld, int kSide, bool kAll>
 __device__ __forceinline__ void scan(float margin, const LossMemory& memory, const float (&s)[4][4][4], int warp,
-    int lane,
-                                     uint32_t (&bits)[4][2], int& count, float& penalty) {
+                                     int lane, uint32_t (&bits)[4][2], int& count, float& penalty) {
   penalty = 0, count = 0;
   const int row = (kHeld == kRows ? warp / 4 * 64 : warp * 16) + lane / 4;
 #pragma unroll
@@ -170,7 +169,7 @@ __device__ __forceinline__ void write_masks(LossMemory& memory, const uint32_t (
 // none. For all workers.
 template <Held kHeld, bool kAbove = false>
 __device__ __forceinline__ bool note_pairs(const Work& w, uint32_t (&mask)[2][kTile][4], int tile_i, int tile_j,
-    int rows, int columns) {
+                                           int rows, int columns) {
   const int thread = afresh(worker<kHeld>()), row = tile_i * kTile + thread, left = tile_j * kTile;
   const bool valid = thread < rows;
   int first = 0, last = 0, own = -1;
@@ -192,8 +191,7 @@ __device__ __forceinline__ bool note_pairs(const Work& w, uint32_t (&mask)[2][kT
 // the masks of a tile that is neither empty nor full.
 template <Held kHeld>
 __device__ __forceinline__ void examine(const Work& w, const Rectangle& rectangle, LossMemory& memory,
-    const float (&s)[4][4][4],
-                                        int tile_i, int tile_j) {
+                                        const float (&s)[4][4][4], int tile_i, int tile_j) {
   const int rows = valid_rows(w.state->valid[0], tile_i), columns = valid_rows(w.state->valid[1], tile_j);
   const bool special = note_pairs<kHeld>(w, memory.mask, tile_i, tile_j, rows, columns);
   const int thread = afresh(worker<kHeld>()), lane = thread % 32, warp = thread / 32;
@@ -260,8 +258,8 @@ __device__ __forceinline__ void add_total(const Work& w, const LossMemory& memor
 // A visitor is given the tiles of `similarity` and `similarity_sm90` one by one. This one finds the loss.
 struct LossVisitor {
   using Memory = LossMemory;
-  static constexpr int kRing = 4;         // stages of copies on Hopper: as many as fit beside Memory
-  static constexpr bool kMoves = false;   // whether similarities are moved among a thread's registers
+  static constexpr int kRing = 4;        // stages of copies on Hopper: as many as fit beside Memory
+  static constexpr bool kMoves = false;  // whether similarities are moved among a thread's registers
 
   // For all workers: before the first tile, with a barrier to follow; for each tile; after the last.
   template <Held kHeld>
@@ -272,7 +270,7 @@ struct LossVisitor {
   }
   template <Held kHeld>
   __device__ __forceinline__ void visit(const Work& w, const Rectangle& rectangle, LossMemory& memory,
-      const float (&s)[4][4][4], int tile_i, int tile_j) const {
+                                        const float (&s)[4][4][4], int tile_i, int tile_j) const {
     examine<kHeld>(w, rectangle, memory, s, tile_i, tile_j);
   }
   template <Held kHeld>

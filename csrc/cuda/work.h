@@ -25,33 +25,33 @@ constexpr int kSlice = 128;    // columns of x^ in one tile of a masked sum
 constexpr int kThreads = 256;  // of every block of threads
 constexpr int kWarps = kThreads / 32;
 constexpr int kRectangle = 192;  // tiles on a side of a rectangle at most: 151 MB of masks
-constexpr int kSparse = 64;    // hard pairs up to which a tile's masked sum goes pair by pair
-constexpr int kChunk = 1024;   // labels sorted by one comparison of all with all, if there are more than kOneChunk
+constexpr int kSparse = 64;      // hard pairs up to which a tile's masked sum goes pair by pair
+constexpr int kChunk = 1024;     // labels sorted by one comparison of all with all, if there are more than kOneChunk
 constexpr int kOneChunk = 4096;
 
 constexpr float kLowScale = 2048.0f;  // x^ = high + low / kLowScale: low then has the exponents of high
 
 // Rows or columns. "Sorted" is by label, then by index; a row with a negative label takes no part and comes last.
 struct Embeddings {
-  const void* x;         // [n, d]
-  const int64_t* y;      // [n]
+  const void* x;     // [n, d]
+  const int64_t* y;  // [n]
   int64_t n;
-  int tiles;             // of kTile rows; arrays of sorted rows are padded to them
-  uint64_t* label[2];    // [n] sorted; [1] is room to sort
-  int32_t* order[2];     // [n] input row of a sorted row; [1] is room to sort
-  int32_t* position;     // [n] sorted row of an input row
-  int32_t* first;        // [n] the positives of a sorted row: sorted rows first <= j < last of the other set
-  int32_t* last;         // [n]
-  int32_t* own;          // [n] sorted row of the other set that is this row itself; -1: none
-  double* inverse;       // [n] 1 / max(|x|, kEps), 0 for a zero row
-  Half* unit;            // [parts, tiles * kTile, width] x^, high and low part; 0 where there is no row
-  float* tile_sum;       // [tiles, width] sum of x^ over a tile
-  float* sum[2];         // [tiles * kTile, width] G+ and G-; null: no gradient wanted
-  uint8_t* touched;      // [2, tiles, slices] whether a tile of G has been written; what has not been is zero
-  float* grad;           // [gradients, n, d] output, or null
+  int tiles;           // of kTile rows; arrays of sorted rows are padded to them
+  uint64_t* label[2];  // [n] sorted; [1] is room to sort
+  int32_t* order[2];   // [n] input row of a sorted row; [1] is room to sort
+  int32_t* position;   // [n] sorted row of an input row
+  int32_t* first;      // [n] the positives of a sorted row: sorted rows first <= j < last of the other set
+  int32_t* last;       // [n]
+  int32_t* own;        // [n] sorted row of the other set that is this row itself; -1: none
+  double* inverse;     // [n] 1 / max(|x|, kEps), 0 for a zero row
+  Half* unit;          // [parts, tiles * kTile, width] x^, high and low part; 0 where there is no row
+  float* tile_sum;     // [tiles, width] sum of x^ over a tile
+  float* sum[2];       // [tiles * kTile, width] G+ and G-; null: no gradient wanted
+  uint8_t* touched;    // [2, tiles, slices] whether a tile of G has been written; what has not been is zero
+  float* grad;         // [gradients, n, d] output, or null
 };
 
-struct State {  // written by the prologue
+struct State {     // written by the prologue
   int non_finite;  // whether an embedding that takes part is not finite
   int valid[2];    // rows of each set that take part
   float margin[2];
@@ -68,17 +68,17 @@ struct Work {
   bool symmetric, has_own;
   int gradients;  // 1: of the loss; 2: of the penalties. See Result
   int64_t d, row_offset;
-  int width;   // d rounded up to kDepth
-  int slices;  // of kSlice columns
-  int parts;   // halves for each element of x^: 1, or 2 for fp32 accuracy
+  int width;             // d rounded up to kDepth
+  int slices;            // of kSlice columns
+  int parts;             // halves for each element of x^: 1, or 2 for fp32 accuracy
   Sides margin, weight;  // read by the prologue alone, into State: they may be on the device
   State* state;
-  Partial* partial;   // [partials]
+  Partial* partial;  // [partials]
   int partials;
-  int2* record;       // [tiles of a rectangle] hard positives, hard negatives of a tile
-  uint4* mask;        // [tiles of a rectangle, 2, kTile] one bit for each pair: by row, by column; see `mask_bit`
-  uint4* occupied;    // [tiles of a rectangle, 2] which rows, which columns have a hard pair
-  float* loss;        // outputs
+  int2* record;     // [tiles of a rectangle] hard positives, hard negatives of a tile
+  uint4* mask;      // [tiles of a rectangle, 2, kTile] one bit for each pair: by row, by column; see `mask_bit`
+  uint4* occupied;  // [tiles of a rectangle, 2] which rows, which columns have a hard pair
+  float* loss;      // outputs
   double* penalty;
   int64_t* count;
 

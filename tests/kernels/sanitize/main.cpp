@@ -48,7 +48,8 @@ void product(const real* a, int64_t m, const real* b, int64_t n, int64_t d, int6
 }
 
 template <class real>
-void transposed_product(const real* a, int64_t m, const real* b, int64_t n, int64_t d, int64_t b_stride, real* s, int64_t stride) {
+void transposed_product(const real* a, int64_t m, const real* b, int64_t n, int64_t d, int64_t b_stride, real* s,
+                        int64_t stride) {
   if (m % 16 || n % 16) std::printf("%ld x %ld are not multiples of 16\n", m, n), std::exit(1);
   for (int64_t i = 0; i < m; ++i) {
     std::fill_n(s + i * stride, n, real{0});
@@ -124,8 +125,8 @@ bool oracle(const tcm::Problem<real>& p, bool penalties, Answer* out) {
     weights[side] = p.weight.value[side] / std::max<int64_t>(out->count[side], 1);
     out->loss += weights[side] * out->penalty[side];
   }
-  auto gradient = [&](const real* x, const std::vector<double>& unit, std::vector<double>* g, std::vector<double>* sizes,
-                      int64_t n, std::array<double, 2> weight, Gradient* out) {
+  auto gradient = [&](const real* x, const std::vector<double>& unit, std::vector<double>* g,
+                      std::vector<double>* sizes, int64_t n, std::array<double, 2> weight, Gradient* out) {
     size_t begin = out->value.size();
     out->value.resize(begin + n * p.d), out->reach.resize(begin + n * p.d);
     for (int64_t i = 0; i < n; ++i) {
@@ -155,15 +156,18 @@ bool oracle(const tcm::Problem<real>& p, bool penalties, Answer* out) {
 }
 
 void fail(const Case& c, const char* what, double got, double wanted) {
-  std::printf("%s: got %.17g, wanted %.17g (n %ld m %ld d %ld classes %ld offset %ld symmetric %d squared %d penalties %d threads %d margins %g %g)\n",
-              what, got, wanted, c.n, c.m, c.d, c.classes, c.row_offset, c.symmetric, c.squared, c.penalties, c.threads, c.margin[kPlus],
-              c.margin[kMinus]);
+  std::printf(
+      "%s: got %.17g, wanted %.17g (n %ld m %ld d %ld classes %ld offset %ld symmetric %d squared %d penalties %d "
+      "threads %d margins %g %g)\n",
+      what, got, wanted, c.n, c.m, c.d, c.classes, c.row_offset, c.symmetric, c.squared, c.penalties, c.threads,
+      c.margin[kPlus], c.margin[kMinus]);
   std::exit(1);
 }
 
 template <class real>
 void compare(const Case& c, const char* what, real got, double wanted, double reach) {
-  if (!(std::abs(got - wanted) <= 16 * std::numeric_limits<real>::epsilon() * (reach + 1e-30))) fail(c, what, got, wanted);
+  if (!(std::abs(got - wanted) <= 16 * std::numeric_limits<real>::epsilon() * (reach + 1e-30)))
+    fail(c, what, got, wanted);
 }
 
 template <class real>
@@ -181,14 +185,27 @@ bool check(const Case& c, std::mt19937_64& random) {
     x->resize(n * c.d), y->resize(n);
     for (int64_t i = 0; i < n; ++i) {
       double scale = std::exp(2 * normal(random));
-      for (int64_t k = 0; k < c.d; ++k) (*x)[i * c.d + k] = static_cast<real>(scale * (normal(random) + c.cone * axis[k]));
+      for (int64_t k = 0; k < c.d; ++k)
+        (*x)[i * c.d + k] = static_cast<real>(scale * (normal(random) + c.cone * axis[k]));
       (*y)[i] = static_cast<int64_t>(random() % (c.classes + 1)) - (random() % 8 == 0);
     }
   };
   std::vector<real> x, ref_x;
   std::vector<int64_t> y, ref_y;
   draw(c.n, &x, &y), draw(c.m, &ref_x, &ref_y);
-  tcm::Problem<real> problem{c.symmetric, c.n, c.symmetric ? c.n : c.m, c.d, x.data(), y.data(), ref_x.data(), ref_y.data(), c.row_offset, {.value = {c.margin[0], c.margin[1]}}, {.value = {1.5, 0.5}}, c.squared, false};
+  tcm::Problem<real> problem{c.symmetric,
+                             c.n,
+                             c.symmetric ? c.n : c.m,
+                             c.d,
+                             x.data(),
+                             y.data(),
+                             ref_x.data(),
+                             ref_y.data(),
+                             c.row_offset,
+                             {.value = {c.margin[0], c.margin[1]}},
+                             {.value = {1.5, 0.5}},
+                             c.squared,
+                             false};
   Answer wanted;
   if (!oracle(problem, c.penalties, &wanted)) return false;
   std::vector<real> first;
@@ -199,12 +216,15 @@ bool check(const Case& c, std::mt19937_64& random) {
       double penalty[2] = {kPoison, kPoison};
       int64_t count[2] = {-1, -1};
       int64_t sides = c.penalties ? 2 : 1;
-      std::vector<real> grad_x(c.grad_x ? sides * c.n * c.d : 0, kPoison), grad_ref(c.grad_ref ? sides * c.m * c.d : 0, kPoison);
-      tcm::Result<real> result{c.penalties ? nullptr : &loss, c.grad_x ? grad_x.data() : nullptr, c.grad_ref ? grad_ref.data() : nullptr, penalty, count};
+      std::vector<real> grad_x(c.grad_x ? sides * c.n * c.d : 0, kPoison),
+          grad_ref(c.grad_ref ? sides * c.m * c.d : 0, kPoison);
+      tcm::Result<real> result{c.penalties ? nullptr : &loss, c.grad_x ? grad_x.data() : nullptr,
+                               c.grad_ref ? grad_ref.data() : nullptr, penalty, count};
       tcm::cpu::loss(problem, result, host<real>(c.threads, c.transposed), static_cast<tcm::cpu::Isa>(isa));
       for (int side : {kPlus, kMinus}) {
         if (count[side] != wanted.count[side]) fail(c, "count", count[side], wanted.count[side]);
-        compare(c, "penalty", static_cast<real>(penalty[side]), wanted.penalty[side], (c.squared ? 12 : 3) * wanted.count[side]);
+        compare(c, "penalty", static_cast<real>(penalty[side]), wanted.penalty[side],
+                (c.squared ? 12 : 3) * wanted.count[side]);
       }
       if (!c.penalties) compare(c, "loss", loss, wanted.loss, c.squared ? 24 : 6);
       compare(c, "grad_x", grad_x, wanted.grad_x);
@@ -224,7 +244,8 @@ void check_counts(std::mt19937_64& random) {
   auto pick = [&](const auto& values) { return values[random() % std::size(values)]; };
   int64_t n = pick(sizes), d = pick((const int64_t[]){4, 5, 16, 65}), labels = pick((const int64_t[]){1, 3, 40, 1000});
   int64_t classes = static_cast<int64_t>(random() % (labels + 1)), bits = pick((const int64_t[]){0, 3, 9});
-  Case c{.n = n, .d = d, .classes = classes, .transposed = random() % 2 == 0, .threads = pick((const int[]){1, 2, 3, 5})};
+  Case c{
+      .n = n, .d = d, .classes = classes, .transposed = random() % 2 == 0, .threads = pick((const int[]){1, 2, 3, 5})};
   std::vector<real> x(n * d, 0), thresholds;
   std::vector<int64_t> y(n);
   for (int64_t i = 0; i < n; ++i) {  // four components of +-1/2 or one of +-1 (or none), times a power of two
@@ -238,14 +259,16 @@ void check_counts(std::mt19937_64& random) {
     y[i] = static_cast<int64_t>(random() % (labels + 1)) - (random() % 8 == 0);
   }
   int64_t lowest = random() % 2 ? 0 : 16;  // in eighths: all pairs have a threshold below them, or few have
-  for (int64_t k = random() % 12; k-- > 0;) thresholds.push_back(static_cast<real>(lowest + random() % (21 - lowest)) / 8 - real{1.25});
+  for (int64_t k = random() % 12; k-- > 0;)
+    thresholds.push_back(static_cast<real>(lowest + random() % (21 - lowest)) / 8 - real{1.25});
   std::sort(thresholds.begin(), thresholds.end());
   int64_t bins = (int64_t{2} << bits) + 1, t = thresholds.size();
 
   constexpr real kNone = -std::numeric_limits<real>::infinity();
   std::vector<int64_t> count[2], class_count[2];
   std::vector<real> best[2];
-  for (int side : {kPlus, kMinus}) count[side].assign(bins, 0), class_count[side].assign((classes + 1) * t, 0), best[side].assign(n, kNone);
+  for (int side : {kPlus, kMinus})
+    count[side].assign(bins, 0), class_count[side].assign((classes + 1) * t, 0), best[side].assign(n, kNone);
   auto norm = [&](int64_t i) {
     real squares = 0;
     for (int64_t k = 0; k < d; ++k) squares += x[i * d + k] * x[i * d + k];
@@ -268,16 +291,20 @@ void check_counts(std::mt19937_64& random) {
   for (int isa = 0; isa <= static_cast<int>(tcm::cpu::best_isa()); ++isa) {
     std::vector<int64_t> got[2], class_got[2], progress(2, -1);
     std::vector<real> best_got[2];
-    for (int side : {kPlus, kMinus}) got[side].assign(bins, -7), class_got[side].assign((classes + 1) * t, -7), best_got[side].assign(n, 7);
+    for (int side : {kPlus, kMinus})
+      got[side].assign(bins, -7), class_got[side].assign((classes + 1) * t, -7), best_got[side].assign(n, 7);
     tcm::CountProblem<real> problem{n, d, classes, t, x.data(), y.data(), thresholds.data(), static_cast<int>(bits)};
-    tcm::CountResult<real> result{{got[0].data(), got[1].data()}, {class_got[0].data(), class_got[1].data()},
-                                      {best_got[0].data(), best_got[1].data()}, random() % 2 ? progress.data() : nullptr};
+    tcm::CountResult<real> result{{got[0].data(), got[1].data()},
+                                  {class_got[0].data(), class_got[1].data()},
+                                  {best_got[0].data(), best_got[1].data()},
+                                  random() % 2 ? progress.data() : nullptr};
     tcm::cpu::counts(problem, result, host<real>(c.threads, c.transposed), static_cast<tcm::cpu::Isa>(isa));
     for (int side : {kPlus, kMinus}) {
       for (int64_t k = 0; k < bins; ++k)
         if (got[side][k] != count[side][k]) fail(c, "pairs of a cell", got[side][k], count[side][k]);
       for (int64_t k = 0; k < (classes + 1) * t; ++k)
-        if (class_got[side][k] != class_count[side][k]) fail(c, "pairs of a class", class_got[side][k], class_count[side][k]);
+        if (class_got[side][k] != class_count[side][k])
+          fail(c, "pairs of a class", class_got[side][k], class_count[side][k]);
       for (int64_t i = 0; i < n; ++i)
         if (best_got[side][i] != best[side][i]) fail(c, "largest similarity", best_got[side][i], best[side][i]);
     }
@@ -294,14 +321,27 @@ void failing_product() {
   for (int threads : {1, 3}) {
     auto broken = host<float>(threads, false);
     std::atomic<int> calls{0};
-    broken.product = [&](const float* a, int64_t m, const float* b, int64_t n, int64_t d, int64_t b_stride, float* s, int64_t stride) {
+    broken.product = [&](const float* a, int64_t m, const float* b, int64_t n, int64_t d, int64_t b_stride, float* s,
+                         int64_t stride) {
       if (++calls == 5) throw std::runtime_error("no product");
       product(a, m, b, n, d, b_stride, s, stride);
     };
     bool thrown = false;
     try {
-      tcm::cpu::loss<float>({true, 600, 600, 4, x.data(), y.data(), nullptr, nullptr, -1, {.value = {0.9, 0.5}}, {.value = {1, 1}}, false, false},
-                                {&loss, grad.data(), nullptr, penalty, count.data()}, broken, tcm::cpu::best_isa());
+      tcm::cpu::loss<float>({true,
+                             600,
+                             600,
+                             4,
+                             x.data(),
+                             y.data(),
+                             nullptr,
+                             nullptr,
+                             -1,
+                             {.value = {0.9, 0.5}},
+                             {.value = {1, 1}},
+                             false,
+                             false},
+                            {&loss, grad.data(), nullptr, penalty, count.data()}, broken, tcm::cpu::best_isa());
     } catch (const std::runtime_error&) {
       thrown = true;
     }
@@ -310,8 +350,8 @@ void failing_product() {
     std::vector<int64_t> bins(6);
     try {
       tcm::cpu::counts<float>({1100, 2, 0, 0, x.data(), labels.data(), nullptr, 0},
-                                   {{bins.data(), bins.data() + 3}, {}, {grad.data(), grad.data() + 1100}, nullptr}, broken,
-                                   tcm::cpu::best_isa());
+                              {{bins.data(), bins.data() + 3}, {}, {grad.data(), grad.data() + 1100}, nullptr}, broken,
+                              tcm::cpu::best_isa());
     } catch (const std::runtime_error&) {
       thrown = true;
     }
