@@ -41,9 +41,10 @@ from benchmarks.training import (
     open_world,
     positive,
     spread,
+    tcm_of,
     train,
 )
-from tcm_fused import Calibration, OPISResult, TCMLoss, calibrate, opis, tcm_loss
+from tcm_fused import Calibration, OPISResult, calibrate, opis, tcm_loss
 from tcm_fused.backends import choice
 from tcm_fused.thresholds.plots import plot_pareto
 
@@ -124,7 +125,7 @@ def train_and_measure(
     task: Task, with_tcm: bool, seed: int, epochs: int, tick: Callable[[], object]
 ) -> tuple[Run, Trained]:
     """Train on all training images as one batch, `epochs` times, and measure; see `benchmarks.training.train`."""
-    tcm = TCMLoss(task.margin_plus, task.margin_minus, task.weight, task.weight) if with_tcm else None
+    tcm = tcm_of(task.margin_plus, task.margin_minus, task.weight) if with_tcm else None
     trained = train(
         task.split,
         partial(make_mlp, task.width),

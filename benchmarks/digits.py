@@ -43,10 +43,11 @@ from benchmarks.training import (
     one_thread,
     open_world,
     positive,
+    tcm_of,
     train,
     turned,
 )
-from tcm_fused import TCMLoss, __version__, opis
+from tcm_fused import __version__, opis
 from tcm_fused.thresholds.files import write_whole
 
 WIDTH = 16  # of the embeddings
@@ -109,7 +110,7 @@ def split_of(fold: int | None) -> Split:
 
 def fit(job: Job) -> tuple[Trained, Scores]:
     """Train as the job says, and score the test images of its split."""
-    tcm = job.tcm and TCMLoss(job.tcm.margin_plus, job.tcm.margin_minus, job.tcm.weight, job.tcm.weight)
+    tcm = job.tcm and tcm_of(*job.tcm)
     split = split_of(job.fold)
     network, base_loss = NETWORKS[job.network], BASE_LOSSES[job.base_loss]
     with one_thread():

@@ -1,4 +1,4 @@
-"""Dtypes, unit rows and exact products: what all forms in plain PyTorch share."""
+"""Dtypes, unit rows and exact products, for all forms in plain PyTorch."""
 
 import contextlib
 from collections.abc import Iterator

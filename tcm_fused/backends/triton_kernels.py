@@ -174,10 +174,10 @@ def _write_mask(mask, hard, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def _write_tile(penalty, count, kind, tile, sum_, n, what):
+def _write_tile(penalty, count, kind, tile, sum_, n, class_):
     tl.store(penalty + tile, sum_)
     tl.store(count + tile, n)
-    tl.store(kind + tile, what)
+    tl.store(kind + tile, class_)
 
 
 @triton.jit(do_not_specialize=["row_tiles", "column_tiles"])
@@ -256,9 +256,9 @@ def similarity(
         mine = tl.where(is_plus, tile, tile + tiles)
         _write_tile(penalty, count, kind, 2 * tile + tiles - mine, 0.0, 0, EMPTY)
         if tl.max(s) >= margin:
-            what = tl.where(tl.min(s) >= margin, FULL, MIXED)
+            class_ = tl.where(tl.min(s) >= margin, FULL, MIXED)
             if MASKS:
-                if what == MIXED:
+                if class_ == MIXED:
                     _write_mask(tl.where(is_plus, mask, minus_mask), s >= margin, width, ROWS, COLUMNS)
             _write_tile(
                 penalty,
@@ -267,7 +267,7 @@ def similarity(
                 mine,
                 tl.sum(tl.maximum(s - margin, 0.0)),
                 tl.sum((s >= margin).to(tl.int32)),
-                what,
+                class_,
             )
         else:
             _write_tile(penalty, count, kind, mine, 0.0, 0, EMPTY)
@@ -347,17 +347,17 @@ def lists(
     for k in range(0, length, BLOCK):
         t = k + tl.arange(0, BLOCK)
         tile = side * tiles + tl.where(of_row, o * column_tiles + t, t * column_tiles + across)
-        what = tl.load(kind + tile, mask=t < length, other=EMPTY)
+        class_ = tl.load(kind + tile, mask=t < length, other=EMPTY)
         times = 1
         if SYMMETRIC:
             # A tile off the diagonal stands for its mirror image too; one on it holds both orders of its pairs.
             on_diagonal = tl.where(of_row, t == o // RATIO, t // RATIO == across)
             times = tl.where(on_diagonal, 1, 2)
-            what = tl.where(on_diagonal & (of_row == 0), EMPTY, what)
+            class_ = tl.where(on_diagonal & (of_row == 0), EMPTY, class_)
         total += tl.load(penalty + tile, mask=t < length, other=0.0).to(tl.float64) * times
         pairs += tl.load(count + tile, mask=t < length, other=0).to(tl.int64) * times
-        mixed = (what == MIXED).to(tl.int32)
-        full = (what == FULL).to(tl.int32)
+        mixed = (class_ == MIXED).to(tl.int32)
+        full = (class_ == FULL).to(tl.int32)
         tl.store(target + n_mixed + tl.cumsum(mixed, 0) - 1, t, mask=mixed != 0)
         tl.store(target + length - n_full - tl.cumsum(full, 0), t, mask=full != 0)
         n_mixed += tl.sum(mixed)

@@ -63,7 +63,7 @@ class Config:
     panel_bytes: int = 2**30  # memory for the masks of a panel
 
 
-# Registers and shared memory are what ptxas reports for Triton 3.7.1 (test_triton_aot.py holds the rows of sm_80,
+# Registers and shared memory as ptxas reports them for Triton 3.7.1 (test_triton_aot.py holds the rows of sm_80,
 # sm_90 and sm_100 to no spill and to the limits); nothing here is measured. A block of 8 warps may have 255 registers a
 # thread. In a masked sum half of the stages are buffers: the others are on the way from the list to the address.
 CONFIGS = {
@@ -73,7 +73,7 @@ CONFIGS = {
     "sm_90": Config(128, 256, 64, 64, 256, True, 8, similarity_stages=4, sum_stages=5),
     # 246 and 230 to 242 registers, 192 and 144 KiB; accumulators in tensor memory. Pieces of 64 spill in Triton 3.6.
     "sm_100": Config(128, 256, 32, 64, 256, True, 8, similarity_stages=4, sum_stages=5),
-    # ROCm and what is older than sm_80: 64 KiB of shared memory hold two stages.
+    # ROCm, and GPUs older than sm_80: 64 KiB of shared memory hold two stages.
     "other": Config(128, 128, 32, 32, 128, False, 8, similarity_stages=2, sum_stages=2),
     # Small, so that small tests have many tiles and panels.
     "interpreter": Config(32, 64, 32, 32, 32, True, 1, 1, 1, panel_bytes=2**16),
@@ -95,7 +95,7 @@ def device_of(device: torch.device) -> tuple[str, int]:
 
 @dataclass
 class Embeddings:
-    """Rows or columns, sorted by label, and what is summed for their gradient."""
+    """Rows or columns, sorted by label, with the sums for their gradient."""
 
     x: Tensor  # [N, D] as given
     key: Tensor  # [N] sorted labels, with the sign bit flipped: those that take no part are the largest
@@ -171,7 +171,7 @@ def check(
     squared: bool,
     *numbers: Tensor,
 ) -> None:
-    """RuntimeError for what kernels would read out of bounds: the operators may be called without `tcm_loss`."""
+    """RuntimeError where kernels would read out of bounds: the operators may be called without `tcm_loss`."""
     name = f"tcm_fused::{name}"
     if squared:
         raise RuntimeError(f"{name}: there is no squared penalty")

@@ -63,10 +63,10 @@ class ThresholdConsistentMarginLoss(losses.BaseMetricLossFunction):
 
     def __init__(
         self,
-        lambda_plus: float = 1.0,
-        lambda_minus: float = 1.0,
-        margin_plus: float = 0.9,
-        margin_minus: float = 0.5,
+        lambda_plus: float | Tensor = 1.0,
+        lambda_minus: float | Tensor = 1.0,
+        margin_plus: float | Tensor = 0.9,
+        margin_minus: float | Tensor = 0.5,
         *,
         penalty: str = "hinge",
         reduction: str = "violating",
@@ -81,6 +81,19 @@ class ThresholdConsistentMarginLoss(losses.BaseMetricLossFunction):
                 f"distance must be CosineSimilarity() with p=2 and power=1, got {distance!r}: the margins of TCM are "
                 "cosine similarities; leave the argument out"
             )
+        options = Options(
+            margin_plus,
+            margin_minus,
+            lambda_plus,
+            lambda_minus,
+            penalty=penalty,
+            reduction=reduction,
+            group_pairs=self.group_pairs,
+            precision=precision,
+            backend=backend,
+        )
+        options.check()
+        options.warn_of_crossed_margins()
         self.lambda_plus = lambda_plus
         self.lambda_minus = lambda_minus
         self.margin_plus = margin_plus
