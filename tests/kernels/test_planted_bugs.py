@@ -88,8 +88,8 @@ BUGS = {
     "ptx: b read along the other dimension": hopper("ptx_sm90.cuh", "%68, 1, 1, 1, 1;", "%68, 1, 1, 1, 0;"),
     "ptx: swizzle of 64 bytes": hopper(
         "ptx_sm90.cuh",
-        "uint64_t{1} << 16 | uint64_t{1024 >> 4} << 32 | uint64_t{1} << 62",
-        "uint64_t{1} << 16 | uint64_t{1024 >> 4} << 32 | uint64_t{2} << 62",
+        "uint64_t{1} << 16 | uint64_t{1024 >> 4} << 32 |\n         uint64_t{1} << 62",
+        "uint64_t{1} << 16 | uint64_t{1024 >> 4} << 32 |\n         uint64_t{2} << 62",
     ),
     "ptx: half the stride": hopper(
         "ptx_sm90.cuh", "uint64_t{1} << 16 | uint64_t{1024 >> 4} << 32", "uint64_t{1} << 16 | uint64_t{512 >> 4} << 32"
