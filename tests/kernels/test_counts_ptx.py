@@ -11,7 +11,7 @@ from ptx_machine.problems import CountsProblem
 from support.batches import KINDS, dyadic, embeddings
 from support.count_oracle import Tables
 
-from tcm_fused.backends.blocked_counts import pair_counts_blocked
+from tcm_fused.backends.blocked_counts import counts_blocked
 
 SIZES = (0, 1, 2, 31, 127, 128, 129, 200, 256, 257, 300)  # around one, two and three tiles
 WIDTHS = (1, 3, 33, 64, 65, 130, 200)
@@ -19,7 +19,7 @@ PATHS = pytest.mark.parametrize("path", [Knobs(sm="80"), Knobs(sm="90")], ids=["
 
 
 def blocked(problem: CountsProblem) -> Tables:
-    counts, class_counts, best = (t.numpy() for t in pair_counts_blocked(*problem.tensors(), None))
+    counts, class_counts, best = (t.numpy() for t in counts_blocked(*problem.tensors(), None))
     return counts, class_counts, best
 
 

@@ -5,13 +5,14 @@ race to a byte that was never written.
 """
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ptx_machine.kernels import Knobs, kernels
-from ptx_machine.problems import FORMATS, LossProblem, one_product, problem_of, stored
+from ptx_machine.problems import FORMATS, LossProblem, crowd, one_product, problem_of, stored
 from support.batches import KINDS, dyadic, embeddings
 from support.oracle import Array
 
@@ -72,8 +73,8 @@ wanted = st.fixed_dictionaries(
 
 @settings(max_examples=60)
 @given(problem=problems(), knobs=knobs, options=wanted)
-def test_random_batches(problem: LossProblem, knobs: Knobs, options: dict[str, bool]) -> None:
-    """Every form, geometry, format and architecture, in few and in many rectangles of tiles, in every order of warps."""
+def test_random_batches(problem: LossProblem, knobs: Knobs, options: dict[str, Any]) -> None:
+    """Every form, geometry, format and architecture, in few and in many rectangles, in every order of warps."""
     problem.check(knobs, **options)
 
 
@@ -90,25 +91,30 @@ def test_classes_of_tiles(kind: str, classes: int, share: float, form: str) -> N
     part.check(Knobs(sm="90" if form == "fp32" else "80", truncated=True))
 
 
-@pytest.mark.parametrize("sm", ["80", "90"])
-def test_every_path_is_reached(sm: str) -> None:
-    """All instructions of the products' kernels but a few: with one problem that has all kinds of tiles, and no other."""
-    rng = np.random.default_rng(11)
-    y = np.sort(rng.integers(6, size=600))
-    x = embeddings("groups", y, 150, rng)
-    x[y == 0] = rng.standard_normal((np.count_nonzero(y == 0), 150))  # few of these are hard
-    kernels().machine.executed()
-    for share in (0.003, 0.5, 1.0):
-        problem = LossProblem(stored(x, "fp32"), y).at_share(share)
-        problem.check(Knobs(sm=sm, rectangle=3, sm_count=2))
-    executed = kernels().machine.executed()
-    ending = f".{sm}.ptx"
-    for kernel in ("similarity", "masked_sum"):
-        name = kernel if sm == "80" else f"{kernel}_sm90"
-        _, did, there = next(
-            use for (file, k), use in executed.items() if file.endswith(ending) and k.split("<")[0] == name
-        )
-        assert did > 0.9 * there, (name, did, there)
+@PATHS
+def test_sparse_tiles_of_few_rows(path: Knobs) -> None:
+    """A queue of pairs that overflows: 64 of each of nine tiles, all in the rows of one warp."""
+    result = crowd(1100).check(path)
+    assert result.count.tolist() == [0, 16 * 36]
+
+
+@PATHS
+def test_each_path_has_its_own_kernels(path: Knobs) -> None:
+    """Nothing falls back in silence."""
+    machine = kernels().machine
+    names = {"80": ("similarity", "masked_sum"), "90": ("similarity_sm90", "masked_sum_sm90")}
+
+    def launches(sm: str) -> list[int]:
+        return [
+            sum(use[0] for (file, kernel), use in machine.executed().items() if kernel.split("<")[0] == name)
+            for name in names[sm]
+        ]
+
+    before = {sm: launches(sm) for sm in names}
+    y = np.arange(150) % 9
+    LossProblem(stored(embeddings("groups", y, 20, np.random.default_rng(1)), "fp32"), y).at_share(0.5).check(path)
+    for sm in names:
+        assert (launches(sm) == before[sm]) == (sm != path.sm)
 
 
 @pytest.mark.parametrize("form", FORMATS)

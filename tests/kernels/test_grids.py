@@ -42,8 +42,9 @@ def embeddings(n: int, d: int) -> tuple[torch.Tensor, torch.Tensor]:
 def test_triton_grids(config: str, n: int, m: int | None, d: int, grids: dict[str, list[tuple[int, ...]]]) -> None:
     """From 8.4 million rows on there are more tiles of rows than a grid's second dimension can have."""
     numbers = torch.empty(2, dtype=torch.float64, device="meta")
-    sets = (*embeddings(n, d), *((None, None) if m is None else embeddings(m, d)))
-    triton_loss.run(triton_loss.CONFIGS[config], 132, *sets, None, numbers, numbers, True, True, m is not None)
+    ref_x, ref_y = (None, None) if m is None else embeddings(m, d)
+    shape, gradients = triton_loss.CONFIGS[config], (True, m is not None)
+    triton_loss.run(shape, 132, *embeddings(n, d), ref_x, ref_y, None, numbers, numbers, True, *gradients)
     for name, launches in grids.items():
         assert launches, name
         for grid in launches:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from ptx_machine import build
 from ptx_machine.kernels import Kernels, Knobs, kernels
-from ptx_machine.problems import CountsProblem, LossProblem, problem_of, stored
+from ptx_machine.problems import CountsProblem, LossProblem, crowd, problem_of, stored
 from support.batches import embeddings
 
 
@@ -88,8 +88,8 @@ BUGS = {
     "ptx: b read along the other dimension": hopper("ptx_sm90.cuh", "%68, 1, 1, 1, 1;", "%68, 1, 1, 1, 0;"),
     "ptx: swizzle of 64 bytes": hopper(
         "ptx_sm90.cuh",
-        "uint64_t{1} << 16 | uint64_t{1024 >> 4} << 32 | uint64_t{1} << 62",
-        "uint64_t{1} << 16 | uint64_t{1024 >> 4} << 32 | uint64_t{2} << 62",
+        "uint64_t{1} << 16 | uint64_t{1024 >> 4} << 32 |\n         uint64_t{1} << 62",
+        "uint64_t{1} << 16 | uint64_t{1024 >> 4} << 32 |\n         uint64_t{2} << 62",
     ),
     "ptx: half the stride": hopper(
         "ptx_sm90.cuh", "uint64_t{1} << 16 | uint64_t{1024 >> 4} << 32", "uint64_t{1} << 16 | uint64_t{512 >> 4} << 32"
@@ -145,12 +145,13 @@ def losses() -> list[tuple[LossProblem, Knobs, bool]]:
     whole = LossProblem(stored(x, "fp32"), y)
     small = Knobs(rectangle=2, sm_count=2, chunk=32, one_chunk=0)
     part = problem_of((stored(x[50:250], "fp16"), y[50:250], stored(x, "fp16"), y), row_offset=50, fp16=True)
-    alike = LossProblem(stored(embeddings("cone", np.zeros(640, dtype=int), 40, rng), "fp16"), y=np.arange(640) % 3)
+    alike = LossProblem(stored(embeddings("cone", np.zeros(600, dtype=int), 40, rng), "fp16"), y=np.arange(600) % 3)
     return [
         (whole.at_share(0.5), small, False),
         (part.at_share(0.5), small, True),
         (whole.at_share(0.004), small, False),
         (replace(alike, margin=(2.0, -2.0), fp16=True), Knobs(), False),
+        (crowd(1100), Knobs(), False),
     ]
 
 

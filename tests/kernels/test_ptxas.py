@@ -5,13 +5,13 @@ The reports are those of the build; nothing is compiled twice. `make registers` 
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from ptx_machine.build import nvcc
 
 ROOT = Path(__file__).parents[2]
 TABLE = ROOT / "csrc/cuda/registers.md"
@@ -120,6 +120,11 @@ def test_no_kernel_spills(built: tuple[Report, str]) -> None:
     assert complaints(built[0]) == []
 
 
+def test_no_product_is_serialised(built: tuple[Report, str]) -> None:
+    """Nor any other advice of ptxas' that its warnings C75xx give: each halves the speed of a product, or worse."""
+    assert built[0].complaints == []
+
+
 def test_every_kernel_is_there_for_every_architecture(built: tuple[Report, str]) -> None:
     kernels = {kernel for kernel, _ in built[0].uses}
     assert kernels
@@ -178,10 +183,7 @@ def test_gate_stops_a_report_it_cannot_read(lost: int) -> None:
 
 def test_gate_stops_a_kernel_that_spills(tmp_path: Path) -> None:
     """Of a real ptxas: 64 values alive in a thread that may have 16 registers."""
-    nvcc = shutil.which("nvcc", path=f"{os.environ.get('CUDA_HOME', '')}/bin") or shutil.which("nvcc")
-    if nvcc is None:
-        pytest.skip("there is no nvcc")
-    (tmp_path / "kernel.cu").write_text(
+    report = compile_alone(
         """__global__ void hungry(float* x, int n) {
              float a[64];
              #pragma unroll
@@ -191,11 +193,43 @@ def test_gate_stops_a_kernel_that_spills(tmp_path: Path) -> None:
                for (int i = 0; i < 64; ++i) a[i] = a[i] * a[(i + 1) % 64] + k;
              #pragma unroll
              for (int i = 0; i < 64; ++i) x[i * n] = a[i];
-           }"""
+           }""",
+        tmp_path,
+        "-arch=sm_80",
+        "-maxrregcount=16",
     )
-    command = [nvcc, "-arch=sm_80", "-maxrregcount=16", "-Xptxas=-v", "-cubin", "kernel.cu"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert "bytes spilled" in complaints(read(done.stdout + done.stderr))[0]
+    assert "bytes spilled" in complaints(report)[0]
+
+
+def test_gate_stops_products_that_are_serialised(tmp_path: Path) -> None:
+    """Of a real ptxas: an accumulator is read between two products."""
+    report = compile_alone(
+        """#include "ptx_sm90.cuh"
+           __global__ void early(float* out, uint64_t b) {
+             float d[64] = {};
+             uint32_t a[4] = {1, 2, 3, 4};
+             tcm::cuda::warpgroup_fence();
+             tcm::cuda::warpgroup_multiply(d, a, b);
+             out[threadIdx.x] = d[5];
+             tcm::cuda::warpgroup_multiply(d, a, b);
+             tcm::cuda::warpgroup_commit();
+             tcm::cuda::warpgroup_wait<0>();
+             for (int k = 0; k < 64; ++k) out[k * 128 + threadIdx.x] = d[k];
+           }""",
+        tmp_path,
+        "-arch=sm_90a",
+    )
+    assert len(report.complaints) == 1
+    assert "serialized" in report.complaints[0]
+    assert any("C75" in complaint for complaint in complaints(report))
+
+
+def compile_alone(source: str, folder: Path, *options: str) -> Report:
+    """ptxas' report of one kernel's source."""
+    (folder / "kernel.cu").write_text(source)
+    command = [nvcc(), "-std=c++20", f"-I{ROOT / 'csrc/cuda'}", "-Xptxas=-v", "-cubin", *options, "kernel.cu"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
+    return read(done.stdout + done.stderr)
 
 
 if __name__ == "__main__":

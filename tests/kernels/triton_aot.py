@@ -84,7 +84,7 @@ def specialise(
         elif aligned:
             attributes[(i,)] = [["tt.divisibility", 16]]
         signature[parameter.name] = kind
-    options = {key: meta[key] for key in ("num_warps", "num_stages") if key in meta}
+    options: dict[str, int] = {key: meta[key] for key in ("num_warps", "num_stages") if key in meta}
     return signature, constants, attributes, options
 
 

@@ -1,7 +1,7 @@
-"""Runs the Triton backend on the PTX machine: `triton_loss.run` launches its kernels as on a GPU, and each is compiled to
-PTX for the architecture and executed on the CPU.
+"""Runs the Triton backend on the PTX machine: `triton_loss.run` launches its kernels as on a GPU, and each is compiled
+to PTX for the architecture and executed on the CPU.
 
-`python tests/kernels/triton_ptx.py sm_90` prints one JSON object a problem of PROBLEMS, with what was wrong, if anything.
+`python tests/kernels/triton_ptx.py sm_90` prints one JSON object for each problem, with its errors.
 """
 
 import ctypes
@@ -143,9 +143,7 @@ class Problem:
     dtype: torch.dtype = torch.float32
     fp16: bool = False
     penalties: bool = False
-    share: float | None = (
-        0.5  # of the pairs of either side that are hard; None: margins between the similarities of `dyadic`
-    )
+    share: float | None = 0.5  # of each side's pairs that are hard; None: exact similarities, on the margins
     classes: int = 8
     negative: float = 0.1
     grad_x: bool = True
@@ -191,7 +189,8 @@ def make(problem: Problem, seed: int) -> tuple[list[Tensor], dict[str, Any]]:
 
 def solve(problem: Problem, config: str, sets: list[Tensor], options: dict[str, Any]) -> Result:
     """The loss, or the penalties, by Triton's kernels."""
-    x, y, ref_x, ref_y = (*sets, None, None)[:4]
+    x, y, *reference = sets
+    ref_x, ref_y = reference or (None, None)
     two = [torch.tensor([options[f"{name}_plus"], options[f"{name}_minus"]]).double() for name in ("margin", "lambda")]
     loss, dx, dref, penalty, count = triton_loss.run(
         replace(triton_loss.CONFIGS[config], panel_bytes=problem.panel_bytes),

@@ -19,6 +19,7 @@ from support.oracle import (
     tensor_core_drift,
     unit_roundoff,
 )
+from support.tensor_cores import tensor_core_sums
 
 from tcm_fused.reference import tcm_reference
 
@@ -127,19 +128,6 @@ def test_reference_is_the_definition(form: str, reduction: str, penalty: str) ->
     grads = [leaf.grad.numpy() for leaf in leaves[::2] if leaf.grad is not None] + [None]
     violation = (sums / count.clamp_min(1)).numpy()
     compare(Result(loss.item(), count.numpy(), violation, *grads[:2]), oracle_of(*sets, **options), x.dtype)
-
-
-def tensor_core_sums(products: np.ndarray, block: int, extra: int) -> np.ndarray:
-    """Sums [P] of exact products [P, D] as tensor cores take them: `block` at a time and the sum so far, each cut off
-    `extra` bits below the last place (of 24 bits) of the largest of them; the new sum is cut off at its own."""
-    total = np.zeros((len(products), 1))
-    for k in range(0, products.shape[1], block):
-        terms = np.concatenate([total, products[:, k : k + block]], 1)
-        place = np.ldexp(1.0, np.frexp(np.abs(terms).max(1, keepdims=True))[1] - 24 - extra)
-        total = (np.trunc(terms / place) * place).sum(1, keepdims=True)
-        place = np.ldexp(1.0, np.frexp(np.abs(total))[1] - 24)
-        total = np.trunc(total / place) * place
-    return total[:, 0]
 
 
 @pytest.mark.parametrize(("block", "extra"), [(8, 1), (16, 2)])  # sm_80, sm_90

@@ -115,7 +115,7 @@ void decode_wide(Ins& i, const Parsed& p, Names& names) {
 }  // namespace
 
 bool decode_arithmetic(Ins& i, const Parsed& p, Names& names) {
-  static const std::set<std::string> known = {"add", "sub", "mul", "mad", "fma", "div",  "rem",
+  static const std::set<std::string> known = {"add", "sub", "mul", "mad", "fma",  "div", "rem",
                                               "min", "max", "abs", "neg", "sqrt", "rcp"};
   const std::string& o = p.op[0];
   if (!known.count(o)) return false;

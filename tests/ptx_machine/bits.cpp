@@ -24,8 +24,7 @@ u64 joined(u32 low, u32 high) { return static_cast<u64>(high) << 32 | low; }
 template <class T>
 T bit_insert(T a, T b, u32 at, u32 length) {  // the low bits of a into b
   at &= 0xff, length &= 0xff;
-  for (u32 k = 0; k < length && at + k < sizeof(T) * 8; ++k)
-    b = (b & ~(T(1) << (at + k))) | ((a >> k & 1) << (at + k));
+  for (u32 k = 0; k < length && at + k < sizeof(T) * 8; ++k) b = (b & ~(T(1) << (at + k))) | ((a >> k & 1) << (at + k));
   return b;
 }
 template <class T>
@@ -108,8 +107,7 @@ bool decode_words(Ins& i, const Parsed& p, Names& names) {
     if (type != "u32") not_implemented(p);
     if (p.has("shiftamt"))
       i.execute = op1<u32, u32, [](u32 a) { return a == 0 ? ~0u : static_cast<u32>(std::countl_zero(a)); }>;
-    else
-      i.execute = op1<u32, u32, [](u32 a) { return a == 0 ? ~0u : static_cast<u32>(31 - std::countl_zero(a)); }>;
+    else i.execute = op1<u32, u32, [](u32 a) { return a == 0 ? ~0u : static_cast<u32>(31 - std::countl_zero(a)); }>;
   } else if (o == "brev" && type == "b32") {
     i.execute = op1<u32, u32, [](u32 a) { return reverse(a); }>;
   } else if (o == "prmt" && type == "b32") {
@@ -140,7 +138,8 @@ bool decode_bits(Ins& i, const Parsed& p, Names& names) {
     });
   } else if (o == "bfe") {
     decode_mixed(i, p, names, true, [&]<class T>() -> Execute {
-      if constexpr (sizeof(T) >= 4) return op3<T, T, u32, u32, [](T a, u32 b, u32 c) { return bit_extract<T>(a, b, c); }>;
+      if constexpr (sizeof(T) >= 4)
+        return op3<T, T, u32, u32, [](T a, u32 b, u32 c) { return bit_extract<T>(a, b, c); }>;
       return nullptr;
     });
   } else if (o == "bfi") {

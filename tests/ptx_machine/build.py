@@ -1,4 +1,4 @@
-"""Builds the machine, and the CUDA kernels for it, once for each content of the sources: build/ptx_machine keeps them."""
+"""Builds the machine and the CUDA kernels for it, once for each content of the sources: in build/ptx_machine."""
 
 import hashlib
 import os
@@ -97,8 +97,7 @@ def library(objects: tuple[Path, ...] = ()) -> Path:
 
 def ptx(unit: str, architecture: str, root: Path = ROOT) -> Path:
     """The PTX of one of UNITS for an architecture, from the sources below `root`."""
-    name = digest(root / "csrc", (HERE / f"{unit}.cu").read_text() if "entry" in unit else "", nvcc(), *NVCC)
-    target = KEPT / f"{unit}-{name}.{architecture}.ptx"
+    target = KEPT / f"{unit}-{_content(unit, root)}.{architecture}.ptx"
     with once(target) as new:
         if new is not None:
             run(
@@ -109,13 +108,19 @@ def ptx(unit: str, architecture: str, root: Path = ROOT) -> Path:
 
 def host_object(unit: str, root: Path = ROOT) -> Path:
     """The host's part of one of UNITS, which launches the kernels."""
-    name = digest(root / "csrc", (HERE / f"{unit}.cu").read_text() if "entry" in unit else "", nvcc(), *NVCC)
-    target = KEPT / f"{unit}-{name}.o"
+    target = KEPT / f"{unit}-{_content(unit, root)}.o"
     with once(target) as new:
         if new is not None:
             flags = ("-arch=compute_80", "-code=compute_80", "--cudart=none", "-Xcompiler=-fPIC")
             run(*_compiler(root), *flags, "-c", _source(unit, root), "-o", new)
     return target
+
+
+def _content(unit: str, root: Path) -> str:
+    """Of all that a unit is made of."""
+    contract = (root / "csrc/problem.h").read_text()
+    entry = (HERE / f"{unit}.cu").read_text() if "entry" in unit else ""
+    return digest(root / "csrc/cuda", contract, entry, nvcc(), *NVCC)
 
 
 def _compiler(root: Path) -> tuple[str, ...]:

@@ -17,8 +17,10 @@ void shfl(Warp& w, const Ins& i, u32 m) {
   EACH(m, l) {
     const u32 segments = c[l] >> 8 & 31, clamp = c[l] & 31, by = b[l] & 31, least = l & segments;
     const int most = static_cast<int>(least | (clamp & ~segments)), lane = static_cast<int>(l);
-    int j = S == kUp ? lane - static_cast<int>(by) : S == kDown ? lane + static_cast<int>(by)
-            : S == kXor ? static_cast<int>(l ^ by) : static_cast<int>(least | (by & ~segments));
+    int j = S == kUp     ? lane - static_cast<int>(by)
+            : S == kDown ? lane + static_cast<int>(by)
+            : S == kXor  ? static_cast<int>(l ^ by)
+                         : static_cast<int>(least | (by & ~segments));
     const bool in = S == kUp ? j >= most : j <= most;
     if (!in) j = lane;
     inside |= static_cast<u32>(in) << l;
@@ -184,7 +186,8 @@ bool decode_collectives(Ins& i, const Parsed& p, Names& names) {
 }
 
 bool decode_control(Ins& i, const Parsed& p, Names& names) {
-  static const std::set<std::string> no_effect = {"membar", "griddepcontrol", "nanosleep", "prefetch", "discard", "fence"};
+  static const std::set<std::string> no_effect = {"membar",   "griddepcontrol", "nanosleep",
+                                                  "prefetch", "discard",        "fence"};
   const std::string& o = p.op[0];
   if (o == "bra") i.flow = kBranch, i.target = names.label(p.operand[0]), i.execute = nothing;
   else if (o == "ret" || o == "exit") i.flow = kReturn, i.execute = nothing;

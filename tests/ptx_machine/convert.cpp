@@ -18,8 +18,10 @@ double to_double(T x) {
   else return static_cast<double>(x);
 }
 double to_integer(double v, u32 round) {
-  return round == kNearest ? std::nearbyint(v) : round == kToZero ? std::trunc(v) : round == kUp ? std::ceil(v)
-                                                                                                 : std::floor(v);
+  return round == kNearest  ? std::nearbyint(v)
+         : round == kToZero ? std::trunc(v)
+         : round == kUp     ? std::ceil(v)
+                            : std::floor(v);
 }
 
 template <class D, class S>
@@ -44,7 +46,8 @@ D from_float(S x, u32 round, bool integral, bool saturate) {
     if constexpr (std::is_same_v<D, bf16>) return narrow(static_cast<float>(exact));
     else {
       D v = static_cast<D>(exact);
-      if (std::is_same_v<D, float> && !integral && round == kToZero && std::abs(static_cast<double>(v)) > std::abs(exact))
+      if (std::is_same_v<D, float> && !integral && round == kToZero &&
+          std::abs(static_cast<double>(v)) > std::abs(exact))
         v = static_cast<D>(std::nextafter(static_cast<float>(v), 0.0f));
       return saturate ? (v > D(0) ? std::min(v, D(1)) : D(0)) : v;
     }
@@ -98,8 +101,10 @@ bool decode_convert(Ins& i, const Parsed& p, Names& names) {
   if (p.op[0] != "cvt") return false;
   const std::string &to = p.op[p.op.size() - 2], &from = p.type();
   i.flag = p.has("sat");
-  i.k = p.has("rz") || p.has("rzi") ? kToZero : p.has("rp") || p.has("rpi") ? kUp
-        : p.has("rm") || p.has("rmi") ? kDown : kNearest;
+  i.k = p.has("rz") || p.has("rzi")   ? kToZero
+        : p.has("rp") || p.has("rpi") ? kUp
+        : p.has("rm") || p.has("rmi") ? kDown
+                                      : kNearest;
   i.m = p.has("rni") || p.has("rzi") || p.has("rpi") || p.has("rmi");
   if (to == "f16x2" || to == "bf16x2") {
     i.d = names.value(p.operand[0], 4, false);

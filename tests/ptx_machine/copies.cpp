@@ -20,9 +20,7 @@ void cp_async(Warp& w, const Ins& i, u32 m) {  // n bytes; k: offset of the sour
     w.copies[l].push_back({to, from, i.n, read, w.copy_group[l]});
   }
 }
-void cp_commit(Warp& w, const Ins&, u32 m) {
-  EACH(m, l) ++w.copy_group[l];
-}
+void cp_commit(Warp& w, const Ins&, u32 m) { EACH(m, l)++ w.copy_group[l]; }
 void land(Warp& w, const Ins& i, u32 l, const AsyncCopy& c) {
   Block& b = *w.block;
   memset(&b.shared[c.to], 0, c.size);
@@ -195,7 +193,7 @@ void show_barriers(Warp& w, u32 m) {
     if (b.warp == w.id && m >> b.lane & 1 && b.fence_clock == 0) b.fence_clock = w.now();
 }
 void fence_proxy(Warp& w, const Ins&, u32 m) {
-  EACH(m, l) ++w.fences[l], w.fence_clock[l].push_back(w.now());
+  EACH(m, l)++ w.fences[l], w.fence_clock[l].push_back(w.now());
   join(w.fenced, w.clock);
   show_barriers(w, m);
 }

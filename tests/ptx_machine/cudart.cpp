@@ -59,7 +59,8 @@ cudaError_t cudaLaunchKernel(const void* f, dim3 grid, dim3 block, void** argume
     return report("launch: shared memory without leave"), cudaErrorInvalidValue;
   if (shared > shared_per_block())
     return report("launch: more shared memory than the device has"), cudaErrorInvalidValue;
-  const bool done = launch_or_report(*k, name, {grid.x, grid.y, grid.z}, {block.x, block.y, block.z}, shared, arguments);
+  const bool done =
+      launch_or_report(*k, name, {grid.x, grid.y, grid.z}, {block.x, block.y, block.z}, shared, arguments);
   return done ? cudaSuccess : cudaErrorLaunchFailure;
 }
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* a, const void* f) {

@@ -86,7 +86,8 @@ u8* global_memory(Warp& w, const Ins& i, u64 address, u32 size, bool write, int 
     const u64 from = w.kernel->parameter_base;
     const bool parameter = address >= from && address + size <= from + w.kernel->parameter_memory.size();
     if (!write && parameter) return reinterpret_cast<u8*>(address);
-    fail(w, &i, std::string(write ? "write to" : "read of") + " global memory out of bounds, lane " + std::to_string(lane));
+    fail(w, &i,
+         std::string(write ? "write to" : "read of") + " global memory out of bounds, lane " + std::to_string(lane));
   }
   const u64 at = address - a->begin;
   for (u64 b = at; b < at + size; ++b) {

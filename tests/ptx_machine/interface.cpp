@@ -105,7 +105,9 @@ int machine_parameters(const char* name) {
   const Kernel* k = find_kernel(name);
   return k == nullptr ? -1 : static_cast<int>(parameters(*k));
 }
-int machine_parameter_bytes(const char* name, int i) { return static_cast<int>(parameter_bytes(*find_kernel(name), i)); }
+int machine_parameter_bytes(const char* name, int i) {
+  return static_cast<int>(parameter_bytes(*find_kernel(name), i));
+}
 
 }  // extern "C"
 

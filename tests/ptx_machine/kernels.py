@@ -21,7 +21,7 @@ SHARED = {"80": (163 << 10, 164 << 10), "90": (227 << 10, 228 << 10), "100": (22
 
 
 def _structure(name: str, integers: str, pointers: str, **rest: Any) -> type[ctypes.Structure]:
-    fields = [(field, ctypes.c_int64) for field in integers.split()]
+    fields: list[tuple[str, Any]] = [(field, ctypes.c_int64) for field in integers.split()]
     fields += [(field, ctypes.c_void_p) for field in pointers.split()]
     return type(name, (ctypes.Structure,), {"_fields_": [*fields, *rest.items()]})
 
@@ -57,6 +57,9 @@ class Knobs:
     shift: int = 0  # elements by which x is off its alignment
 
 
+SHIPPED = Knobs()
+
+
 class MachineError(AssertionError):
     """The machine has something to report."""
 
@@ -77,7 +80,7 @@ class Kernels:
         build.machine_objects()
         with ThreadPoolExecutor(2) as pool:
             objects = tuple(pool.map(lambda unit: build.host_object(unit, (host or {}).get(unit, root)), build.UNITS))
-            paths = list(pool.map(lambda file: build.ptx(*file, root), files))
+            paths = list(pool.map(lambda file: build.ptx(file[0], file[1], root), files))
         self.machine = Machine(build.library(objects))
         for (_, architecture), path in zip(files, paths, strict=True):
             self.machine.load_files(architecture, [path])
@@ -99,7 +102,7 @@ class Kernels:
         penalties: bool = False,
         grad_x: bool = True,
         grad_ref: bool = True,
-        knobs: Knobs = Knobs(),
+        knobs: Knobs = SHIPPED,
     ) -> tuple[float, Array | None, Array | None, Array, Array]:
         """Loss, gradients by x and by ref_x, penalty [2] and count [2].
 
@@ -147,7 +150,14 @@ class Kernels:
         return result  # type: ignore[return-value]
 
     def counts(
-        self, x: Array, y: Array, classes: int, thresholds: Array, bits: int, knobs: Knobs = Knobs(), **shared: int
+        self,
+        x: Array,
+        y: Array,
+        classes: int,
+        thresholds: Array,
+        bits: int,
+        knobs: Knobs = SHIPPED,
+        **shared: int,
     ) -> tuple[Array, Array, Array]:
         """Counts [2, cells], those of each class [2, classes + 1, T], and the largest similarities [2, N]."""
         machine, (n, d) = self.machine, x.shape

@@ -110,9 +110,26 @@ void allow_only(const Parsed& p, const std::set<std::string>& words) {
 }
 
 void decode_load_store(Ins& i, const Parsed& p, Names& names) {
-  static const std::set<std::string> known = {
-      "global", "shared", "shared::cta", "param", "v2", "v4", "v8", "relaxed", "acquire", "volatile", "weak", "cta",
-      "gpu", "sys", "nc", "L1::evict_first", "L1::evict_last", "L1::evict_normal", "L1::no_allocate", "L2::cache_hint"};
+  static const std::set<std::string> known = {"global",
+                                              "shared",
+                                              "shared::cta",
+                                              "param",
+                                              "v2",
+                                              "v4",
+                                              "v8",
+                                              "relaxed",
+                                              "acquire",
+                                              "volatile",
+                                              "weak",
+                                              "cta",
+                                              "gpu",
+                                              "sys",
+                                              "nc",
+                                              "L1::evict_first",
+                                              "L1::evict_last",
+                                              "L1::evict_normal",
+                                              "L1::no_allocate",
+                                              "L2::cache_hint"};
   allow_only(p, known);
   const bool is_load = p.op[0] == "ld";
   const Space space = space_of(p);

@@ -63,7 +63,8 @@ class Machine:
         self._memory.append(address)
         if size == 0:
             return np.empty(shape, dtype), address
-        return np.frombuffer((ctypes.c_byte * size).from_address(address), dtype).reshape(shape), address
+        bytes_there = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))
+        return bytes_there.view(dtype).reshape(shape), address
 
     def put(self, array: Array) -> int:
         """The address of a copy in device memory."""

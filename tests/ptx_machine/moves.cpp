@@ -39,11 +39,12 @@ void setp(Warp& w, const Ins& i, u32 m) {  // n: combined with a predicate by 1 
 template <class T>
 Execute setp_of(const std::string& c) {
   static const std::map<std::string, Execute> all = {
-      {"eq", setp<T, kEq>},        {"ne", setp<T, kNe>},        {"lt", setp<T, kLt>},        {"le", setp<T, kLe>},
-      {"gt", setp<T, kGt>},        {"ge", setp<T, kGe>},        {"lo", setp<T, kLt>},        {"ls", setp<T, kLe>},
-      {"hi", setp<T, kGt>},        {"hs", setp<T, kGe>},        {"equ", setp<T, kEq, true>}, {"neu", setp<T, kNe, true>},
-      {"ltu", setp<T, kLt, true>}, {"leu", setp<T, kLe, true>}, {"gtu", setp<T, kGt, true>}, {"geu", setp<T, kGe, true>},
-      {"num", setp<T, kNum>},      {"nan", setp<T, kNan>}};
+      {"eq", setp<T, kEq>},        {"ne", setp<T, kNe>},        {"lt", setp<T, kLt>},
+      {"le", setp<T, kLe>},        {"gt", setp<T, kGt>},        {"ge", setp<T, kGe>},
+      {"lo", setp<T, kLt>},        {"ls", setp<T, kLe>},        {"hi", setp<T, kGt>},
+      {"hs", setp<T, kGe>},        {"equ", setp<T, kEq, true>}, {"neu", setp<T, kNe, true>},
+      {"ltu", setp<T, kLt, true>}, {"leu", setp<T, kLe, true>}, {"gtu", setp<T, kGt, true>},
+      {"geu", setp<T, kGe, true>}, {"num", setp<T, kNum>},      {"nan", setp<T, kNan>}};
   auto found = all.find(c);
   return found == all.end() ? nullptr : found->second;
 }
@@ -129,7 +130,8 @@ void mov_unpack(Warp& w, const Ins& i, u32 m) {
   EACH(m, l) {
     const u64 v = value_of(w, i.a[0], l);
     for (size_t k = 0; k < i.list.size(); ++k)
-      if (i.list[k].cls != kNone) w.r32[i.list[k].index * 32 + l] = static_cast<u32>(low_bytes(v >> k * each * 8, each));
+      if (i.list[k].cls != kNone)
+        w.r32[i.list[k].index * 32 + l] = static_cast<u32>(low_bytes(v >> k * each * 8, each));
   }
   for (auto& s : i.list)
     if (s.cls != kNone) set_valid(w, s, m, ok);

@@ -49,7 +49,8 @@ struct Register {
 };
 struct Scope {
   int parent;
-  std::map<std::string, Register> registers, ranges;  // single ones; and those like %f<10>, by the name before the number
+  std::map<std::string, Register> registers,
+      ranges;  // single ones; and those like %f<10>, by the name before the number
   std::map<std::string, int> labels;
 };
 struct Statement {
@@ -221,8 +222,8 @@ class Parser : public Names {
   }
 
   Ins instruction(const Statement& s) {
-    static constexpr Decoder decoders[] = {decode_moves,    decode_arithmetic, decode_bits,     decode_convert,
-                                           decode_memory,   decode_copies,     decode_products, decode_matrices,
+    static constexpr Decoder decoders[] = {decode_moves,       decode_arithmetic, decode_bits,     decode_convert,
+                                           decode_memory,      decode_copies,     decode_products, decode_matrices,
                                            decode_collectives, decode_control};
     scope_ = s.scope;
     Ins i;

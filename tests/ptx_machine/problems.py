@@ -10,7 +10,7 @@ from support.batches import margins
 from support.count_oracle import CountCall, Tables
 from support.oracle import Array, Oracle, Result, compare, compare_sides, tensor_core_drift
 
-from ptx_machine.kernels import Kernels, Knobs, kernels
+from ptx_machine.kernels import SHIPPED, Kernels, Knobs, kernels
 
 FORMATS = ("fp32", "fp32 in fp16", "fp16", "fp16 in fp32", "bf16")  # of x, and where it is not the obvious one, of x^
 
@@ -72,7 +72,7 @@ class LossProblem:
 
     def check(
         self,
-        knobs: Knobs = Knobs(),
+        knobs: Knobs = SHIPPED,
         *,
         exact: bool = False,
         on: Kernels | None = None,
@@ -90,6 +90,16 @@ def problem_of(sets: Sequence[Array], **options: Any) -> LossProblem:
     x, y, *reference = sets
     ref_x, ref_y = reference or (None, None)
     return LossProblem(x=x, y=y, ref_x=ref_x, ref_y=ref_y, **options)
+
+
+def crowd(columns: int) -> LossProblem:
+    """Sparse tiles whose 64 hard pairs are all in the same 16 rows, so that a warp has more than its queue holds."""
+    rng = np.random.default_rng(22)
+    x, ref_x = (0.1 * rng.standard_normal((n, 40)) for n in (100, columns))
+    x[:16, 0] += 3
+    ref_x[np.arange(columns) % 128 < 4, 0] += 3
+    sets = (x.astype(np.float32), columns + np.arange(100), ref_x.astype(np.float32), np.arange(columns))
+    return problem_of(sets, margin=(0.9, 0.7))
 
 
 def values(x: Array) -> Array:
@@ -117,7 +127,7 @@ class CountsProblem(CountCall):
     def run(self, knobs: Knobs, *, on: Kernels | None = None, **shared: int) -> Tables:
         return (on or kernels()).counts(self.x, self.y, self.classes, self.thresholds, self.bits, knobs, **shared)
 
-    def check_on(self, knobs: Knobs = Knobs(), *, on: Kernels | None = None, **shared: int) -> Tables:  # noqa: B008
+    def check_on(self, knobs: Knobs = SHIPPED, *, on: Kernels | None = None, **shared: int) -> Tables:
         """Runs it and compares; where the machine cuts sums off, with what that may change a similarity by."""
         tables = self.run(knobs, on=on, **shared)
         allowed = tensor_core_drift(self.x.shape[1]) if knobs.truncated else 0.0

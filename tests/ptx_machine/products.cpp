@@ -108,7 +108,8 @@ void multiply(Warp& w, const Product& p) {
 u64 descriptor_of(Warp& w, const Ins& i, Slot s) {  // the same in all lanes
   need(w, i, s, ~0u, "a matrix descriptor");
   const u64* v = source64(w, s);
-  if (std::any_of(v, v + 32, [&](u64 d) { return d != v[0]; })) complain(w, &i, "matrix descriptors differ between lanes");
+  if (std::any_of(v, v + 32, [&](u64 d) { return d != v[0]; }))
+    complain(w, &i, "matrix descriptors differ between lanes");
   return v[0];
 }
 
@@ -155,8 +156,7 @@ void wgmma(Warp& w, const Ins& i, u32 m) {  // n columns; m: 1 a across, 2 b acr
   check_same_in_warpgroup(w, i, p);
   take_registers(w, i, p.accumulate);
   for (auto& other : w.products)
-    if (other.ins->n != i.n)
-      complain(w, &i, "products of different shapes under way: not in order without a fence");
+    if (other.ins->n != i.n) complain(w, &i, "products of different shapes under way: not in order without a fence");
   if (i.list2.empty()) p.ranges.push_back(check_matrix(w, i, left_of(w, i, p.a)));
   p.ranges.push_back(check_matrix(w, i, right_of(i, p.b)));
   w.products.push_back(std::move(p));
@@ -190,7 +190,8 @@ void note_touch(Warp& w, const Ins& i) {
   auto one = [&](Slot s, bool write) {
     if (s.cls != k32 || !w.kernel->product_register[s.index]) return;
     if ((w.in_flight[s.index] & 2) || (write && w.in_flight[s.index]))
-      complain(w, &i, write ? "writes a register of a product under way" : "reads an accumulator of a product under way");
+      complain(w, &i,
+               write ? "writes a register of a product under way" : "reads an accumulator of a product under way");
     w.touched[s.index] = w.touch;
   };
   auto is = [&](const char* op) { return i.text.compare(0, strlen(op), op) == 0; };

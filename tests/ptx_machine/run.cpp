@@ -75,7 +75,7 @@ Kernel::~Kernel() {
 
 namespace {
 
-constexpr int kSpin = 16;  // instructions of a loop that asks an mbarrier again and again: they are no progress
+constexpr int kSpin = 32;  // instructions of loops that ask an mbarrier again and again: they are no progress
 
 // One warp for some instructions. Its lanes are in groups, each at one place of the program.
 class Turn {
@@ -85,9 +85,9 @@ class Turn {
   bool run(int budget) {  // whether it did more than wait
     for (auto& g : w_.groups)
       if (g.state == Group::kYield) g.state = Group::kRun;
-    bool waits = false;
-    while (!waits && budget > 0 && choose()) waits = !run_group(budget);
-    return done_ > (waits ? kSpin : 0);
+    while (budget > 0 && choose() && run_group(budget)) {
+    }
+    return done_ > (waited_ ? kSpin : 0);
   }
 
  private:
@@ -146,7 +146,7 @@ class Turn {
       }
       ++pc_;
       if (w_.yielded) {
-        w_.yielded = false;
+        w_.yielded = false, waited_ = true;
         leave(Group::kYield);
         return w_.groups.size() > 1;
       }
@@ -196,6 +196,7 @@ class Turn {
   Warp& w_;
   int chosen_ = 0, pc_ = 0, limit_ = 0, done_ = 0;
   u32 lanes_ = 0;
+  bool waited_ = false;
 };
 
 // --- a block -----------------------------------------------------------------------------------------------------

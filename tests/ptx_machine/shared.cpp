@@ -12,7 +12,8 @@ u32 shared_at(Warp& w, const Ins& i, u32 address, u32 size, u32 align) {
     fail(w, &i, "misaligned access to shared memory: " + std::to_string(address) + " by " + std::to_string(align));
   const int64_t at = static_cast<int64_t>(address) - b.shared_base;
   if (at < 0 || at + size > b.shared_size)
-    fail(w, &i, "access to shared memory out of bounds: " + std::to_string(at) + " of " + std::to_string(b.shared_size));
+    fail(w, &i,
+         "access to shared memory out of bounds: " + std::to_string(at) + " of " + std::to_string(b.shared_size));
   return static_cast<u32>(at);
 }
 

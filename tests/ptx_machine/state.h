@@ -37,7 +37,7 @@ struct Ins {
   Slot d, d2, a[5], guard;
   std::vector<Slot> list, list2, list3, list4;
   int64_t offset = 0;
-  int target = -1;         // of a branch
+  int target = -1;          // of a branch
   u32 n = 0, m = 0, k = 0;  // each instruction's own
   bool flag = false;
   bool tracked = false;  // uses a register that products of warpgroups use
@@ -238,14 +238,10 @@ Store<T>* target(Warp& w, Slot s) {
 // Lanes in which a register has been written. A constant always has.
 inline u32 valid(const Warp& w, Slot s) {
   switch (s.cls) {
-    case k32:
-      return w.valid32[s.index];
-    case k64:
-      return w.valid64[s.index];
-    case kPred:
-      return w.valid_pred[s.index];
-    default:
-      return ~0u;
+    case k32: return w.valid32[s.index];
+    case k64: return w.valid64[s.index];
+    case kPred: return w.valid_pred[s.index];
+    default: return ~0u;
   }
 }
 inline void set_valid(Warp& w, Slot s, u32 lanes, u32 ok) {
@@ -308,7 +304,7 @@ inline int bytes_of(const std::string& type) {
   return std::stoi(type.substr(type.find_first_of("0123456789"))) / 8;
 }
 
-struct Names {  // what decoders ask of the parser
+struct Names {                                                                // what decoders ask of the parser
   virtual Slot value(const std::string& text, int bytes, bool floating) = 0;  // a register or a constant
   virtual Slot predicate(const std::string& text) = 0;
   virtual std::vector<Slot> values(const std::string& text, int bytes) = 0;  // {a, b} or one
