@@ -50,12 +50,12 @@ def test_tensors_are_their_values(backend: str, dtype: torch.dtype, name: str, r
     values = (1, 0, 2, 3) if dtype == torch.int32 else VALUES
     tensors: dict[str, Any] = dict(zip(NAMES, (torch.tensor(value, dtype=dtype) for value in values), strict=True))
     numbers: dict[str, Any] = {key: value.item() for key, value in tensors.items()}
-    expected = loss_and_gradients(tcm_loss(*given, **numbers, **OPTIONS[name], backend=backend), given)
+    expected = loss_and_gradients(tcm_loss(*given, **{**numbers, **OPTIONS[name], "backend": backend}), given)
     for mixed in (tensors, {**numbers, "margin_plus": tensors["margin_plus"]}, {**tensors, "lambda_minus": values[3]}):
         exact = {**mixed, "lambda_minus": mixed["lambda_minus"]}
         if exact["lambda_minus"] is values[3]:
             exact["lambda_minus"] = numbers["lambda_minus"]
-        found = loss_and_gradients(tcm_loss(*given, **exact, **OPTIONS[name], backend=backend), given)
+        found = loss_and_gradients(tcm_loss(*given, **{**exact, **OPTIONS[name], "backend": backend}), given)
         assert all(map(torch.equal, found, expected))
 
 
