@@ -3,6 +3,7 @@
 import math
 import numbers
 import sys
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from tcm_fused.backends.numerics import wide_dtype
 from tcm_fused.tracing import constant_when_compiled
 from tcm_fused.warn import warn_once
 
+_LARGEST = sys.float_info.max
 PRECISIONS = ("auto", "fp32", "fp16")
 _AUTOCAST_DEVICES = tuple(filter(torch.amp.is_autocast_available, ("cpu", "cuda", "mps", "xpu")))
 
@@ -69,7 +71,7 @@ class Options(NamedTuple):
 
 def warn_of_crossed_margins(margin_plus: float, margin_minus: float) -> bool:
     """Whether margin_plus is below margin_minus; if so with a warning, once in a process for a place in user code."""
-    if not margin_plus < margin_minus:
+    if not -1 <= margin_plus < margin_minus <= 1:  # beyond those a side is left out on purpose, or hard throughout
         return False
     warn_once(
         f"margin_plus={margin_plus:.6g} is below margin_minus={margin_minus:.6g}: the loss is satisfied with positives "
@@ -82,6 +84,8 @@ def warn_of_crossed_margins(margin_plus: float, margin_minus: float) -> bool:
 
 def _check_value(name: str, value: Any, least: float = -math.inf) -> None:
     """A margin or weight: a number or a 0-d tensor. The value of a tensor is looked at if that waits for no device."""
+    if type(value) is float and max(least, -_LARGEST) <= value <= _LARGEST:  # most are: the rest takes its time
+        return
     if not isinstance(value, Tensor):
         check_number(name, value, least, besides="; a 0-d tensor of a number will do as well")
         return
@@ -90,7 +94,7 @@ def _check_value(name: str, value: Any, least: float = -math.inf) -> None:
         raise ValueError(f"{name} must be a number or a 0-d tensor, got a tensor of shape {list(value.shape)}{layout}")
     if value.is_complex() or value.dtype == torch.bool:
         raise TypeError(f"{name} must be real, got a tensor of {value.dtype}")
-    if value.requires_grad:
+    if value.requires_grad or (not torch.compiler.is_compiling() and forward_ad.unpack_dual(value).tangent is not None):
         raise ValueError(
             f"{name} requires a gradient, but margins and weights cannot be learned: the loss has no gradient by them, "
             f"and would only drive them to where it is 0. Pass {name}.detach(), and see tcm_fused.suggest_margins"
@@ -115,13 +119,21 @@ def _sides(x: Tensor, **values: float | Tensor) -> Tensor:
             raise ValueError(
                 f"{name} is on {value.device}, embeddings on {x.device}; a tensor must be on the CPU or on their device"
             )
-    dtype = wide_dtype(x)
+    dtype = wide_dtype(x.device)
     if not torch.compiler.is_compiling() and all(map(_is_known, values.values())):
-        return torch.tensor([float(value) for value in values.values()], dtype=dtype)
+        numbers = (float(value) for value in values.values())
+        # Under a mode (of fake tensors, say) it is one of the mode's own tensors, which is of no use elsewhere.
+        return (_on_cpu.__wrapped__ if torch._C._len_torch_dispatch_stack() else _on_cpu)(*numbers, dtype)
     # By sums, of which torch.compile makes one graph for all values of a Python float. Of torch.full it makes one for
     # each value, and then keeps an older value elsewhere in the user's graph (seen in torch 2.13).
     zero = torch.zeros((), dtype=dtype, device=x.device)
     return torch.stack([zero + (v.to(dtype) if isinstance(v, Tensor) else v) for v in values.values()])
+
+
+@lru_cache(maxsize=256)  # two tensors made anew would be a tenth of the time of a small batch
+@torch.inference_mode(False)  # autograd may save it
+def _on_cpu(plus: float, minus: float, dtype: torch.dtype) -> Tensor:
+    return torch.tensor([plus, minus], dtype=dtype, device="cpu")
 
 
 def check_sets(
@@ -158,6 +170,20 @@ def check_sets(
     return Rows(embeddings, int64_labels(labels, "labels"), groups), columns
 
 
+def check_bank(batch: Rows, bank: Rows | None) -> Rows | None:
+    """The rows of a memory as columns for `batch`, in its dtype; None if there are none. Raises ValueError."""
+    if bank is None:
+        return None
+    if bank.x.shape[1] != batch.x.shape[1]:
+        raise ValueError(f"embeddings have D={batch.x.shape[1]}, the memory holds D={bank.x.shape[1]}; they must agree")
+    if bank.x.device != batch.x.device:
+        raise ValueError(
+            f"embeddings are on {batch.x.device}, the memory on {bank.x.device}; move the memory with "
+            f".to({str(batch.x.device)!r})"
+        )
+    return bank._replace(x=bank.x.to(batch.x.dtype)) if len(bank.y) else None
+
+
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name}={value!r} is not known; choose one of {', '.join(map(repr, choices))}")
@@ -171,7 +197,7 @@ def check_number(name: str, value: Any, least: float = -math.inf, besides: str =
     except OverflowError:  # an int beyond the range of a float
         number = math.inf
     # Not math.isfinite: torch.compile cannot trace it where the number changes from call to call.
-    if not max(least, -sys.float_info.max) <= number <= sys.float_info.max:
+    if not max(least, -_LARGEST) <= number <= _LARGEST:
         raise ValueError(
             f"{name} must be finite{f' and at least {least:g}' if math.isfinite(least) else ''}, got {value}"
         )
@@ -196,7 +222,7 @@ def _user_allows_less_than_float32(device_type: str) -> bool:
         return False
     try:
         return torch.get_float32_matmul_precision() != "highest"
-    except RuntimeError:  # the user has set what is newer than that: torch.backends.cuda.matmul.fp32_precision
+    except RuntimeError:  # the user has set the newer option, torch.backends.cuda.matmul.fp32_precision
         return torch.backends.cuda.matmul.fp32_precision not in ("none", "ieee")
 
 
@@ -234,6 +260,11 @@ def check_set(name: str, x: Any, labels_name: str, labels: Any) -> None:
 def check_tensor(name: str, value: Any) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if hasattr(value, "to_local"):  # a DTensor
+        raise TypeError(
+            f"{name} must be a plain tensor, got {type(value).__name__}, whose rows may lie on several ranks; pass "
+            f"{name}.to_local() to DistributedTCMLoss, or {name}.full_tensor()"
+        )
     if value.layout != torch.strided or value.is_nested:
         layout = "nested" if value.is_nested else value.layout
         raise TypeError(f"{name} must be a dense tensor, got {layout}; use {name}.to_dense() or padding")

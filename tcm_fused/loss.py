@@ -1,18 +1,17 @@
-"""`tcm_loss` and `TCMLoss`: what users call."""
+"""`tcm_loss` and `TCMLoss`, which users call."""
 
-from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
 
-from tcm_fused.arguments import Options, Rows, check_sets
+from tcm_fused.arguments import Options, Rows, check_bank, check_sets
 from tcm_fused.backends.numerics import loss_dtype
 from tcm_fused.pair_sums import add, loss_and_sums, pair_sums
 
 
 class TCMStats(NamedTuple):
-    """What the loss saw, as 0-d tensors on its device: making them does not wait for the device, reading one does.
+    """Hard pairs of a call, as 0-d tensors on its device: making them does not wait for the device, reading one does.
 
     Pairs are ordered: (i, j) and (j, i) count as two.
     """
@@ -120,7 +119,7 @@ def tcm_loss(
             twice the violation, where that of the hinge has an exact 1: the weight is off by up to twice the error of
             the similarity, however small the violation (in float32 at D = 512 that error is at most 3e-7, measured:
             a violation of 1e-5 is right to 3 %, one of 0.1 to 3e-6). Margins beyond 1e18 overflow float32.
-        reduction: what the sums are divided by: "violating", the hard pairs of the side as above, or "all", all pairs
+        reduction: the sums are divided by: "violating", the hard pairs of the side as above, or "all", all pairs
             of the side, so that a side's share falls with the number of its hard pairs.
         groups: [N], any integer dtype, for example the sensor or the source of each row: only pairs within a group, or
             only those across groups, take part (`group_pairs`). The work is done group by group: that reads the
@@ -184,7 +183,7 @@ class TCMLoss(nn.Module):
     """`tcm_loss` as a module, called like pytorch-metric-learning's `ThresholdConsistentMarginLoss`.
 
     Arguments: those of `tcm_loss`, by keyword. They are attributes, which may be set between calls, as a schedule of
-    margins or weights does. `stats` is what the last call saw, as a `TCMStats` (None before the first).
+    margins or weights does. `stats` tells of the last call, as a `TCMStats` (None before the first).
 
     Raises:
         TypeError, ValueError: an argument is not as `tcm_loss` takes it; here, and at a call if it was set later.
@@ -240,7 +239,7 @@ class TCMLoss(nn.Module):
 
     @property
     def stats(self) -> TCMStats | None:
-        """What the last call saw, or None before the first."""
+        """Of the last call, or None before the first."""
         return None if self._seen is None else stats_of(*self._seen)
 
     @property
@@ -278,19 +277,12 @@ class TCMLoss(nn.Module):
         return loss
 
     def against_bank(
-        self,
-        embeddings: Tensor,
-        labels: Tensor,
-        groups: Tensor | None,
-        make_bank: Callable[[Rows], Rows | None],
+        self, embeddings: Tensor, labels: Tensor, groups: Tensor | None, bank: Rows | None
     ) -> tuple[Tensor, Rows]:
-        """The loss of a batch against itself and a bank of constants (None: an empty one); and the batch.
-
-        `make_bank` gets the batch, checked; what it raises is raised.
-        """
+        """The loss of a batch against itself and a bank of constants (None: no bank); and the batch, checked."""
         options = self._checked_options()
         rows, _ = check_sets(embeddings, labels, None, None, None, groups, None)
-        bank = make_bank(rows)
+        bank = check_bank(rows, bank)
         if bank is None:
             return self(embeddings, labels, groups=groups), rows
         # Two sets of pairs, since the batch's own need their similarities, and their gradient, once for both orders.
@@ -304,7 +296,7 @@ class TCMLoss(nn.Module):
 
 
 def _by_keyword(name: str, first: Any) -> str:
-    """What to write in place of an option by position."""
+    """The error of an option by position: how to write it."""
     if hasattr(first, "margin_plus") and hasattr(first, "margin_minus"):  # suggest_margins(...)
         return (
             f"{name} takes its options by keyword: for margins m write "

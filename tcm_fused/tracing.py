@@ -15,7 +15,7 @@ def constant_when_compiled(function: F) -> F:
 
     This is what `torch.compiler.assume_constant_result` does, which imports the compiler first: a second, and Triton.
     """
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]  # a function has what it is given
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]  # a function has no such attribute declared
     return function
 
 

@@ -1,1 +1,1 @@
-"""The operators and what runs them."""
+"""The operators, and the backends that run them."""

@@ -5,17 +5,12 @@ from typing import Any, NamedTuple
 
 import torch
 
+from tcm_fused.backends import extension
 from tcm_fused.backends.operators import OPERATORS
 from tcm_fused.tracing import constant_when_compiled
 from tcm_fused.warn import warn_once
 
-try:
-    import tcm_fused._C as _C
-except ImportError as error:  # not swallowed: `why_unavailable` tells it
-    _IMPORT_ERROR: str | None = str(error)
-else:
-    _IMPORT_ERROR = None
-
+_C, _IMPORT_ERROR = extension.load()
 _WIDE = (torch.float32, torch.float64)
 _NARROW = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -50,10 +45,7 @@ def why_unavailable(backend: str) -> str | None:
     if backend == "triton":
         return _why_no_triton()
     if _IMPORT_ERROR is not None:
-        return (
-            f"the C++ extension could not be imported ({_IMPORT_ERROR}); build it with "
-            "`pip install --no-build-isolation .` or use backend='torch'"
-        )
+        return f"{_IMPORT_ERROR}, or use backend='torch'"
     return _why_no_cuda() if backend == "cuda" else None
 
 
@@ -65,7 +57,7 @@ def _why_no_cuda() -> str | None:
     if not architectures:
         return (
             f"the extension was built without CUDA kernels ({built['cuda_compiler']}); build it again with nvcc on the "
-            "PATH (`TCM_FUSED_CUDA=1 pip install --no-build-isolation .`) or use backend='torch'"
+            f"PATH (`TCM_FUSED_CUDA=1 {extension.BUILD}`) or use backend='torch'"
         )
     if torch.version.cuda is None:
         return f"torch {torch.__version__} has no CUDA; install a torch that has it, or use backend='torch'"
@@ -91,7 +83,7 @@ def _why_no_cuda() -> str | None:
 def _why_no_triton() -> str | None:
     try:
         from tcm_fused.backends import triton_loss
-    except ImportError as error:
+    except Exception as error:  # an old Triton lacks names: AttributeError
         return f"Triton could not be imported ({error}); install it (`pip install triton`) or use backend='torch'"
     if triton_loss.INTERPRETED or torch.cuda.is_available():
         return None

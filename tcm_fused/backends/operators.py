@@ -57,9 +57,7 @@ def loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss [], differentiable by x and ref_x, and without gradient penalty [2] and count [2]."""
     wants = wants_gradient(x), ref_x is not None and wants_gradient(ref_x)
-    value, _, _, penalty, count = _run(
-        operator, x, y, ref_x, ref_y, row_offset, margins, weights, squared, fp16, *wants
-    )
+    value, penalty, count = _run(operator, x, y, ref_x, ref_y, row_offset, margins, weights, squared, fp16, *wants)
     return value, penalty, count
 
 
@@ -76,7 +74,7 @@ def penalties(
 ) -> tuple[Tensor, Tensor]:
     """Penalty [2], differentiable by x and ref_x, and count [2]."""
     wants = wants_gradient(x), ref_x is not None and wants_gradient(ref_x)
-    value, _, _, count = _run(operator, x, y, ref_x, ref_y, row_offset, margins, squared, fp16, *wants)
+    value, count = _run(operator, x, y, ref_x, ref_y, row_offset, margins, squared, fp16, *wants)
     return value, count
 
 
@@ -86,16 +84,15 @@ def wants_gradient(x: Tensor) -> bool:
 
 
 def _run(operator: Any, *arguments: Any) -> tuple[Tensor, ...]:
-    """The operator's results, the first of them differentiable; the gradients of an eager call stay with autograd."""
+    """The operator's results without the gradients; the first of them is differentiable."""
     if torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None:
-        results: tuple[Tensor, ...] = operator(*arguments)
-        return results
-    if arguments[-1] or arguments[-2]:
-        results = _Differentiable.apply(arguments[0], arguments[2], operator, arguments)
-        return results
-    with torch._C._AutoDispatchBelowAutograd():
-        results = operator(*arguments)
-    return results
+        value, _, _, *others = operator(*arguments)
+    elif arguments[-1] or arguments[-2]:
+        value, *others = _Differentiable.apply(arguments[0], arguments[2], operator, arguments)
+    else:
+        with torch._C._AutoDispatchBelowAutograd():
+            value, _, _, *others = operator(*arguments)
+    return value, *others
 
 
 class _Differentiable(torch.autograd.Function):
@@ -106,22 +103,21 @@ class _Differentiable(torch.autograd.Function):
         ctx: Any, x: Tensor, ref_x: Tensor | None, operator: Any, arguments: tuple[Any, ...]
     ) -> tuple[Tensor, ...]:
         with torch._C._AutoDispatchBelowAutograd():
-            results: tuple[Tensor, ...] = operator(*arguments)
-        _keep(ctx, x, ref_x, results)
-        return results
+            value, grad_x, grad_ref, *others = operator(*arguments)
+        _keep(ctx, x, ref_x, grad_x, grad_ref)
+        ctx.mark_non_differentiable(*others)
+        return value, *others
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None, *_: Any) -> Any:
         return *_gradients(ctx, upstream, ctx.needs_input_grad[:2]), None, None
 
 
-def _keep(ctx: Any, x: Tensor, ref_x: Tensor | None, results: tuple[Tensor, ...]) -> None:
+def _keep(ctx: Any, x: Tensor, ref_x: Tensor | None, grad_x: Tensor, grad_ref: Tensor) -> None:
     """All that backward needs."""
-    _, grad_x, grad_ref, *_ = results
     ctx.save_for_backward(grad_x, grad_ref)
     # Not saved with the others: backward does not read their values, which may change after forward.
     ctx.embeddings = x, ref_x
-    ctx.mark_non_differentiable(*results[1:])
     ctx.set_materialize_grads(False)
 
 
@@ -180,7 +176,8 @@ class WithGradient(torch.autograd.Function):
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _keep(ctx, inputs[0], inputs[2], output)
+    _keep(ctx, inputs[0], inputs[2], *output[1:3])
+    ctx.mark_non_differentiable(*output[1:])
 
 
 def _backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Any, ...]:
@@ -212,7 +209,7 @@ def _fake_results(
         x.new_empty((*sides, *of.shape) if wanted and of is not None else 0, dtype=dtype)
         for of, wanted in ((x, grad_x), (ref_x, grad_ref))
     ]
-    return grads, x.new_empty(2, dtype=wide_dtype(x)), x.new_empty(2, dtype=torch.int64)
+    return grads, x.new_empty(2, dtype=wide_dtype(x.device)), x.new_empty(2, dtype=torch.int64)
 
 
 def _fake_counts(

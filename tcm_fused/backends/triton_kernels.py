@@ -22,12 +22,27 @@ TABLE: tl.constexpr = tl.constexpr(2)  # column own[r] is row r
 
 
 @triton.jit
+def _as_float32(value):
+    if value.dtype == tl.bfloat16:  # the upper half of it: the interpreter's own conversion loses subnormal numbers
+        return (value.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    else:
+        return value.to(tl.float32)
+
+
+@triton.jit
+def _divide(value, first, second, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """value [ROWS, BLOCK] by first [ROWS], then by second [ROWS]."""
+    value = tl.div_rn(value, tl.broadcast_to(first[:, None], (ROWS, BLOCK)))
+    return tl.div_rn(value, tl.broadcast_to(second[:, None], (ROWS, BLOCK)))
+
+
+@triton.jit
 def normalise(
     x,  # [N, D] of any strides
     order,  # [N] row of x that sorted row r is
     valid,  # [] sorted rows that take part
     unit,  # [PARTS, padded, d_padded] X^, zero in the padding and in rows that take no part or are not finite
-    norm,  # [padded] |x|, NaN if not finite
+    norm,  # [2, padded] the largest |component|, 1 in a zero row; |x| in units of it, NaN if not finite
     d,
     padded,
     d_padded,
@@ -47,7 +62,7 @@ def normalise(
     broken = tl.zeros((ROWS,), tl.int32)
     for k in range(0, d, BLOCK):
         inside = takes_part[:, None] & (k + column < d)[None, :]
-        size = tl.abs(tl.load(x + source[:, None] + ((k + column) * x_column)[None, :], inside, 0.0).to(tl.float32))
+        size = tl.abs(_as_float32(tl.load(x + source[:, None] + ((k + column) * x_column)[None, :], inside, 0.0)))
         broken |= tl.max(tl.where(size <= LARGEST, 0, 1), 1)
         peak = tl.maximum(peak, tl.max(size, 1))
     finite = broken == 0
@@ -56,19 +71,19 @@ def normalise(
     squares = tl.zeros((ROWS,), tl.float32)
     for k in range(0, d, BLOCK):
         inside = takes_part[:, None] & (k + column < d)[None, :]
-        value = tl.load(x + source[:, None] + ((k + column) * x_column)[None, :], inside, 0.0).to(tl.float32)
+        value = _as_float32(tl.load(x + source[:, None] + ((k + column) * x_column)[None, :], inside, 0.0))
         value = tl.div_rn(value, tl.broadcast_to(peak[:, None], (ROWS, BLOCK)))
         squares += tl.sum(value * value, 1)
     length = tl.sqrt_rn(squares)
     tiny = peak * length < EPSILON
-    tl.store(norm + r, tl.where(finite, peak * length, float("nan")))
+    tl.store(norm + r, peak)
+    tl.store(norm + padded + r, tl.where(finite, length, float("nan")))
     peak = tl.where(tiny, EPSILON, peak)
     length = tl.where(tiny, 1.0, length)
     for k in range(0, d_padded, BLOCK):
         inside = takes_part[:, None] & (k + column < d)[None, :]
-        value = tl.load(x + source[:, None] + ((k + column) * x_column)[None, :], inside, 0.0).to(tl.float32)
-        value = tl.div_rn(value, tl.broadcast_to(peak[:, None], (ROWS, BLOCK)))
-        value = tl.div_rn(value, tl.broadcast_to(length[:, None], (ROWS, BLOCK)))
+        value = _as_float32(tl.load(x + source[:, None] + ((k + column) * x_column)[None, :], inside, 0.0))
+        value = _divide(value, peak, length, ROWS, BLOCK)
         high = value.to(tl.float16)
         target = unit + r.to(tl.int64)[:, None] * d_padded + (k + column)[None, :]
         written = (k + column < d_padded)[None, :]
@@ -76,6 +91,18 @@ def normalise(
         if PARTS == 2:
             low = (value - high.to(tl.float32)) * LOW_SCALE
             tl.store(target + tl.cast(padded, tl.int64) * d_padded, low.to(tl.float16), mask=written)
+
+
+@triton.jit
+def _tile_and_column(d, WIDTH: tl.constexpr):
+    """Of this program: its tile of rows and its first column of d; and how many tiles there are.
+
+    The grid's first dimension has them all, one tile's columns after the other: the others end at 65,535, which is 8.4
+    million rows.
+    """
+    blocks = tl.cdiv(d, WIDTH)
+    program = tl.program_id(0)
+    return program // blocks, program % blocks * WIDTH, tl.num_programs(0) // blocks
 
 
 @triton.jit
@@ -88,8 +115,8 @@ def tile_sums(
     TILE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    tile = tl.program_id(1)
-    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tile, column, _ = _tile_and_column(d, BLOCK)
+    column += tl.arange(0, BLOCK)
     row = (tile * TILE + tl.arange(0, TILE)).to(tl.int64)
     source = unit + row[:, None] * d + column[None, :]
     total = tl.sum(tl.load(source, mask=(column < d)[None, :], other=0.0).to(tl.float32), 0)
@@ -162,10 +189,10 @@ def _write_mask(mask, hard, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def _write_tile(penalty, count, kind, tile, sum_, n, what):
+def _write_tile(penalty, count, kind, tile, sum_, n, class_):
     tl.store(penalty + tile, sum_)
     tl.store(count + tile, n)
-    tl.store(kind + tile, what)
+    tl.store(kind + tile, class_)
 
 
 @triton.jit(do_not_specialize=["row_tiles", "column_tiles"])
@@ -244,9 +271,9 @@ def similarity(
         mine = tl.where(is_plus, tile, tile + tiles)
         _write_tile(penalty, count, kind, 2 * tile + tiles - mine, 0.0, 0, EMPTY)
         if tl.max(s) >= margin:
-            what = tl.where(tl.min(s) >= margin, FULL, MIXED)
+            class_ = tl.where(tl.min(s) >= margin, FULL, MIXED)
             if MASKS:
-                if what == MIXED:
+                if class_ == MIXED:
                     _write_mask(tl.where(is_plus, mask, minus_mask), s >= margin, width, ROWS, COLUMNS)
             _write_tile(
                 penalty,
@@ -255,7 +282,7 @@ def similarity(
                 mine,
                 tl.sum(tl.maximum(s - margin, 0.0)),
                 tl.sum((s >= margin).to(tl.int32)),
-                what,
+                class_,
             )
         else:
             _write_tile(penalty, count, kind, mine, 0.0, 0, EMPTY)
@@ -335,17 +362,17 @@ def lists(
     for k in range(0, length, BLOCK):
         t = k + tl.arange(0, BLOCK)
         tile = side * tiles + tl.where(of_row, o * column_tiles + t, t * column_tiles + across)
-        what = tl.load(kind + tile, mask=t < length, other=EMPTY)
+        class_ = tl.load(kind + tile, mask=t < length, other=EMPTY)
         times = 1
         if SYMMETRIC:
             # A tile off the diagonal stands for its mirror image too; one on it holds both orders of its pairs.
             on_diagonal = tl.where(of_row, t == o // RATIO, t // RATIO == across)
             times = tl.where(on_diagonal, 1, 2)
-            what = tl.where(on_diagonal & (of_row == 0), EMPTY, what)
+            class_ = tl.where(on_diagonal & (of_row == 0), EMPTY, class_)
         total += tl.load(penalty + tile, mask=t < length, other=0.0).to(tl.float64) * times
         pairs += tl.load(count + tile, mask=t < length, other=0).to(tl.int64) * times
-        mixed = (what == MIXED).to(tl.int32)
-        full = (what == FULL).to(tl.int32)
+        mixed = (class_ == MIXED).to(tl.int32)
+        full = (class_ == FULL).to(tl.int32)
         tl.store(target + n_mixed + tl.cumsum(mixed, 0) - 1, t, mask=mixed != 0)
         tl.store(target + length - n_full - tl.cumsum(full, 0), t, mask=full != 0)
         n_mixed += tl.sum(mixed)
@@ -385,9 +412,8 @@ def masked_sum(
     TMA: tl.constexpr,
     LONG: tl.constexpr,  # a block of a mask spans 2^31 numbers
 ):
-    column = tl.program_id(0) * WIDTH
-    o = tl.program_id(1)
-    z = tl.program_id(2)
+    o, column, outs_here = _tile_and_column(d, WIDTH)
+    z = tl.program_id(1)
     side = z // splits
     split = z % splits
     across = o // (COLUMNS // ROWS) if TRANSPOSED else o
@@ -397,7 +423,7 @@ def masked_sum(
     end = n * (split + 1) // splits * PER_TILE
     if begin == end:
         return
-    of_side = tl.num_programs(1) // (COLUMNS // ROWS) if TRANSPOSED else tl.num_programs(1)
+    of_side = outs_here // (COLUMNS // ROWS) if TRANSPOSED else outs_here
     lists += (side * of_side + across) * length
     mask_row = side * mask_rows
     out += z.to(tl.int64) * out_stride
@@ -448,9 +474,9 @@ def collect(
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    c = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
-    o = tl.program_id(1)
-    side = tl.program_id(2)
+    o, column, outs_here = _tile_and_column(d, WIDTH)
+    c = column + tl.arange(0, WIDTH)
+    side = tl.program_id(1)
     across = o // RATIO if TRANSPOSED else o
     n_mixed = tl.load(mixed + side * outs + across)
     n_full = tl.load(full + side * outs + across)
@@ -458,7 +484,7 @@ def collect(
         n_mixed = 0
     if n_mixed + n_full == 0:
         return
-    of_side = tl.num_programs(1) // RATIO if TRANSPOSED else tl.num_programs(1)
+    of_side = outs_here // RATIO if TRANSPOSED else outs_here
     lists += (side * of_side + across) * length
     PER_TILE: tl.constexpr = 1 if TRANSPOSED else RATIO  # tiles of `sums` in a full tile
     common = tl.zeros((WIDTH,), tl.float32)
@@ -475,7 +501,7 @@ def collect(
     target = g + side.to(tl.int64) * g_stride + place
     total = tl.load(target, mask=inside, other=0.0) + common[None, :]
     if SPLIT:
-        part_stride = tl.num_programs(1).to(tl.int64) * ROWS * d
+        part_stride = outs_here.to(tl.int64) * ROWS * d
         for split in range(splits):
             if n_mixed * split // splits < n_mixed * (split + 1) // splits:
                 total += tl.load(parts + (side * splits + split) * part_stride + place, mask=inside, other=0.0)
@@ -539,12 +565,13 @@ def project(
     x,  # [N, D] of any strides
     order,  # [N]
     valid,
-    norm,  # [padded]
+    norm,  # [2, padded], from `normalise`
     g,  # [2, padded, d_padded] G+, G-
     weight,  # [2] from `totals`, or [2, 2]
     out,  # [N, D] dL/dx, contiguous, or [2, N, D] those of the penalties
     n,
     d,
+    padded,
     g_stride,
     d_padded,
     x_row,
@@ -557,8 +584,12 @@ def project(
     r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     takes_part = r < tl.load(valid)
     source = tl.load(order + r, mask=r < n, other=0)
-    size = tl.load(norm + r)
-    divisor = tl.maximum(size, EPSILON, propagate_nan=tl.PropagateNan.ALL)
+    peak = tl.load(norm + r)
+    length = tl.load(norm + padded + r)
+    is_zero = length == 0
+    tiny = peak * length < EPSILON  # there the divisor is a constant, and nothing is projected away
+    peak = tl.where(tiny, EPSILON, peak)
+    length = tl.where(tiny, 1.0, length)
     column = tl.arange(0, BLOCK).to(tl.int64)
     side = tl.program_id(1)
     out += tl.cast(side, tl.int64) * n * d
@@ -570,16 +601,16 @@ def project(
         here = g + r.to(tl.int64)[:, None] * d_padded + (k + column)[None, :]
         total = w_minus * tl.load(here + g_stride, inside, 0.0) - w_plus * tl.load(here, inside, 0.0)
         value = tl.load(x + (source * x_row)[:, None] + ((k + column) * x_column)[None, :], inside, 0.0)
-        along += tl.sum(total * tl.div_rn(value.to(tl.float32), tl.broadcast_to(divisor[:, None], (ROWS, BLOCK))), 1)
-    along = tl.where(size < EPSILON, 0.0, along)  # there the divisor is a constant, and nothing is projected away
+        along += tl.sum(total * _divide(_as_float32(value), peak, length, ROWS, BLOCK), 1)
+    along = tl.where(tiny, 0.0, along)
     for k in range(0, d, BLOCK):
         inside = takes_part[:, None] & (k + column < d)[None, :]
         here = g + r.to(tl.int64)[:, None] * d_padded + (k + column)[None, :]
         total = w_minus * tl.load(here + g_stride, inside, 0.0) - w_plus * tl.load(here, inside, 0.0)
         value = tl.load(x + (source * x_row)[:, None] + ((k + column) * x_column)[None, :], inside, 0.0)
-        value = tl.div_rn(value.to(tl.float32), tl.broadcast_to(divisor[:, None], (ROWS, BLOCK)))
-        grad = tl.div_rn(total - along[:, None] * value, tl.broadcast_to(divisor[:, None], (ROWS, BLOCK)))
-        grad = tl.where((size == 0)[:, None], 0.0 * total, grad)
+        grad = total - along[:, None] * _divide(_as_float32(value), peak, length, ROWS, BLOCK)
+        grad = _divide(grad, length, peak, ROWS, BLOCK)
+        grad = tl.where(is_zero[:, None], 0.0 * total, grad)
         grad = tl.where(takes_part[:, None], grad, 0.0)
         written = (r < n)[:, None] & (k + column < d)[None, :]
         tl.store(out + source[:, None] * d + (k + column)[None, :], grad, mask=written)

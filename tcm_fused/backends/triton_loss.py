@@ -40,9 +40,10 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tcm_fused.backends import triton_kernels as kernels
-from tcm_fused.reference import EPS
+from tcm_fused.backends.numerics import EPS
 
 LONGEST = 2**31  # numbers that offsets of 32 bits reach
+MOST = 2**30 - 256  # rows, of which two parts are counted in 32 bits
 INTERPRETED = bool(triton.knobs.runtime.interpret)  # kernels run in NumPy, on CPU tensors
 
 
@@ -62,7 +63,7 @@ class Config:
     panel_bytes: int = 2**30  # memory for the masks of a panel
 
 
-# Registers and shared memory are what ptxas reports for Triton 3.7.1 (test_triton_aot.py holds the rows of sm_80,
+# Registers and shared memory as ptxas reports them for Triton 3.7.1 (test_triton_aot.py holds the rows of sm_80,
 # sm_90 and sm_100 to no spill and to the limits); nothing here is measured. A block of 8 warps may have 255 registers a
 # thread. In a masked sum half of the stages are buffers: the others are on the way from the list to the address.
 CONFIGS = {
@@ -72,7 +73,7 @@ CONFIGS = {
     "sm_90": Config(128, 256, 64, 64, 256, True, 8, similarity_stages=4, sum_stages=5),
     # 246 and 230 to 242 registers, 192 and 144 KiB; accumulators in tensor memory. Pieces of 64 spill in Triton 3.6.
     "sm_100": Config(128, 256, 32, 64, 256, True, 8, similarity_stages=4, sum_stages=5),
-    # ROCm and what is older than sm_80: 64 KiB of shared memory hold two stages.
+    # ROCm, and GPUs older than sm_80: 64 KiB of shared memory hold two stages.
     "other": Config(128, 128, 32, 32, 128, False, 8, similarity_stages=2, sum_stages=2),
     # Small, so that small tests have many tiles and panels.
     "interpreter": Config(32, 64, 32, 32, 32, True, 1, 1, 1, panel_bytes=2**16),
@@ -94,20 +95,20 @@ def device_of(device: torch.device) -> tuple[str, int]:
 
 @dataclass
 class Embeddings:
-    """Rows or columns, sorted by label, and what is summed for their gradient."""
+    """Rows or columns, sorted by label, with the sums for their gradient."""
 
     x: Tensor  # [N, D] as given
     key: Tensor  # [N] sorted labels, with the sign bit flipped: those that take no part are the largest
     order: Tensor  # [N] row of x that sorted row r is
     valid: Tensor  # [] int32, rows that take part
     unit: Tensor  # [parts * padded, d] fp16
-    norm: Tensor  # [padded]
+    norm: Tensor  # [2, padded] |x| as two factors, since it may be beyond float32: largest |component|, and the rest
     sums: Tensor  # [padded / tile rows, d] sums of x^
     g: Tensor | None  # [2, padded, d] masked sums over hard positives, hard negatives
 
     @property
     def padded(self) -> int:
-        return self.norm.shape[0]
+        return self.norm.shape[1]
 
 
 def loss_triton(
@@ -170,7 +171,7 @@ def check(
     squared: bool,
     *numbers: Tensor,
 ) -> None:
-    """RuntimeError for what kernels would read out of bounds: the operators may be called without `tcm_loss`."""
+    """RuntimeError where kernels would read out of bounds: the operators may be called without `tcm_loss`."""
     name = f"tcm_fused::{name}"
     if squared:
         raise RuntimeError(f"{name}: there is no squared penalty")
@@ -187,6 +188,8 @@ def check(
             raise RuntimeError(f"{name}: embeddings must be [N, D] and [M, D], labels [N] and [M]")
         if rows.device != x.device or labels.device != x.device:
             raise RuntimeError(f"{name}: embeddings and labels must be on one device")
+        if len(rows) > MOST:
+            raise RuntimeError(f"{name}: {len(rows):,} embeddings are more than {MOST:,}; take them in several parts")
     last = 0 if ref_x is None else ref_x.shape[0] - x.shape[0]
     if row_offset is not None and not 0 <= row_offset <= last:
         raise RuntimeError(f"{name}: row_offset must put every row among the columns")
@@ -226,8 +229,7 @@ def run(
     penalty, count = new((2,), torch.float64), new((2,), torch.int64)
     loss = None if weights is None else new((), torch.float32)
     w = new((2, 2) if weights is None else (2,), torch.float32)
-    # A norm may be infinite, which is none of the embedding's fault; only NaN says that it was not finite.
-    checks = (rows.norm.sum(), columns.norm.sum())
+    checks = (rows.norm[1].sum(), columns.norm[1].sum())  # NaN if a row is not finite
     kernels.totals[(1,)](
         walk.penalty, walk.count, *checks, loss, penalty, count, w,
         None if weights is None else on_device(weights, x.device), margins, walk.penalty.shape[1],
@@ -266,7 +268,7 @@ def prepare(config: Config, x: Tensor, y: Tensor, parts: int, gradient: bool) ->
         order=order,
         valid=(key < 0).sum(dtype=torch.int32),
         unit=new((parts * padded, d), dtype=torch.float16),
-        norm=new(padded, dtype=torch.float32),
+        norm=new((2, padded), dtype=torch.float32),
         sums=new((padded // config.rows, d), dtype=torch.float32),
         g=x.new_zeros((2, padded, d), dtype=torch.float32) if gradient else None,
     )
@@ -277,7 +279,7 @@ def prepare(config: Config, x: Tensor, y: Tensor, parts: int, gradient: bool) ->
         BLOCK=block,
     )  # fmt: skip
     width = min(block, 64)
-    kernels.tile_sums[(triton.cdiv(d, width), padded // config.rows)](
+    kernels.tile_sums[(triton.cdiv(d, width) * (padded // config.rows),)](
         e.unit, e.sums, padded, d, PARTS=parts, TILE=config.rows, BLOCK=width
     )
     return e
@@ -292,8 +294,8 @@ def project(e: Embeddings, weight: Tensor, factor: float) -> Tensor:
     block = min(triton.next_power_of_2(e.g.shape[2]), 1024)
     height = max(1, min(1024 // block, 16))
     kernels.project[(triton.cdiv(n, height), sides.numel())](
-        e.x, e.order, e.valid, e.norm, e.g, weight, out, n, d, e.g.stride(0), e.g.shape[2], *e.x.stride(), factor,
-        EPSILON=EPS, ROWS=height, BLOCK=block,
+        e.x, e.order, e.valid, e.norm, e.g, weight, out, n, d, e.padded, e.g.stride(0), e.g.shape[2], *e.x.stride(),
+        factor, EPSILON=EPS, ROWS=height, BLOCK=block,
     )  # fmt: skip
     return out
 
@@ -414,14 +416,14 @@ class Walk:
         mask_rows, mask_width = row_tiles * config.rows, column_tiles * config.columns
         mask = masks[: 2 * mask_rows * mask_width].view(2 * mask_rows, mask_width)
         mask_block = (config.step, config.rows) if transposed else (config.rows, config.step)
-        kernels.masked_sum[(blocks, out_tiles, 2 * splits)](
+        kernels.masked_sum[(blocks * out_tiles, 2 * splits)](
             self.operand(mask, *mask_block), self.operand(of.unit, config.step, width), lists, sizes, parts,
             parts.stride(-3), parts.stride(-2), mask_rows, mask_width, begin, of.padded, d, length, sizes.stride(1),
             splits, PARTS=self.parts, SPLIT=splits > 1, TRANSPOSED=transposed, ROWS=config.rows,
             COLUMNS=config.columns, STEP=config.step, WIDTH=width, TMA=config.tma,
             LONG=config.rows * mask_width >= LONGEST, num_warps=config.warps, num_stages=config.sum_stages,
         )  # fmt: skip
-        kernels.collect[(triton.cdiv(d, min(width, 64)), out_tiles, 2)](
+        kernels.collect[(triton.cdiv(d, min(width, 64)) * out_tiles, 2)](
             g, parts, of.sums[begin // config.rows :], lists, sizes[0], sizes[1], g.stride(0), d, length,
             sizes.stride(1), splits, SPLIT=splits > 1, TRANSPOSED=transposed, RATIO=ratio, ROWS=config.rows,
             WIDTH=min(width, 64), BLOCK=16,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from tcm_fused.arguments import Options
-from tcm_fused.backends.numerics import loss_dtype, project, unit_and_norm, wide_dtype
+from tcm_fused.backends.numerics import loss_dtype, project, unit_and_norms, wide_dtype
 from tcm_fused.backends.operators import OnceDifferentiable, scale_saved
 from tcm_fused.loss import TCMStats, stats_of
 
@@ -71,9 +71,10 @@ class _PairLoss(torch.autograd.Function):
         n: Tensor,
         options: Options,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        dtype, wide = torch.promote_types(loss_dtype(x), loss_dtype(ref_x)), wide_dtype(x)
-        x_hat, norm = unit_and_norm(x.to(dtype), _in_pairs(x, a1, a2))
-        ref_hat, ref_norm = unit_and_norm(ref_x.to(dtype), _in_pairs(ref_x, p, n))
+        dtype, wide = torch.promote_types(loss_dtype(x), loss_dtype(ref_x)), wide_dtype(x.device)
+        x_hat, norms = unit_and_norms(x.to(dtype), _in_pairs(x, a1, a2))
+        ref_hat, ref_norms = unit_and_norms(ref_x.to(dtype), _in_pairs(ref_x, p, n))
+        margins, weights = options.margins(x), options.weights(x)
         squared = options.penalty == "squared"
         penalty = torch.zeros(2, dtype=wide, device=x.device)
         count = torch.zeros(2, dtype=torch.int64, device=x.device)
@@ -83,7 +84,7 @@ class _PairLoss(torch.autograd.Function):
             for i, j in zip(rows.split(CHUNK), columns.split(CHUNK), strict=True):
                 u, v = x_hat[i], ref_hat[j]  # [CHUNK, D]
                 s = (u * v).sum(1)
-                violation = s - options.margin_minus if side else options.margin_plus - s
+                violation = s - margins[1] if side else margins[0] - s
                 hard = violation >= 0
                 excess = torch.where(hard, violation, 0)
                 penalty[side] += (excess**2 if squared else excess).sum(dtype=wide)
@@ -94,15 +95,16 @@ class _PairLoss(torch.autograd.Function):
                 if g_columns:
                     g_columns[side].index_add_(0, j, slope * u)
         finite = torch.isfinite(x_hat).all() & torch.isfinite(ref_hat).all()
+        finite &= torch.isfinite(margins).all() & torch.isfinite(weights).all()
         # Filled, not copied from the host, which would wait for the device.
         given = torch.stack([count.new_full((), len(p)), count.new_full((), len(n))])
         divisor = count if options.reduction == "violating" else given
         n_plus, n_minus = divisor.clamp_min(1).to(wide)
-        weight = torch.stack([options.lambda_plus / n_plus, options.lambda_minus / n_minus])
+        weight = torch.stack([weights[0] / n_plus, weights[1] / n_minus])
         weight, penalty = (torch.where(finite, t, torch.nan) for t in (weight, penalty))
         ctx.save_for_backward(
-            project(weight, g_rows, x_hat, norm) if g_rows else None,
-            project(weight, g_columns, ref_hat, ref_norm) if g_columns else None,
+            project(weight, g_rows, x_hat, norms) if g_rows else None,
+            project(weight, g_columns, ref_hat, ref_norms) if g_columns else None,
         )
         ctx.embeddings = x, ref_x
         ctx.mark_non_differentiable(penalty, count)

@@ -23,7 +23,7 @@ from support.crowd import Crowd, compare_crowd, poison_freed_memory
 from support.oracle import check, check_sides, oracle_of, run, run_sides, similarity_error, tensor_core_drift, two
 from torch import Tensor
 
-from benchmarks.gate import check_opis
+from benchmarks.speed.gate import check_opis
 from tcm_fused import TCMLoss, opis, tcm_loss
 from tcm_fused.backends import choice
 from tcm_fused.backends.operators import OPERATORS
@@ -470,6 +470,60 @@ def test_cuda_graph(gpu_backend: str, rectangular: bool, dtype: torch.dtype, pre
             target.copy_(source)
         graph.replay()
         assert_same_bits(captured, loss_and_gradients(gpu_backend, *changed, precision=precision))
+
+
+@pytest.mark.parametrize("options", [{}, {"reduction": "all"}], ids=["loss", "penalties"])
+def test_cuda_graph_follows_margins_and_weights(gpu_backend: str, options: dict[str, Any]) -> None:
+    """Tensors on the device are read there, by a captured graph too; not finite, they make NaN of loss and gradient."""
+    sets = on_gpu(700, 64)
+    names = ("margin_plus", "margin_minus", "lambda_plus", "lambda_minus")
+    numbers = {name: torch.tensor(1.0, dtype=torch.float64, device=DEVICE) for name in names}
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            loss_and_gradients(gpu_backend, *sets, **numbers, **options)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = loss_and_gradients(gpu_backend, *sets, **numbers, **options)
+    for values in ((0.9, 0.1, 1.0, 1.0), (0.3, -0.1, 0.0, 2.0), (3.0, -2.5, 0.5, 1.0), (-5.0, 5.0, 1.0, 1.0)):
+        for number, value in zip(numbers.values(), values, strict=True):
+            number.fill_(value)
+        graph.replay()
+        expected = loss_and_gradients(gpu_backend, *sets, **dict(zip(names, values, strict=True)), **options)
+        assert_same_bits(captured, expected)
+    for number in numbers.values():
+        number.fill_(torch.nan)
+        graph.replay()
+        assert captured[0].isnan()
+        assert captured[-1].isnan().all()
+        number.fill_(0.5)
+
+
+def test_margins_and_weights_do_not_wait_for_the_device(gpu_backend: str) -> None:
+    """Numbers, tensors on the CPU, tensors on the device, and a mixture of these."""
+    sets = on_gpu(1500, 64)
+    on_device = torch.tensor(0.5, device=DEVICE)
+    choices: list[dict[str, Any]] = [
+        {"margin_plus": 0.875, "lambda_minus": 2.0},
+        {"margin_plus": torch.tensor(0.875), "lambda_minus": torch.tensor(2)},
+        {"margin_plus": on_device, "lambda_minus": on_device},
+        {"margin_plus": on_device, "margin_minus": torch.tensor(0.25), "lambda_minus": on_device, "lambda_plus": 3.0},
+    ]
+
+    def calls() -> None:
+        for numbers in choices:
+            loss_and_gradients(gpu_backend, *sets, **numbers)
+            loss_and_gradients(gpu_backend, *sets, **numbers, reduction="all")
+
+    calls()  # whatever is compiled or loaded waits
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        calls()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @arithmetic

@@ -206,7 +206,8 @@ def test_gradients_of_the_penalties(grad_x: bool, grad_ref: bool) -> None:
     sets = (*batch(40, 9, 5), *batch(70, 9, 5, seed=1))
     options: dict[str, Any]
     for options in ({"margin_minus": 0.2}, {"margin_plus": -2.0}, {"margin_minus": 2.0}):
-        check_sides("triton", *sets, **options, grad_x=grad_x, grad_ref=grad_ref)
+        options.update(grad_x=grad_x, grad_ref=grad_ref)
+        check_sides("triton", *sets, **options)
 
 
 @pytest.mark.parametrize("n", [1, 40, 130])
@@ -584,7 +585,7 @@ def test_panels(n: int, m: int | None) -> None:
 def _padded(rows: int) -> Any:
     """Embeddings that have nothing but their size."""
     embedding = triton_loss.Embeddings.__new__(triton_loss.Embeddings)
-    embedding.norm = torch.empty(rows, device="meta")
+    embedding.norm = torch.empty((2, rows), device="meta")
     return embedding
 
 

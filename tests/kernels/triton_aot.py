@@ -48,21 +48,8 @@ def launches(name: str) -> Iterator[tuple[JITFunction, dict[str, str], dict[str,
     found: dict[str, Any] = {}
 
     def record(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **meta: Any) -> None:
-        values = dict(zip(kernel.arg_names, args, strict=False)) | meta
-        signature: dict[str, str] = {}
-        constants: dict[str, Any] = {}
-        attributes: dict[Any, Any] = {}
-        for i, parameter in enumerate(kernel.params):
-            value = values[parameter.name]
-            kind, aligned = describe(value, specialised=not parameter.do_not_specialize)
-            if parameter.is_constexpr or kind == "constexpr":
-                kind, constants[parameter.name] = "constexpr", getattr(value, "value", value)
-            elif aligned:
-                attributes[(i,)] = [["tt.divisibility", 16]]
-            signature[parameter.name] = kind
-        options = {key: meta[key] for key in ("num_warps", "num_stages") if key in meta}
-        key = repr((kernel.__name__, signature, constants, attributes, options))
-        found.setdefault(key, (kernel, signature, constants, attributes, options))
+        launch = specialise(kernel, args, meta)
+        found.setdefault(repr((kernel.__name__, *launch)), (kernel, *launch))
 
     JITFunction.run = record
     for n, m, d, dtype, parts, row_offset, gradients in CALLS:
@@ -79,6 +66,26 @@ def launches(name: str) -> Iterator[tuple[JITFunction, dict[str, str], dict[str,
         arguments = (x, y, *reference, row_offset, two, weights, parts == 1, *wanted)
         triton_loss.run(triton_loss.CONFIGS[name], 132, *arguments)
     yield from found.values()
+
+
+def specialise(
+    kernel: JITFunction, args: tuple[Any, ...], meta: dict[str, Any]
+) -> tuple[dict[str, str], dict[str, Any], dict[Any, Any], dict[str, int]]:
+    """Signature, constants, attributes and options that Triton compiles a kernel with for these arguments."""
+    values = dict(zip(kernel.arg_names, args, strict=False)) | meta
+    signature: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    attributes: dict[Any, Any] = {}
+    for i, parameter in enumerate(kernel.params):
+        value = values[parameter.name]
+        kind, aligned = describe(value, specialised=not parameter.do_not_specialize)
+        if parameter.is_constexpr or kind == "constexpr":
+            kind, constants[parameter.name] = "constexpr", getattr(value, "value", value)
+        elif aligned:
+            attributes[(i,)] = [["tt.divisibility", 16]]
+        signature[parameter.name] = kind
+    options = {key: meta[key] for key in ("num_warps", "num_stages") if key in meta}
+    return signature, constants, attributes, options
 
 
 def describe(value: Any, specialised: bool) -> tuple[str, bool]:

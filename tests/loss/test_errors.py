@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import warnings
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from support.oracle import two
 from torch import Tensor
 
-from tcm_fused import TCMLoss, tcm_loss
+from tcm_fused import DistributedTCMLoss, TCMLoss, suggest_margins, tcm_loss
 from tcm_fused.backends import choice
 from tcm_fused.backends.numerics import as_precise_as_asked
 
@@ -154,6 +155,47 @@ def test_none_is_not_a_number(name: str) -> None:
     call: dict[str, Any] = {**arguments(), name: None}
     with pytest.raises(TypeError, match=f"{name} must be a number, got NoneType"):
         tcm_loss(**call)
+
+
+@pytest.mark.parametrize("name", ["margin_plus", "margin_minus", "lambda_plus", "lambda_minus"])
+@pytest.mark.parametrize(
+    ("value", "kind", "words"),
+    [
+        (torch.ones(1), ValueError, ["0-d tensor", "shape [1]"]),
+        (torch.ones(2, 3), ValueError, ["0-d tensor", "shape [2, 3]"]),
+        (torch.ones(1).to_sparse(), ValueError, ["0-d tensor", "sparse"]),
+        (torch.tensor(1j), TypeError, ["must be real", "complex64"]),
+        (torch.tensor(True), TypeError, ["must be real", "bool"]),
+        (torch.tensor(torch.nan), ValueError, ["must be finite", "got nan"]),
+        (torch.tensor(-torch.inf), ValueError, ["must be finite", "got -inf"]),
+        (torch.tensor(1.0, requires_grad=True), ValueError, ["requires a gradient", ".detach()", "suggest_margins"]),
+        (torch.nn.Parameter(torch.tensor(1.0)), ValueError, ["requires a gradient", ".detach()"]),
+        (torch.tensor(1.0, device="meta"), ValueError, ["is on meta", "embeddings on cpu"]),
+    ],
+    ids=lambda value: None if isinstance(value, list) else str(value).replace("\n", "")[:30],
+)
+def test_tensors_that_are_no_margins(name: str, value: Any, kind: type[Exception], words: list[str]) -> None:
+    refuse(kind, name, *words, **{name: value})
+    refuse(kind, name, *words, **{name: value}, reduction="all")
+    if value.device.type == "cpu":
+        with pytest.raises(kind, match=name):
+            TCMLoss(**{name: value})
+        criterion = TCMLoss()
+        setattr(criterion, name, value)
+        with pytest.raises(kind, match=name):
+            criterion(torch.ones(N, D), torch.arange(N))
+
+
+def test_negative_weight_in_a_tensor() -> None:
+    refuse(ValueError, "lambda_plus must be finite and at least 0", "got -1", lambda_plus=torch.tensor(-1.0))
+
+
+def test_margins_have_no_forward_derivative() -> None:
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(torch.tensor(0.9), torch.tensor(1.0))
+        refuse(ValueError, "margin_plus requires a gradient", margin_plus=dual)
+    with pytest.raises(ValueError, match="margin_plus requires a gradient"):
+        torch.func.grad(lambda m: tcm_loss(torch.ones(N, D), torch.arange(N), margin_plus=m))(torch.tensor(0.9))
 
 
 @pytest.mark.parametrize("name", ["lambda_plus", "lambda_minus"])
@@ -340,7 +382,59 @@ def test_module_refuses_a_miner() -> None:
 )
 def test_module_refuses_what_the_function_does(argument: str, value: Any, kind: type[Exception]) -> None:
     with pytest.raises(kind, match=argument):
-        TCMLoss(**{argument: value})(torch.ones(N, D), torch.arange(N))
+        TCMLoss(**{argument: value})
+    criterion = TCMLoss()
+    setattr(criterion, argument, value)
+    with pytest.raises(kind, match=argument):
+        criterion(torch.ones(N, D), torch.arange(N))
+
+
+@pytest.mark.parametrize("kind", [TCMLoss, DistributedTCMLoss])
+def test_options_by_position(kind: type[TCMLoss]) -> None:
+    """Their order is another than in pytorch-metric-learning: the error says how to write them."""
+    for options in ((0.9,), (1.0, 1.0, 0.9, 0.5)):
+        with pytest.raises(TypeError, match=rf"{kind.__name__}.*by keyword.*margin_plus=0.9.*pytorch-metric-learning"):
+            kind(*options)
+    margins = suggest_margins(torch.randn(40, 8), torch.arange(40) % 4, frr=0.1, far=0.1)
+    with pytest.raises(TypeError, match=rf"{kind.__name__}\(margin_plus=m.margin_plus, margin_minus=m.margin_minus\)"):
+        kind(margins)
+
+
+def test_wrong_options_of_ranks_at_construction() -> None:
+    with pytest.raises(ValueError, match="grad_reduction='average' is not known"):
+        DistributedTCMLoss(grad_reduction="average")
+    with pytest.raises(ValueError, match="lambda_plus must be finite"):
+        DistributedTCMLoss(lambda_plus=-1.0)
+
+
+# Margins that are crossed.
+
+
+def test_crossed_margins_warn_once_for_a_place() -> None:
+    x, y = torch.ones(N, D), torch.arange(N)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        for step in range(3):
+            tcm_loss(x, y, margin_plus=0.2 + 0.01 * step, margin_minus=0.5)
+        assert len(seen) == 1
+        tcm_loss(x, y, margin_plus=torch.tensor(0.2), margin_minus=0.5)
+        assert len(seen) == 2
+        for _ in range(3):
+            criterion = TCMLoss(margin_plus=0.2, margin_minus=0.5)
+        criterion(x, y)
+        criterion(x, y)
+        assert len(seen) == 3
+        criterion = TCMLoss()
+        tcm_loss(x, y, margin_plus=0.5, margin_minus=0.5)
+        assert len(seen) == 3
+        criterion.margin_plus = 0.4
+        for _ in range(3):
+            criterion(x, y)
+        assert len(seen) == 4
+    for warning in seen:
+        assert warning.filename == __file__
+        for word in ("margin_plus=0.", "is below margin_minus=0.5", "threshold"):
+            assert word in str(warning.message)
 
 
 def test_nothing_is_left_behind(backend: str) -> None:

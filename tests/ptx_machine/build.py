@@ -101,7 +101,9 @@ def ptx(unit: str, architecture: str, root: Path = ROOT) -> Path:
     target = KEPT / f"{unit}-{name}.{architecture}.ptx"
     with once(target) as new:
         if new is not None:
-            run(*_compiler(root), f"-arch=compute_{ARCHITECTURES[architecture]}", "-ptx", _source(unit, root), "-o", new)
+            run(
+                *_compiler(root), f"-arch=compute_{ARCHITECTURES[architecture]}", "-ptx", _source(unit, root), "-o", new
+            )
     return target
 
 

@@ -62,13 +62,21 @@ class MachineError(AssertionError):
 
 
 class Kernels:
-    """A machine with the host's part of the kernels in it, and their PTX."""
+    """A machine with the host's part of the kernels in it, and their PTX.
 
-    def __init__(self, root: Path = build.ROOT, architectures: tuple[str, ...] = tuple(build.ARCHITECTURES)) -> None:
+    root: below it lie the sources; host: those of some units' host code, if they are others.
+    """
+
+    def __init__(
+        self,
+        root: Path = build.ROOT,
+        architectures: tuple[str, ...] = tuple(build.ARCHITECTURES),
+        host: dict[str, Path] | None = None,
+    ) -> None:
         files = [(unit, architecture) for architecture in architectures for unit in build.UNITS]
         build.machine_objects()
         with ThreadPoolExecutor(2) as pool:
-            objects = tuple(pool.map(lambda unit: build.host_object(unit, root), build.UNITS))
+            objects = tuple(pool.map(lambda unit: build.host_object(unit, (host or {}).get(unit, root)), build.UNITS))
             paths = list(pool.map(lambda file: build.ptx(*file, root), files))
         self.machine = Machine(build.library(objects))
         for (_, architecture), path in zip(files, paths, strict=True):
@@ -91,7 +99,7 @@ class Kernels:
         penalties: bool = False,
         grad_x: bool = True,
         grad_ref: bool = True,
-        knobs: Knobs = Knobs(),  # noqa: B008
+        knobs: Knobs = Knobs(),
     ) -> tuple[float, Array | None, Array | None, Array, Array]:
         """Loss, gradients by x and by ref_x, penalty [2] and count [2].
 
@@ -139,7 +147,7 @@ class Kernels:
         return result  # type: ignore[return-value]
 
     def counts(
-        self, x: Array, y: Array, classes: int, thresholds: Array, bits: int, knobs: Knobs = Knobs(), **shared: int  # noqa: B008
+        self, x: Array, y: Array, classes: int, thresholds: Array, bits: int, knobs: Knobs = Knobs(), **shared: int
     ) -> tuple[Array, Array, Array]:
         """Counts [2, cells], those of each class [2, classes + 1, T], and the largest similarities [2, N]."""
         machine, (n, d) = self.machine, x.shape

@@ -75,18 +75,19 @@ Kernel::~Kernel() {
 
 namespace {
 
+constexpr int kSpin = 16;  // instructions of a loop that asks an mbarrier again and again: they are no progress
+
 // One warp for some instructions. Its lanes are in groups, each at one place of the program.
 class Turn {
  public:
   explicit Turn(Warp& w) : w_(w) {}
 
-  int run(int budget) {  // how many it did that were no waiting
+  bool run(int budget) {  // whether it did more than wait
     for (auto& g : w_.groups)
       if (g.state == Group::kYield) g.state = Group::kRun;
-    while (budget > 0 && choose()) {
-      if (!run_group(budget)) break;
-    }
-    return done_;
+    bool waits = false;
+    while (!waits && budget > 0 && choose()) waits = !run_group(budget);
+    return done_ > (waits ? kSpin : 0);
   }
 
  private:
@@ -145,7 +146,7 @@ class Turn {
       }
       ++pc_;
       if (w_.yielded) {
-        w_.yielded = false, --done_;
+        w_.yielded = false;
         leave(Group::kYield);
         return w_.groups.size() > 1;
       }
@@ -254,7 +255,7 @@ void run_block(Kernel& kernel, Block& b) {
       if (w.groups.empty()) continue;
       alive = 1;
       if (b.warps > 1 && random_bits() % 8 == 0) continue;
-      moved |= Turn(w).run(50 + static_cast<int>(random_bits() % 2000)) > 0;
+      moved |= Turn(w).run(50 + static_cast<int>(random_bits() % 2000));
       moved |= open_barriers(b);
     }
     if (!b.tensor_copies.empty() && (random_bits() % 2 || !moved)) {

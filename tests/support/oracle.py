@@ -451,6 +451,7 @@ def check(
 
 def check_sides(backend: str, x: Tensor, *sets: Tensor, exact: bool = False, **options: Any) -> Result:
     """`check` for the gradients of the two penalties, which the operator of `backend` gives in fp32 (fp64 in fp64)."""
+    options = {name: value for name, value in options.items() if not name.startswith("lambda_")}  # of no meaning
     result = run_sides(backend, x, *sets, **options)
     fp16 = one_fp16_product(backend, x.dtype, options.get("precision", "auto"))
     how = {"exact": exact, "fp16": fp16, "tensor_cores": runs_on_gpu(backend)}

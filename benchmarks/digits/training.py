@@ -42,6 +42,11 @@ class Trained(NamedTuple):
     base_loss: nn.Module
 
 
+def tcm_of(margin_plus: float, margin_minus: float, weight: float) -> TCMLoss:
+    """The loss with one weight, lambda+ and lambda-, for both of its terms."""
+    return TCMLoss(margin_plus=margin_plus, margin_minus=margin_minus, lambda_plus=weight, lambda_minus=weight)
+
+
 def load() -> Split:
     """The 1797 digits, 70 % to train on, 30 % to test; the split is the same for every seed."""
     digits = load_digits()

@@ -1,0 +1,220 @@
+"""Bugs put into the CUDA kernels one at a time: each is found, by wrong numbers or by the machine's reports."""
+
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+from ptx_machine import build
+from ptx_machine.kernels import Kernels, Knobs, kernels
+from ptx_machine.problems import CountsProblem, LossProblem, problem_of, stored
+from support.batches import embeddings
+
+
+@dataclass(frozen=True)
+class Bug:
+    """Text of a kernel's source, which occurs once, and what it is replaced with; the path that has the bug."""
+
+    file: str
+    text: str
+    replacement: str
+    sm: str = "80"
+
+    @property
+    def unit(self) -> str:
+        """What has to be compiled anew."""
+        return "prologue" if "prologue" in self.file else "entry_counts" if "counts" in self.file else "entry_loss"
+
+    @property
+    def on_host(self) -> bool:
+        return self.file.endswith(".cu")
+
+    def plant(self, root: Path) -> None:
+        """A copy of the sources below `root`, with the bug."""
+        shutil.copytree(build.ROOT / "csrc", root / "csrc")
+        path = root / "csrc/cuda" / self.file
+        source = path.read_text()
+        assert source.count(self.text) == 1, f"{self.file} has {source.count(self.text)} of {self.text!r}"
+        path.write_text(source.replace(self.text, self.replacement))
+
+
+def hopper(file: str, text: str, replacement: str) -> Bug:
+    return Bug(file, text, replacement, "90")
+
+
+BUGS = {
+    # Similarities.
+    "similarity: no wait": Bug("similarity.cuh", "      copies_wait<0>();\n", ""),
+    "similarity: no barrier": Bug("similarity.cuh", "      __syncthreads();  // the stage is there for all", "//"),
+    "similarity: blocks share a partial sum": Bug("tile.cuh", "w.partial[blockIdx.x]", "w.partial[0]"),
+    "tile: no barrier after counting": Bug("tile.cuh", "if (!workers_any(both != 0)) {\n", "if (false) {\n"),
+    "tile: one column too many": Bug("tile.cuh", "valid ? columns - 32 * k : 0", "valid ? columns + 1 - 32 * k : 0"),
+    "sm90: copies not waited for": hopper(
+        "similarity_sm90.cuh", "        barrier_wait(memory.full[ring.stage], ring.parity);\n", ""
+    ),
+    "sm90: stage overwritten": hopper(
+        "similarity_sm90.cuh", "        barrier_wait(memory.empty[ring.stage], ring.parity ^ 1);\n", ""
+    ),
+    "sm90: products not waited for": hopper("similarity_sm90.cuh", "      warpgroup_wait<0>();\n", ""),
+    "sm90: stage given back too early": hopper("similarity_sm90.cuh", "warpgroup_wait<1>();", "warpgroup_wait<2>();"),
+    "sm90: one arrival missing": hopper(
+        "similarity_sm90.cuh", "memory.empty[k], kWarps)", "memory.empty[k], kWarps + 1)"
+    ),
+    "sm90: fewer bytes expected": hopper(
+        "similarity_sm90.cuh", "sizeof memory.stage[0])", "sizeof memory.stage[0] / 3)"
+    ),
+    "sm90: barriers not shown to the copy engine": hopper("similarity_sm90.cuh", "    barriers_ready();\n", ""),
+    # Masked sums.
+    "masked sum: no wait": Bug("masked_sum.cuh", "    copies_wait<0>();\n    if constexpr", "    if constexpr"),
+    "masked sum: products not waited for": hopper("masked_sum.cuh", "  warpgroup_wait<0>();\n", ""),
+    "masked sum: no barrier": Bug("masked_sum.cuh", "    __syncthreads();  // the stage is there for all", "//"),
+    "masked sum: queue read early": Bug("masked_sum.cuh", "    __syncwarp();  // the queue is written", "//"),
+    "masked sum: queue written early": Bug("masked_sum.cuh", "    __syncwarp();  // the queue has been read", "//"),
+    "masked sum: marked too early": Bug("masked_sum.cuh", "  __syncthreads();  // all have read it", "//"),
+    "masked sum: too little shared memory": Bug("loss.cu", "sizeof(MaskedSumMemory)", "sizeof(MaskedSumMemory) - 16"),
+    "masked sum: sides mixed up": Bug("masked_sum.cuh", "side == kPlus ? 0 : ~0u", "side == kPlus ? ~0u : 0"),
+    "masked sum: full tiles left out": Bug("masked_sum.cuh", "k < memory.size[kFull]; k += 2", "k < 0; k += 2"),
+    "masked sum: half of the full tiles": Bug("masked_sum.cuh", "int k = half; k <", "int k = 2 * half; k <"),
+    "masked sum: mixed tiles left out": Bug("masked_sum.cuh", "if (memory.size[kMixed] > 0)", "if (false)"),
+    "masked sum: sparse tiles left out": Bug("masked_sum.cuh", "if (memory.size[kFew] > 0)", "if (false)"),
+    "masked sum: G overwritten": Bug("masked_sum.cuh", "const bool add = *touched != 0;", "const bool add = false;"),
+    # The machine's operations.
+    "ptx: matrices not transposed": Bug("ptx.cuh", "m8n8.x4.trans.shared", "m8n8.x4.shared"),
+    "ptx: registers of a exchanged": Bug("ptx.cuh", "{%4,%5,%6,%7}", "{%5,%4,%6,%7}"),
+    "ptx: barrier of too few": Bug("ptx.cuh", "bar.sync 1, 256;", "bar.sync 1, 128;"),
+    "ptx: b read along the other dimension": hopper("ptx_sm90.cuh", "%68, 1, 1, 1, 1;", "%68, 1, 1, 1, 0;"),
+    "ptx: swizzle of 64 bytes": hopper(
+        "ptx_sm90.cuh",
+        "uint64_t{1} << 16 | uint64_t{1024 >> 4} << 32 | uint64_t{1} << 62",
+        "uint64_t{1} << 16 | uint64_t{1024 >> 4} << 32 | uint64_t{2} << 62",
+    ),
+    "ptx: half the stride": hopper(
+        "ptx_sm90.cuh", "uint64_t{1} << 16 | uint64_t{1024 >> 4} << 32", "uint64_t{1} << 16 | uint64_t{512 >> 4} << 32"
+    ),
+    "ptx: half the leading offset": hopper("ptx_sm90.cuh", "uint64_t{(128 * 128) >> 4} << 16", "uint64_t{512} << 16"),
+    "ptx: accumulators in another order": hopper(
+        "ptx_sm90.cuh", '.m64n128k16.f32.f16.f16 {"\n      "%0, %1,', '.m64n128k16.f32.f16.f16 {"\n      "%1, %0,'
+    ),
+    "ptx: no fence before products": hopper("ptx_sm90.cuh", '"wgmma.fence.sync.aligned;"', '""'),
+    "ptx: no fence between the proxies": hopper(
+        "ptx_sm90.cuh",
+        'void writes_to_products() { asm volatile("fence.proxy.async.shared::cta;"',
+        'void writes_to_products() { asm volatile(""',
+    ),
+    # Before and after.
+    "prologue: a label before itself": Bug("prologue.cuh", "other == mine && j < i", "other == mine && j <= i"),
+    "prologue: unstable merge": Bug("prologue.cuh", "|| (second && label[half] == mine)", ""),
+    "prologue: threads gone before a barrier": Bug(
+        "prologue.cuh",
+        "+ pair] = sum;\n  __syncthreads();\n",
+        "+ pair] = sum;\n  if (group != 0) return;\n  __syncthreads();\n",
+    ),
+    "epilogue: one row too many": Bug("epilogue.cuh", "k < set.n;", "k <= set.n;"),
+    "epilogue: penalties exchanged": Bug("epilogue.cuh", "blockIdx.z == kPlus ?", "blockIdx.z != kPlus ?"),
+    "epilogue: penalties in one place": Bug("epilogue.cuh", "blockIdx.z * set.n + ", ""),
+    # Counts.
+    "window: not cleared": Bug("counts.cuh", "window_of(memory)[k] = 0;", "window_of(memory)[k] |= 0;"),
+    "window: carry lost": Bug("counts.cuh", "to_place + place, kCarry);", "to_place + place, 0);"),
+    "window: read early": Bug("counts.cuh", "    workers_sync();\n    for (int k = worker", "    for (int k = worker"),
+    "window: too little shared memory": Bug(
+        "counts.cu", "used + int64_t{counter.window} * 2", "used + int64_t{counter.window} * 2 - 4"
+    ),
+    "queue: read early": Bug("counts.cuh", "    __syncwarp();  // they are written\n", ""),
+    "queue: written early": Bug("counts.cuh", "    __syncwarp();  // and read\n", ""),
+    "queue: too short": Bug("counts.cuh", "kQueue = (kBatch + 1) * 32 - 1;", "kQueue = kBatch * 32;"),
+    "classes: threshold not included": Bug("counts.cuh", "threshold[middle] <= value", "threshold[middle] < value"),
+    "classes: only the row's": Bug(
+        "counts.cuh", "if (at.side == kMinus) add(class_count", "if (column < 0) add(class_count"
+    ),
+    "tiles: pairs twice": Bug("counts.cuh", "note_pairs<kHeld, true>", "note_pairs<kHeld, false>"),
+    "best: raised by a store": Bug("counts.cuh", "atomicMax(best, key);", "*best = key;"),
+}
+
+
+@cache
+def losses() -> list[tuple[LossProblem, Knobs, bool]]:
+    """All kinds of tiles, all forms, runs to merge; the last: the gradients are those of the penalties."""
+    rng = np.random.default_rng(20)
+    y = rng.integers(5, size=400)
+    x = embeddings("groups", y, 150, rng)
+    x[y == 0] = rng.standard_normal((np.count_nonzero(y == 0), 150))
+    y[::9] = -1
+    whole = LossProblem(stored(x, "fp32"), y)
+    small = Knobs(rectangle=2, sm_count=2, chunk=32, one_chunk=0)
+    part = problem_of((stored(x[50:250], "fp16"), y[50:250], stored(x, "fp16"), y), row_offset=50, fp16=True)
+    alike = LossProblem(stored(embeddings("cone", np.zeros(640, dtype=int), 40, rng), "fp16"), y=np.arange(640) % 3)
+    return [
+        (whole.at_share(0.5), small, False),
+        (part.at_share(0.5), small, True),
+        (whole.at_share(0.004), small, False),
+        (replace(alike, margin=(2.0, -2.0), fp16=True), Knobs(), False),
+    ]
+
+
+@cache
+def counted() -> list[tuple[CountsProblem, Knobs]]:
+    rng = np.random.default_rng(21)
+    y = rng.integers(12, size=300)
+    x = embeddings("groups", y, 70, rng).astype(np.float32)
+    t = np.linspace(-0.2, 1, 30, dtype=np.float32)
+    one_cell = CountsProblem(
+        np.ones((450, 4), dtype=np.float32), np.arange(450), 3, np.array([0.5, 1.0], dtype=np.float32), 4, exact=True
+    )
+    return [(one_cell, Knobs(sm_count=1)), (CountsProblem(x, y, 8, t, 10), Knobs(window=64, sm_count=2))]
+
+
+def search(bug: Bug, code: str, on: Kernels | None = None) -> None:
+    """Runs problems until one fails."""
+    if bug.unit == "entry_counts":
+        for problem, knobs in counted():
+            problem.check_on(replace(knobs, sm=bug.sm, code=code), on=on)
+    else:
+        for loss, knobs, penalties in losses():
+            loss.check(replace(knobs, sm=bug.sm, code=code), penalties=penalties, on=on)
+
+
+@pytest.fixture(scope="module")
+def roots(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The sources with each bug, and their PTX made, two at a time."""
+    kernels()
+    found = {name: tmp_path_factory.mktemp("bug") for name in BUGS}
+
+    def make(name: str) -> None:
+        bug = BUGS[name]
+        bug.plant(found[name])
+        if bug.on_host:
+            build.host_object(bug.unit, found[name])
+        else:
+            build.ptx(bug.unit, bug.sm, found[name])
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(make, BUGS))
+    return found
+
+
+@pytest.mark.parametrize("sm", ["80", "90"])
+@pytest.mark.parametrize("file", ["loss.cu", "counts.cu"])
+def test_nothing_is_found_without_a_bug(file: str, sm: str) -> None:
+    search(Bug(file, "", "", sm), "")
+
+
+@pytest.mark.parametrize("name", BUGS)
+def test_planted_bugs_are_found(name: str, roots: dict[str, Path]) -> None:
+    bug = BUGS[name]
+    if bug.on_host:
+        with pytest.raises(AssertionError):
+            search(bug, "", Kernels(build.ROOT, (bug.sm,), {bug.unit: roots[name]}))
+        return
+    machine = kernels().machine
+    code = f"{bug.sm} with a bug"
+    machine.load_files(
+        code, [build.ptx(unit, bug.sm, roots[name] if unit == bug.unit else build.ROOT) for unit in build.UNITS]
+    )
+    try:
+        with pytest.raises(AssertionError):
+            search(bug, code)
+    finally:
+        machine.unload(code.encode())

@@ -1,0 +1,125 @@
+"""One call of the loss or of the counts: run on the machine, and held to the oracles of tests/support."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from support.batches import margins
+from support.count_oracle import CountCall, Tables
+from support.oracle import Array, Oracle, Result, compare, compare_sides, tensor_core_drift
+
+from ptx_machine.kernels import Kernels, Knobs, kernels
+
+FORMATS = ("fp32", "fp32 in fp16", "fp16", "fp16 in fp32", "bf16")  # of x, and where it is not the obvious one, of x^
+
+
+@dataclass(frozen=True)
+class LossProblem:
+    """Embeddings in the format that the kernels get; one fp16 product or fp32 accuracy."""
+
+    x: Array
+    y: Array
+    ref_x: Array | None = None
+    ref_y: Array | None = None
+    row_offset: int | None = None
+    margin: tuple[float, float] = (0.9, 0.5)
+    weight: tuple[float, float] = (1.0, 1.0)
+    fp16: bool = False
+
+    def run(self, knobs: Knobs, *, on: Kernels | None = None, **options: bool) -> Result:
+        """`options`: penalties, grad_x, grad_ref."""
+        loss, dx, dref, penalty, count = (on or kernels()).loss(
+            self.x,
+            self.y,
+            self.ref_x,
+            self.ref_y,
+            row_offset=self.row_offset,
+            margin=self.margin,
+            weight=self.weight,
+            fp16=self.fp16,
+            knobs=knobs,
+            **options,
+        )
+        return Result(loss, count, penalty / np.maximum(count, 1), dx, dref)
+
+    def oracle(self) -> Oracle:
+        """With fp16 the kernels round x^ to halves and are exact from there on: so does the oracle."""
+        reference = () if self.ref_x is None else (values(self.ref_x), self.ref_y)
+        oracle = Oracle(
+            values(self.x),
+            self.y,
+            *reference,
+            row_offset=self.row_offset,
+            margin_plus=float(np.float32(self.margin[0])),
+            margin_minus=float(np.float32(self.margin[1])),
+            lambda_plus=self.weight[0],
+            lambda_minus=self.weight[1],
+        )
+        if self.fp16:
+            oracle.x_hat, oracle.ref_hat = (
+                a.astype(np.float16).astype(np.float64) for a in (oracle.x_hat, oracle.ref_hat)
+            )
+            oracle.s = oracle.x_hat @ oracle.ref_hat.T
+            oracle.gap = (oracle.margin[0] - oracle.s, oracle.s - oracle.margin[1])
+        return oracle
+
+    def at_share(self, share: float) -> "LossProblem":
+        """The same with about `share` of the positives and of the negatives hard."""
+        found = margins(self.oracle(), share)
+        return replace(self, margin=(found["margin_plus"], found["margin_minus"]))
+
+    def check(
+        self,
+        knobs: Knobs = Knobs(),
+        *,
+        exact: bool = False,
+        on: Kernels | None = None,
+        **options: Any,
+    ) -> Result:
+        """Runs it and compares; where the machine cuts sums off, with what the oracle allows tensor cores."""
+        result = self.run(knobs, on=on, **options)
+        how = compare_sides if options.get("penalties") else compare
+        how(result, self.oracle(), torch.float32, exact=exact, tensor_cores=knobs.truncated)
+        return result
+
+
+def problem_of(sets: Sequence[Array], **options: Any) -> LossProblem:
+    """x, y and perhaps ref_x, ref_y."""
+    x, y, *reference = sets
+    ref_x, ref_y = reference or (None, None)
+    return LossProblem(x=x, y=y, ref_x=ref_x, ref_y=ref_y, **options)
+
+
+def values(x: Array) -> Array:
+    """Embeddings in fp64; bfloat16 comes as its bits."""
+    exact = (x.astype(np.uint32) << 16).view(np.float32) if x.dtype == np.uint16 else x
+    return exact.astype(np.float64)
+
+
+def stored(x: Array, form: str) -> Array:
+    """fp64 embeddings in one of FORMATS."""
+    if form.startswith("bf16"):
+        return torch.from_numpy(x).to(torch.bfloat16).view(torch.uint16).numpy()
+    return x.astype(np.float16 if form.startswith("fp16") else np.float32)
+
+
+def one_product(form: str) -> bool:
+    """Whether x^ is one half of `form`."""
+    return form not in ("fp32", "fp16 in fp32")
+
+
+@dataclass(frozen=True)
+class CountsProblem(CountCall):
+    """That of the count oracle."""
+
+    def run(self, knobs: Knobs, *, on: Kernels | None = None, **shared: int) -> Tables:
+        return (on or kernels()).counts(self.x, self.y, self.classes, self.thresholds, self.bits, knobs, **shared)
+
+    def check_on(self, knobs: Knobs = Knobs(), *, on: Kernels | None = None, **shared: int) -> Tables:  # noqa: B008
+        """Runs it and compares; where the machine cuts sums off, with what that may change a similarity by."""
+        tables = self.run(knobs, on=on, **shared)
+        allowed = tensor_core_drift(self.x.shape[1]) if knobs.truncated else 0.0
+        replace(self, near=self.near + allowed, exact=self.exact and not knobs.truncated).check(tables)
+        return tables
