@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tcm_fused.integrations.hard_pairs import KEYS, HardPairs
+from tcm_fused.integrations.logging import KEYS, HardPairs
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tcm_fused.arguments import Options
-from tcm_fused.integrations.pairs import pair_loss
+from tcm_fused.integrations.given_pairs import pair_loss
 from tcm_fused.loss import TCMStats, tcm_loss
 
 try:

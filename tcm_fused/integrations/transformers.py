@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tcm_fused.arguments import check_set
-from tcm_fused.integrations.hard_pairs import HardPairs
+from tcm_fused.integrations.logging import HardPairs
 from tcm_fused.thresholds.opis import check_options, opis, scores_or_nan, warn_of_nan
 
 try:

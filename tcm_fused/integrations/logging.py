@@ -1,4 +1,4 @@
-"""What callbacks log of the TCM losses in a model: how many pairs are hard, and by how much."""
+"""The hard pairs of the TCM losses in a model, as callbacks log them: how many, and by how much."""
 
 import warnings
 from typing import Any
