@@ -240,11 +240,14 @@ class BuildCuda(Command):
 
     user_options: ClassVar[list[tuple[str, str, str]]] = []
 
-    def initialize_options(self) -> None: ...
+    def initialize_options(self) -> None:
+        """There are none."""
 
-    def finalize_options(self) -> None: ...
+    def finalize_options(self) -> None:
+        """There are none."""
 
     def run(self) -> None:
+        """Compile, and print where the reports are; SystemExit if there are to be no CUDA kernels."""
         build = cuda()
         if isinstance(build, str):
             raise SystemExit(f"no CUDA kernels: {build}")
@@ -255,6 +258,7 @@ class CleanBuild(BuildAll):
     """A wheel of what is there: setuptools would put modules of earlier builds in, since moved or deleted."""
 
     def run(self) -> None:
+        """Remove the folder of earlier builds first."""
         shutil.rmtree(self.build_lib, ignore_errors=True)
         super().run()
 
@@ -263,6 +267,7 @@ class Build(BuildExtension):
     """The extension, its CUDA kernels first."""
 
     def build_extensions(self) -> None:
+        """Compile the CUDA kernels, if there are to be any, and then the extension with them."""
         build = cuda()
         if isinstance(build, Cuda):
             print(f"tcm_fused: CUDA kernels with {build.name} for {' '.join(build.architectures)}")
@@ -292,6 +297,7 @@ def sources_header() -> Path:
 
 
 def extension() -> "CppExtension":
+    """The extension as setuptools takes it."""
     build = cuda()
     os.environ["CXX"] = compiler().program  # for torch and setuptools
     with_cuda = isinstance(build, Cuda)

@@ -185,11 +185,13 @@ def check_bank(batch: Rows, bank: Rows | None) -> Rows | None:
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """`value` must be one of `choices`; ValueError."""
     if value not in choices:
         raise ValueError(f"{name}={value!r} is not known; choose one of {', '.join(map(repr, choices))}")
 
 
 def check_number(name: str, value: Any, least: float = -math.inf, besides: str = "") -> None:
+    """`value` must be a finite number, at least `least`; TypeError, which ends in `besides`, or ValueError."""
     if not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}{besides}")
     try:
@@ -258,6 +260,7 @@ def check_set(name: str, x: Any, labels_name: str, labels: Any) -> None:
 
 
 def check_tensor(name: str, value: Any) -> None:
+    """`value` must be a plain, dense tensor; TypeError."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
     if hasattr(value, "to_local"):  # a DTensor

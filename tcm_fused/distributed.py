@@ -118,6 +118,7 @@ reduction='violating', group_pairs='within', precision='auto', backend='auto', g
         return loss, batch
 
     def extra_repr(self) -> str:
+        """The options, as `repr` shows them."""
         return f"{super().extra_repr()}, grad_reduction={self.grad_reduction!r}, ring={self.ring!r}"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "DistributedTCMLoss":

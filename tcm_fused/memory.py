@@ -132,9 +132,11 @@ class CrossBatchMemory(nn.Module):
         self.filled = min(self.size, self.filled + n)
 
     def get_extra_state(self) -> Tensor:
+        """The numbers of calls and of filled slots, for `state_dict`."""
         return torch.tensor([self.calls, self.filled], device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
+        """The same from a `state_dict`."""
         self.calls, self.filled = state.tolist()
 
     def _load_from_state_dict(
@@ -165,6 +167,7 @@ class CrossBatchMemory(nn.Module):
             self.filled = min(self.size, max(self.filled, int(stored.max()) + 1 if len(stored) else 0))
 
     def extra_repr(self) -> str:
+        """Size and warm-up, as `repr` shows them."""
         return f"size={self.size}, warm_up={self.warm_up}"
 
 

@@ -131,6 +131,7 @@ class Packed:
         return Packed(x, torch.cat([self.ids, self.ids.new_full((missing, self.ids.shape[1]), -1)]), self.dtype)
 
     def rows(self) -> Rows:
+        """The rows again, without a copy."""
         y, *groups = self.ids.unbind(1)
         return Rows(self.x.view(self.dtype), y, groups[0] if groups else None)
 

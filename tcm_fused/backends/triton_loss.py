@@ -108,6 +108,7 @@ class Embeddings:
 
     @property
     def padded(self) -> int:
+        """Rows with the padding to whole tiles."""
         return self.norm.shape[1]
 
 
@@ -337,6 +338,7 @@ class Walk:
         self.count = torch.empty((2, tiles), dtype=torch.int64, device=rows.x.device)
 
     def run(self) -> None:
+        """Work on all panels, one after the other."""
         panels = list(self.panels())
         pairs = max(height * width for _, height, _, width in panels)
         new = self.rows.unit.new_empty
@@ -361,6 +363,7 @@ class Walk:
             row += height
 
     def one_panel(self, masks: Tensor, row: int, height: int, column: int, width: int) -> None:
+        """Launch the kernels of one panel."""
         config, rows, columns = self.config, self.rows, self.columns
         i, j = height // config.rows, width // config.columns
         device = rows.x.device

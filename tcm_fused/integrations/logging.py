@@ -45,6 +45,7 @@ class HardPairs:
         self.start_batch()
 
     def warn_if_none(self, advice: str) -> None:
+        """Warn, with `advice`, if there is no TCM loss."""
         if not self.losses:
             warnings.warn(f"TCMCallback found no TCM loss, so no hard pairs are logged: {advice}", stacklevel=3)
 

@@ -116,6 +116,7 @@ class ThresholdConsistentMarginLoss(losses.BaseMetricLossFunction):
         return Options(**{name: getattr(self, name) for name in Options._fields})
 
     def get_default_distance(self) -> CosineSimilarity:
+        """Cosine similarity, the only one that TCM has."""
         return CosineSimilarity()
 
     def compute_loss(
@@ -219,6 +220,7 @@ class CrossBatchMemory(LibraryMemory):
 
     @staticmethod
     def supported_losses() -> list[str]:
+        """The names of the library's, and that of this module's loss."""
         return [*LibraryMemory.supported_losses(), ThresholdConsistentMarginLoss.__name__]
 
     def create_indices_tuple(
@@ -230,6 +232,7 @@ class CrossBatchMemory(LibraryMemory):
         input_indices_tuple: tuple[Tensor, ...] | None,
         do_remove_self_comparisons: bool,
     ) -> Any:
+        """All pairs with the memory for this module's loss, unless pairs are given; else as the library."""
         if self.miner or input_indices_tuple is not None or not isinstance(self.loss, ThresholdConsistentMarginLoss):
             return super().create_indices_tuple(
                 embeddings, labels, E_mem, L_mem, input_indices_tuple, do_remove_self_comparisons

@@ -164,6 +164,7 @@ class WithTCM(ThresholdConsistentMarginLoss):
         return getattr(self.loss, "uses_gradient_cache", False)
 
     def forward(self, sentence_features: Iterable[Features], labels: Tensor | None = None) -> Any:
+        """The loss of the batch with TCM added; in a dict, if the loss gives one, under "tcm"."""
         columns = list(sentence_features)
         if self.uses_gradient_cache:
             self._labels = labels
@@ -205,6 +206,7 @@ class WithTCM(ThresholdConsistentMarginLoss):
         return isinstance(self.loss, _TAKES_SIMILAR_PAIRS)
 
     def get_config_dict(self) -> dict[str, Any]:
+        """The loss and the options, as the library writes them on a model card."""
         return {"loss": self.loss, **super().get_config_dict()}
 
 

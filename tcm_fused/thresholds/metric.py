@@ -24,6 +24,7 @@ except Exception as error:  # RuntimeError too: it imports torchvision, which ma
         """In its place, so that `OPIS` can be named, documented and looked for without torchmetrics, but not made."""
 
         def __new__(cls, *_: Any, **__: Any) -> Any:
+            """ImportError, with the remedy."""
             raise ImportError(
                 f"OPIS needs torchmetrics ({_why_no_torchmetrics}): pip install torchmetrics"
             ) from _why_no_torchmetrics
