@@ -94,7 +94,7 @@ def _telling_device(agreement: Agreement, group: "dist.ProcessGroup") -> torch.d
 
 @contextlib.contextmanager
 def _with_others() -> Iterator[None]:
-    """Around communication: says what its failure means."""
+    """Around communication: its errors become one that says which ranks to look at."""
     try:
         yield
     except RuntimeError as error:

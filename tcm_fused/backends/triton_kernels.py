@@ -391,7 +391,7 @@ def lists(
 @triton.jit(do_not_specialize=["length", "outs", "splits"])
 def masked_sum(
     masks,  # [2, mask_rows, width]
-    x,  # [PARTS, padded, d] X^ of what is summed
+    x,  # [PARTS, padded, d] X^ of the rows that are summed
     lists,  # [2, out tiles, length] mixed tiles
     sizes,  # [2, outs] how many, at the first out tile
     out,  # [2, splits, out rows, d] with `out_stride` from one matrix to the next, `out_row` from one row to the next

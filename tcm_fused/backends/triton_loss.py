@@ -88,7 +88,7 @@ def device_of(device: torch.device) -> tuple[str, int]:
     properties = torch.cuda.get_device_properties(device)
     if torch.version.hip is not None or properties.major < 8:
         return "other", properties.multi_processor_count
-    # What runs on sm_80 runs on every later architecture; descriptors and their tile sizes are for these two.
+    # Settings for sm_80 run on every later architecture; descriptors and their tile sizes are for these two.
     name = {9: "sm_90", 10: "sm_100"}.get(properties.major, "sm_80")
     return name, properties.multi_processor_count
 
@@ -433,5 +433,5 @@ class Walk:
         )  # fmt: skip
 
     def operand(self, matrix: Tensor, rows: int, columns: int) -> Any:
-        """What a kernel reads blocks [rows, columns] of `matrix` from."""
+        """`matrix` as a kernel reads blocks [rows, columns] of it."""
         return TensorDescriptor.from_tensor(matrix, [rows, columns]) if self.config.tma else matrix

@@ -25,7 +25,7 @@ except ImportError as error:
 
 
 class TCMCallback(Callback):
-    """Logs what the TCM losses of a `LightningModule` see, and the OPIS of its validation embeddings.
+    """Logs the hard pairs of the TCM losses of a `LightningModule`, and the OPIS of its validation embeddings.
 
     For each training batch of this process: "tcm/hard_positives", "tcm/hard_negatives", "tcm/violation_positives" and
     "tcm/violation_negatives" (mean violations); with "_epoch" behind their names, means over the epoch's batches of all

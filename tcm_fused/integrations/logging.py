@@ -12,9 +12,9 @@ KEYS = ("hard_positives", "hard_negatives", "violation_positives", "violation_ne
 
 
 def criteria(roots: dict[str, object]) -> dict[str, nn.Module]:
-    """All modules within `roots` that keep the stats of their last call, by root and path; what is no module has none.
+    """All modules within `roots` that keep the stats of their last call, by root and path.
 
-    No two have one name: where a path would be another's, it gets a "_" behind it.
+    A root that is no module has none. No two have one name: where a path would be another's, it gets a "_" behind it.
     """
     found: dict[str, nn.Module] = {}
     for root_name, root in roots.items():
@@ -50,7 +50,7 @@ class HardPairs:
             warnings.warn(f"TCMCallback found no TCM loss, so no hard pairs are logged: {advice}", stacklevel=3)
 
     def start_batch(self) -> None:
-        """What was called before, as in evaluation, is not of the batch."""
+        """Calls until now, as in evaluation, are not of the batch."""
         self._last = [_call(module) for module in self.losses.values()]
 
     def end_batch(self) -> dict[str, Tensor]:
@@ -87,5 +87,5 @@ class HardPairs:
 
 
 def _call(module: nn.Module) -> object:
-    """What each call of the loss puts in the place of the last call's: another object."""
+    """An object that each call of the loss replaces by another."""
     return module._seen if isinstance(module, TCMLoss) else module.stats

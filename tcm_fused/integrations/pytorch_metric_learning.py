@@ -127,7 +127,7 @@ class ThresholdConsistentMarginLoss(losses.BaseMetricLossFunction):
         ref_emb: Tensor,
         ref_labels: Tensor | None,
     ) -> dict[str, dict[str, Any]]:
-        """What the library's `forward` calls, with `ref_emb` the embeddings themselves where none was given."""
+        """Called by the library's `forward`, with `ref_emb` the embeddings themselves where none was given."""
         common_functions.labels_or_indices_tuple_required(labels, indices_tuple)
         if indices_tuple is None:
             own = ref_emb is embeddings or ref_labels is labels

@@ -27,7 +27,7 @@ except ImportError as error:
 
 
 class TCMCallback(TrainerCallback):
-    """Logs what the TCM losses of a `Trainer` see, and the OPIS of its evaluation embeddings.
+    """Logs the hard pairs of the TCM losses of a `Trainer`, and the OPIS of its evaluation embeddings.
 
     Whenever the trainer logs its loss, as means over the batches of all processes since the last time:
     "tcm/hard_positives", "tcm/hard_negatives", "tcm/violation_positives" and "tcm/violation_negatives" (mean

@@ -142,7 +142,7 @@ def check_folder(folder: Path) -> None:
 
 
 def _identity(path: Path) -> Any:
-    """The same for all names of one regular file; None for what is none, which may be given twice."""
+    """The same for all names of one regular file; None for anything else, which may be given twice."""
     try:
         found = os.stat(path)
     except OSError:
@@ -174,7 +174,7 @@ def _try_folder(folder: Path) -> None:
 
 @contextmanager
 def clearing(clear: Callable[[], None]) -> Iterator[None]:
-    """`clear` what the block leaves behind, however it ends: by SIGTERM or SIGHUP too, which end a process at once.
+    """`clear` after the block, however it ends: by SIGTERM or SIGHUP too, which end a process at once.
 
     Not for long work: a signal waits for the operation that runs. A handler that somebody has set is left alone.
     """
