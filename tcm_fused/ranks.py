@@ -178,7 +178,7 @@ def _passing_on(held: Packed, group: "dist.ProcessGroup") -> Iterator[Packed]:
         works = dist.batch_isend_irecv(messages) if messages else []
     try:
         yield arriving
-    finally:  # after an error too, so that a later call does not receive what was sent in this one
+    finally:  # after an error too, so that a later call does not receive the rows of this one
         with _with_others():
             for work in works:
                 work.wait()

@@ -272,6 +272,6 @@ for _name, _function in (
     ("counts_blocked", counts_blocked),
 ):
     _LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
-for _device in ("CUDA", "CPU"):  # CUDA is also what torch calls ROCm; on CPUs Triton has its interpreter
+for _device in ("CUDA", "CPU"):  # torch calls ROCm CUDA, too; on CPUs Triton has its interpreter
     _LIBRARY.impl("loss_triton", _loss_triton, _device)
     _LIBRARY.impl("penalties_triton", _penalties_triton, _device)

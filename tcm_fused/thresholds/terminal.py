@@ -26,7 +26,7 @@ def printable_lines(text: object) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose messages, which may quote names of files and what is in them, cannot harm a terminal."""
+    """A parser whose messages, which may quote names of files and their contents, cannot harm a terminal."""
 
     def exit(self, status: int = 0, message: str | None = None) -> Any:
         """End the process, with a message that is printable."""
