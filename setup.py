@@ -3,7 +3,7 @@
 TCM_FUSED_EXTENSION   1: with the extension (the default); 0: Python alone, for the backends 'torch' and 'triton'; no
                       compiler is needed then, nor torch to be there first
 TCM_FUSED_CUDA        auto: with CUDA kernels if nvcc is found (the default); 1: with them or not at all; 0: without
-TORCH_CUDA_ARCH_LIST  what they are compiled for, as torch writes it; the default is "8.0;9.0a;10.0+PTX"
+TORCH_CUDA_ARCH_LIST  architectures they are compiled for, as torch writes them; the default is "8.0;9.0a;10.0+PTX"
 CUDA_HOME             nvcc is CUDA_HOME/bin/nvcc if that is there, else the one on the PATH; CUDA 12.5 or later
 CXX                   the C++ compiler (g++), which is nvcc's host compiler too; as a shell reads it: "ccache g++"
 MAX_JOBS              how many compilers may run at once (2)
@@ -27,7 +27,7 @@ from setuptools.command.build import build as BuildAll
 
 
 def chosen(name: str, *choices: str) -> str:
-    """What the environment says for `name`, or the first of `choices`."""
+    """The value of `name` in the environment, or the first of `choices`."""
     wish = os.environ.get(name) or choices[0]
     if wish not in choices:
         raise SystemExit(f"{name}={wish!r} is not known; choose one of {', '.join(map(repr, choices))}")
@@ -125,7 +125,7 @@ def run(*command: str) -> tuple[str, int]:
 
 
 class Cuda(NamedTuple):
-    """What the CUDA kernels are compiled with and for."""
+    """The compiler of the CUDA kernels, and the GPUs they are compiled for."""
 
     nvcc: str
     name: str  # with version
@@ -240,11 +240,14 @@ class BuildCuda(Command):
 
     user_options: ClassVar[list[tuple[str, str, str]]] = []
 
-    def initialize_options(self) -> None: ...
+    def initialize_options(self) -> None:
+        """There are none."""
 
-    def finalize_options(self) -> None: ...
+    def finalize_options(self) -> None:
+        """There are none."""
 
     def run(self) -> None:
+        """Compile, and print where the reports are; SystemExit if there are to be no CUDA kernels."""
         build = cuda()
         if isinstance(build, str):
             raise SystemExit(f"no CUDA kernels: {build}")
@@ -252,9 +255,10 @@ class BuildCuda(Command):
 
 
 class CleanBuild(BuildAll):
-    """A wheel of what is there: setuptools would put modules of earlier builds in, since moved or deleted."""
+    """A build of the present modules alone: setuptools would add those of earlier builds, since moved or deleted."""
 
     def run(self) -> None:
+        """Remove the folder of earlier builds first."""
         shutil.rmtree(self.build_lib, ignore_errors=True)
         super().run()
 
@@ -263,6 +267,7 @@ class Build(BuildExtension):
     """The extension, its CUDA kernels first."""
 
     def build_extensions(self) -> None:
+        """Compile the CUDA kernels, if there are to be any, and then the extension with them."""
         build = cuda()
         if isinstance(build, Cuda):
             print(f"tcm_fused: CUDA kernels with {build.name} for {' '.join(build.architectures)}")
@@ -292,6 +297,7 @@ def sources_header() -> Path:
 
 
 def extension() -> "CppExtension":
+    """The extension as setuptools takes it."""
     build = cuda()
     os.environ["CXX"] = compiler().program  # for torch and setuptools
     with_cuda = isinstance(build, Cuda)

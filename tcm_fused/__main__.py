@@ -1,4 +1,4 @@
-"""`python -m tcm_fused`: what this installation can do (`info`), and the commands of `tcm_fused.thresholds`."""
+"""`python -m tcm_fused`: facts about this installation (`info`), and the commands of `tcm_fused.thresholds`."""
 
 import argparse
 import json

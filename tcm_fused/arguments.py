@@ -30,7 +30,7 @@ class Rows(NamedTuple):
 
 
 class Options(NamedTuple):
-    """All of a call that is not data. Margins and weights are numbers or 0-d tensors."""
+    """The options of a call. Margins and weights are numbers or 0-d tensors."""
 
     margin_plus: float | Tensor
     margin_minus: float | Tensor
@@ -185,11 +185,13 @@ def check_bank(batch: Rows, bank: Rows | None) -> Rows | None:
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """`value` must be one of `choices`; ValueError."""
     if value not in choices:
         raise ValueError(f"{name}={value!r} is not known; choose one of {', '.join(map(repr, choices))}")
 
 
 def check_number(name: str, value: Any, least: float = -math.inf, besides: str = "") -> None:
+    """`value` must be a finite number, at least `least`; TypeError, which ends in `besides`, or ValueError."""
     if not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}{besides}")
     try:
@@ -227,7 +229,7 @@ def _user_allows_less_than_float32(device_type: str) -> bool:
 
 
 def _check_differentiation(*embeddings: Tensor | None) -> None:
-    """Only reverse-mode autograd is served; torch's own words, or silence, would not say so for the rest."""
+    """RuntimeError but for reverse-mode autograd: torch itself would be unclear about the others, or silent."""
     for x in embeddings:
         if x is None:
             continue
@@ -258,6 +260,7 @@ def check_set(name: str, x: Any, labels_name: str, labels: Any) -> None:
 
 
 def check_tensor(name: str, value: Any) -> None:
+    """`value` must be a plain, dense tensor; TypeError."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
     if hasattr(value, "to_local"):  # a DTensor
@@ -318,7 +321,10 @@ def _check_groups(embeddings: Tensor, ref_emb: Any, row_offset: Any, groups: Any
 
 
 def int64_labels(labels: Tensor, name: str) -> Tensor:
-    """On a GPU, where looking would wait for the device, and under torch.compile, a label from 2**63 on is negative."""
+    """Labels as int64; ValueError from 2**63 on.
+
+    On a GPU, where looking would wait for the device, and under torch.compile such a label becomes negative.
+    """
     looks = labels.dtype == torch.uint64 and labels.device.type == "cpu" and not torch.compiler.is_compiling()
     if looks and bool((labels.view(torch.int64) < 0).any()):
         raise ValueError(f"{name} must be below 2**63")

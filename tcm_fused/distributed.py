@@ -118,6 +118,7 @@ reduction='violating', group_pairs='within', precision='auto', backend='auto', g
         return loss, batch
 
     def extra_repr(self) -> str:
+        """The options, as `repr` shows them."""
         return f"{super().extra_repr()}, grad_reduction={self.grad_reduction!r}, ring={self.ring!r}"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "DistributedTCMLoss":
@@ -201,7 +202,7 @@ reduction='violating', group_pairs='within', precision='auto', backend='auto', g
         return rows._replace(x=torch.where((rows.y >= 0)[:, None], rows.x, 0))
 
     def _terms(self, rows: Rows, bank: Rows | None) -> str:
-        """What all ranks must agree on."""
+        """Everything that all ranks must agree on, as text."""
         options = self.options
         numbers = [float(value) if not isinstance(value, str) else value for value in options]
         return (

@@ -175,6 +175,7 @@ def tcm_loss(
 
 
 def stats_of(penalty: Tensor, count: Tensor, dtype: torch.dtype) -> TCMStats:
+    """Statistics from the sums [2] of penalties and the counts [2] of hard pairs."""
     violation = (penalty / count.clamp_min(1)).to(dtype)
     return TCMStats(count[0], count[1], violation[0], violation[1])
 
@@ -292,6 +293,7 @@ class TCMLoss(nn.Module):
         return loss, rows
 
     def extra_repr(self) -> str:
+        """The options, as `repr` shows them."""
         return ", ".join(f"{name}={value!r}" for name, value in self.options._asdict().items())
 
 

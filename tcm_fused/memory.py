@@ -11,7 +11,7 @@ from tcm_fused.backends.numerics import EPS, loss_dtype
 from tcm_fused.loss import TCMLoss
 from tcm_fused.tracing import eager_when_compiled
 
-_NO_GROUP = torch.iinfo(torch.int64).min  # of what was stored without groups
+_NO_GROUP = torch.iinfo(torch.int64).min  # of rows stored without groups
 
 
 class CrossBatchMemory(nn.Module):
@@ -91,7 +91,7 @@ class CrossBatchMemory(nn.Module):
     def forward(self, embeddings: Tensor, labels: Tensor, groups: Tensor | None = None) -> Tensor:
         """The loss of `embeddings` [N, D], `labels` [N] and, as in `tcm_loss`, `groups` [N].
 
-        With groups, what was stored without any takes no part.
+        With groups, rows that were stored without any take no part.
         """
         loss, batch = self.loss.against_bank(embeddings, labels, groups, self._stored(groups is not None))
         if self.training:
@@ -112,7 +112,7 @@ class CrossBatchMemory(nn.Module):
     def _store(self, batch: Rows) -> None:
         """The last rows that can be stored, in their order, from `position` on, round the end of the bank.
 
-        How many there are only the device knows. So the slots behind them are written as well, with what they hold.
+        Only the device knows how many there are. So the slots behind them are written as well, with their own rows.
         """
         x, y, groups = batch
         if self.embeddings.shape[1] == 0:
@@ -132,9 +132,11 @@ class CrossBatchMemory(nn.Module):
         self.filled = min(self.size, self.filled + n)
 
     def get_extra_state(self) -> Tensor:
+        """The numbers of calls and of filled slots, for `state_dict`."""
         return torch.tensor([self.calls, self.filled], device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
+        """The same from a `state_dict`."""
         self.calls, self.filled = state.tolist()
 
     def _load_from_state_dict(
@@ -165,11 +167,12 @@ class CrossBatchMemory(nn.Module):
             self.filled = min(self.size, max(self.filled, int(stored.max()) + 1 if len(stored) else 0))
 
     def extra_repr(self) -> str:
+        """Size and warm-up, as `repr` shows them."""
         return f"size={self.size}, warm_up={self.warm_up}"
 
 
 def _near_unit(x: Tensor) -> Tensor:
-    """Rows of x [N, D], in the dtype of the loss, over a power of two: no entry is above 4, so that any dtype has it.
+    """Rows of x [N, D], in the dtype of the loss, divided by a power of two: no entry is above 4, as any dtype has it.
 
     The power is exact, or nearly, and all entries of a row have the same. Rows so small that the loss does not make
     them unit rows stay as they are.

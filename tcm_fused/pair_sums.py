@@ -96,7 +96,7 @@ def _grouped(
     penalty, hard, divisor = (both_orders * sums for sums in total)
 
     sets = [(rows, grad_rows), *([] if columns is None else [(columns, grad_columns)])]
-    if not all(bool(x[y >= 0].isfinite().all()) for (x, y, _), _ in sets):  # also of a row that no part had
+    if not all(bool(x[y >= 0].isfinite().all()) for (x, y, _), _ in sets):  # of a row in no part, too
         penalty = torch.full_like(penalty, torch.nan)
         for (_, y, _), grad in sets:
             if grad is not None:
@@ -141,7 +141,7 @@ def count_pairs(y: Tensor, ref_y: Tensor | None, row_offset: int | None) -> Tens
 def _within(
     rows: Rows, columns: Rows | None, row_offset: int | None
 ) -> Iterator[tuple[Tensor, Tensor | None, int | None]]:
-    """Indices of each group's rows and of its columns (None: its rows), those columns first that are rows."""
+    """Indices of each group's rows and of its columns (None: its rows), the columns that are rows first."""
     index = torch.arange(len(rows.y), device=rows.y.device)
     row_parts = _by_group(rows, index)
     if columns is None:

@@ -94,7 +94,7 @@ def _telling_device(agreement: Agreement, group: "dist.ProcessGroup") -> torch.d
 
 @contextlib.contextmanager
 def _with_others() -> Iterator[None]:
-    """Around communication: says what its failure means."""
+    """Around communication: its errors become one that says which ranks to look at."""
     try:
         yield
     except RuntimeError as error:
@@ -131,6 +131,7 @@ class Packed:
         return Packed(x, torch.cat([self.ids, self.ids.new_full((missing, self.ids.shape[1]), -1)]), self.dtype)
 
     def rows(self) -> Rows:
+        """The rows again, without a copy."""
         y, *groups = self.ids.unbind(1)
         return Rows(self.x.view(self.dtype), y, groups[0] if groups else None)
 
@@ -177,7 +178,7 @@ def _passing_on(held: Packed, group: "dist.ProcessGroup") -> Iterator[Packed]:
         works = dist.batch_isend_irecv(messages) if messages else []
     try:
         yield arriving
-    finally:  # after an error too, so that a later call does not receive what was sent in this one
+    finally:  # after an error too, so that a later call does not receive the rows of this one
         with _with_others():
             for work in works:
                 work.wait()

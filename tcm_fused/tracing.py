@@ -13,7 +13,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 def constant_when_compiled(function: F) -> F:
     """torch.compile calls `function` once, when it traces, and does not look inside.
 
-    This is what `torch.compiler.assume_constant_result` does, which imports the compiler first: a second, and Triton.
+    As `torch.compiler.assume_constant_result`, which imports the compiler first: a second, and Triton.
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]  # a function has no such attribute declared
     return function
@@ -22,7 +22,7 @@ def constant_when_compiled(function: F) -> F:
 def eager_when_compiled(reason: str) -> Callable[[F], F]:
     """torch.compile runs the function as it is, between two graphs; with fullgraph=True it raises, and says why.
 
-    This is what `torch.compiler.disable` does, which imports the compiler first.
+    As `torch.compiler.disable`, which imports the compiler first.
     """
 
     def decorate(function: F) -> F:
@@ -32,7 +32,7 @@ def eager_when_compiled(reason: str) -> Callable[[F], F]:
                 return torch.compiler.disable(function, reason=reason)(*arguments, **keywords)
             return function(*arguments, **keywords)
 
-        # What the compiler looks for on a function; mypy knows no attributes of functions.
+        # The compiler looks for these on a function; mypy knows no attributes of functions.
         eager._torchdynamo_disable = True  # type: ignore[attr-defined]
         eager._torchdynamo_disable_msg = reason  # type: ignore[attr-defined]
         return cast(F, eager)

@@ -41,7 +41,7 @@ def _count(
 ) -> tuple[Tensor, Tensor, Tensor]:
     half, t = 1 << bits, thresholds.shape[0]
     bins = 2 * half + 1
-    counts = torch.zeros(2 * bins + 1, dtype=torch.int64, device=x.device)  # the last: what is no pair
+    counts = torch.zeros(2 * bins + 1, dtype=torch.int64, device=x.device)  # the last: entries that are no pair
     class_counts = torch.zeros(2 * (classes + 1) * t, dtype=torch.int64, device=x.device)
     best = x.new_full((2, x.shape[0]), -torch.inf)
     order = torch.nonzero(y >= 0).flatten()

@@ -1,4 +1,4 @@
-"""Which backend runs a call, and why one cannot: both are read off one table of what each backend can do."""
+"""Which backend runs a call, and why one cannot: both are read off one table of the backends' abilities."""
 
 from functools import cache
 from typing import Any, NamedTuple
@@ -34,7 +34,7 @@ BACKENDS = {
 
 
 def build_info() -> dict[str, Any] | None:
-    """What the extension was built with, or None where it is not built."""
+    """Compilers and architectures that the extension was built with, or None where it is not built."""
     return None if _IMPORT_ERROR else _C.build_info()
 
 
@@ -51,7 +51,7 @@ def why_unavailable(backend: str) -> str | None:
 
 @cache
 def _why_no_cuda() -> str | None:
-    """Of the extension, torch, the driver and the GPUs, in this order, the first that does not do."""
+    """None, or why not: of the extension, torch, the driver and the GPUs the first that will not do."""
     built = _C.build_info()
     architectures = built["cuda_architectures"].split()
     if not architectures:

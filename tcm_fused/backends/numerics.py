@@ -80,7 +80,7 @@ def _onednn_rounds() -> bool:
 
 @cache
 def _onednn_rounds_by_default() -> bool:
-    """Whether the environment, which oneDNN reads once, says so: what is set on Arm, where it makes all products."""
+    """Whether the environment, which oneDNN reads once, says so. It is set on Arm, where oneDNN makes all products."""
     names = ("ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE")
     return any(os.environ.get(name, "STRICT").upper() != "STRICT" for name in names)
 

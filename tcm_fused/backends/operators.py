@@ -147,10 +147,12 @@ class OnceDifferentiable(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, saved: Tensor, upstream: Tensor, *embeddings: Tensor | None) -> Tensor:
+        """The gradient [N, D]."""
         return scale_saved(saved, upstream)
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:
+        """RuntimeError: there is no second derivative."""
         raise RuntimeError(
             "tcm_loss has no second derivative (it was differentiated with create_graph=True and then once more); "
             "for double backward use tcm_fused.reference.tcm_reference, which is plain autograd"
@@ -162,12 +164,14 @@ class WithGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, value: Tensor, grad: Tensor) -> Tensor:
+        """`value` as it is."""
         ctx.save_for_backward(grad)
         ctx.x = x  # see `_keep`
         return value.clone()
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> Any:
+        """The gradient by x, in its dtype; none by the others."""
         scale = OnceDifferentiable.apply if torch.is_grad_enabled() else scale_saved
         return scale(*ctx.saved_tensors, *upstream, ctx.x).to(ctx.x.dtype), None, None
 
@@ -268,6 +272,6 @@ for _name, _function in (
     ("counts_blocked", counts_blocked),
 ):
     _LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
-for _device in ("CUDA", "CPU"):  # CUDA is also what torch calls ROCm; on CPUs Triton has its interpreter
+for _device in ("CUDA", "CPU"):  # torch calls ROCm CUDA, too; on CPUs Triton has its interpreter
     _LIBRARY.impl("loss_triton", _loss_triton, _device)
     _LIBRARY.impl("penalties_triton", _penalties_triton, _device)

@@ -53,6 +53,7 @@ def normalise(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """Unit rows in sorted order, and their norms: one program for ROWS rows."""
     r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     takes_part = r < tl.load(valid)
     source = tl.load(order + r, mask=takes_part, other=0) * x_row
@@ -115,6 +116,7 @@ def tile_sums(
     TILE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """Sums of unit rows: one program for a tile of rows and BLOCK columns."""
     tile, column, _ = _tile_and_column(d, BLOCK)
     column += tl.arange(0, BLOCK)
     row = (tile * TILE + tl.arange(0, TILE)).to(tl.int64)
@@ -226,6 +228,7 @@ def similarity(
     STEP: tl.constexpr,
     TMA: tl.constexpr,
 ):
+    """Similarities, hard pairs and masks of a panel: one program for a tile."""
     # Neighbours in time share columns and up to 16 tiles of rows, which stay in the L2 cache.
     t = tl.program_id(0)
     group = t // (16 * column_tiles)
@@ -388,7 +391,7 @@ def lists(
 @triton.jit(do_not_specialize=["length", "outs", "splits"])
 def masked_sum(
     masks,  # [2, mask_rows, width]
-    x,  # [PARTS, padded, d] X^ of what is summed
+    x,  # [PARTS, padded, d] X^ of the rows that are summed
     lists,  # [2, out tiles, length] mixed tiles
     sizes,  # [2, outs] how many, at the first out tile
     out,  # [2, splits, out rows, d] with `out_stride` from one matrix to the next, `out_row` from one row to the next
@@ -412,6 +415,7 @@ def masked_sum(
     TMA: tl.constexpr,
     LONG: tl.constexpr,  # a block of a mask spans 2^31 numbers
 ):
+    """M X^ or M^T X^ over the mixed tiles: one program for an out tile, WIDTH columns, a side and a split."""
     o, column, outs_here = _tile_and_column(d, WIDTH)
     z = tl.program_id(1)
     side = z // splits
@@ -474,6 +478,7 @@ def collect(
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """Split sums and full tiles added to G: one program for an out tile, WIDTH columns and a side."""
     o, column, outs_here = _tile_and_column(d, WIDTH)
     c = column + tl.arange(0, WIDTH)
     side = tl.program_id(1)
@@ -526,6 +531,7 @@ def totals(
     tiles,
     BLOCK: tl.constexpr,
 ):
+    """Loss, penalties, counts and weights of the gradient, from those of the panels: one program."""
     check = (tl.load(row_check) + tl.load(column_check)).to(tl.float64)
     for side in tl.static_range(2):  # of a number that is not finite it makes NaN
         check += 0.0 * tl.load(margins + side)
@@ -581,6 +587,7 @@ def project(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """Gradients in the order of the input, (g - (g . x^) x^) / |x|: one program for ROWS rows and a gradient."""
     r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     takes_part = r < tl.load(valid)
     source = tl.load(order + r, mask=r < n, other=0)

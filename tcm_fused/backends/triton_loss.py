@@ -88,7 +88,7 @@ def device_of(device: torch.device) -> tuple[str, int]:
     properties = torch.cuda.get_device_properties(device)
     if torch.version.hip is not None or properties.major < 8:
         return "other", properties.multi_processor_count
-    # What runs on sm_80 runs on every later architecture; descriptors and their tile sizes are for these two.
+    # Settings for sm_80 run on every later architecture; descriptors and their tile sizes are for these two.
     name = {9: "sm_90", 10: "sm_100"}.get(properties.major, "sm_80")
     return name, properties.multi_processor_count
 
@@ -108,6 +108,7 @@ class Embeddings:
 
     @property
     def padded(self) -> int:
+        """Rows with the padding to whole tiles."""
         return self.norm.shape[1]
 
 
@@ -337,6 +338,7 @@ class Walk:
         self.count = torch.empty((2, tiles), dtype=torch.int64, device=rows.x.device)
 
     def run(self) -> None:
+        """Work on all panels, one after the other."""
         panels = list(self.panels())
         pairs = max(height * width for _, height, _, width in panels)
         new = self.rows.unit.new_empty
@@ -361,6 +363,7 @@ class Walk:
             row += height
 
     def one_panel(self, masks: Tensor, row: int, height: int, column: int, width: int) -> None:
+        """Launch the kernels of one panel."""
         config, rows, columns = self.config, self.rows, self.columns
         i, j = height // config.rows, width // config.columns
         device = rows.x.device
@@ -430,5 +433,5 @@ class Walk:
         )  # fmt: skip
 
     def operand(self, matrix: Tensor, rows: int, columns: int) -> Any:
-        """What a kernel reads blocks [rows, columns] of `matrix` from."""
+        """`matrix` as a kernel reads blocks [rows, columns] of it."""
         return TensorDescriptor.from_tensor(matrix, [rows, columns]) if self.config.tma else matrix

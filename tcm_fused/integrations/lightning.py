@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tcm_fused.integrations.hard_pairs import KEYS, HardPairs
+from tcm_fused.integrations.logging import KEYS, HardPairs
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -25,7 +25,7 @@ except ImportError as error:
 
 
 class TCMCallback(Callback):
-    """Logs what the TCM losses of a `LightningModule` see, and the OPIS of its validation embeddings.
+    """Logs the hard pairs of the TCM losses of a `LightningModule`, and the OPIS of its validation embeddings.
 
     For each training batch of this process: "tcm/hard_positives", "tcm/hard_negatives", "tcm/violation_positives" and
     "tcm/violation_negatives" (mean violations); with "_epoch" behind their names, means over the epoch's batches of all
@@ -67,21 +67,25 @@ class TCMCallback(Callback):
         return OPIS(**options, details=True)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look for the TCM losses."""
         self._pairs = HardPairs({"criterion": self.criterion, "": pl_module})
         self._pairs.warn_if_none("give the module that has it in it as criterion=")
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Set aside what was seen before the batch."""
         self._pairs.start_batch()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        """Log the hard pairs of the batch."""
         # nan where a loss was not called, since Lightning would log its value of an earlier batch again.
         none = torch.full((len(KEYS),), torch.nan, dtype=torch.float32, device=pl_module.device)
         stats = dict.fromkeys(self._pairs.losses, none) | self._pairs.end_batch()
         pl_module.log_dict(self._pairs.by_key(stats), on_step=True, on_epoch=False, batch_size=1)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the means over the epoch, of all processes."""
         if not self._pairs.losses:
             return
         # By every process, and of all losses: some may be called by some processes only.
@@ -105,10 +109,12 @@ class TCMCallback(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
+        """Add the embeddings of the batch."""
         if self.embeddings is not None and self._opis:
             self._opis[dataloader_idx].update(*self.embeddings(outputs, batch))
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the scores of each loader."""
         for index, metric in enumerate(self._opis):
             suffix = f"/dataloader_{index}" if len(self._opis) > 1 else ""
             metric.warned = self._warned

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tcm_fused.arguments import Options
-from tcm_fused.integrations.pairs import pair_loss
+from tcm_fused.integrations.given_pairs import pair_loss
 from tcm_fused.loss import TCMStats, tcm_loss
 
 try:
@@ -116,6 +116,7 @@ class ThresholdConsistentMarginLoss(losses.BaseMetricLossFunction):
         return Options(**{name: getattr(self, name) for name in Options._fields})
 
     def get_default_distance(self) -> CosineSimilarity:
+        """Cosine similarity, the only one that TCM has."""
         return CosineSimilarity()
 
     def compute_loss(
@@ -126,7 +127,7 @@ class ThresholdConsistentMarginLoss(losses.BaseMetricLossFunction):
         ref_emb: Tensor,
         ref_labels: Tensor | None,
     ) -> dict[str, dict[str, Any]]:
-        """What the library's `forward` calls, with `ref_emb` the embeddings themselves where none was given."""
+        """Called by the library's `forward`, with `ref_emb` the embeddings themselves where none was given."""
         common_functions.labels_or_indices_tuple_required(labels, indices_tuple)
         if indices_tuple is None:
             own = ref_emb is embeddings or ref_labels is labels
@@ -219,6 +220,7 @@ class CrossBatchMemory(LibraryMemory):
 
     @staticmethod
     def supported_losses() -> list[str]:
+        """The names of the library's, and that of this module's loss."""
         return [*LibraryMemory.supported_losses(), ThresholdConsistentMarginLoss.__name__]
 
     def create_indices_tuple(
@@ -230,6 +232,7 @@ class CrossBatchMemory(LibraryMemory):
         input_indices_tuple: tuple[Tensor, ...] | None,
         do_remove_self_comparisons: bool,
     ) -> Any:
+        """All pairs with the memory for this module's loss, unless pairs are given; else as the library."""
         if self.miner or input_indices_tuple is not None or not isinstance(self.loss, ThresholdConsistentMarginLoss):
             return super().create_indices_tuple(
                 embeddings, labels, E_mem, L_mem, input_indices_tuple, do_remove_self_comparisons

@@ -6,7 +6,7 @@ Example:
     loss = WithTCM(losses.MultipleNegativesRankingLoss(model))
     trainer = SentenceTransformerTrainer(model=model, train_dataset=train_dataset, loss=loss)
 
-What is a positive pair depends on the columns of the dataset:
+Which pairs are positive depends on the columns of the dataset:
 
 - one column with class labels (`BatchHardTripletLoss` and its like): sentences of one class.
 - several columns without labels (`MultipleNegativesRankingLoss`, `TripletLoss` and their like): the first two of a row.
@@ -39,7 +39,7 @@ _EVALUATES_AGAIN = losses.MatryoshkaLoss, losses.AdaptiveLayerLoss
 _TAKES_SIMILAR_PAIRS = losses.ContrastiveLoss, losses.OnlineContrastiveLoss
 
 ClassLabels = Callable[[Tensor | None], Sequence[Tensor]]
-Features = dict[str, Any]  # what the encoder takes for a column of a batch
+Features = dict[str, Any]  # of one column of a batch, as the encoder takes them
 
 
 class ThresholdConsistentMarginLoss(nn.Module):
@@ -47,7 +47,7 @@ class ThresholdConsistentMarginLoss(nn.Module):
 
     Args:
         model: the `SentenceTransformer` that is trained.
-        class_labels: what is a positive pair, where the columns do not tell (see the module).
+        class_labels: which pairs are positive, where the columns do not tell (see the module).
         options: those of `tcm_fused.TCMLoss`, which is the attribute `tcm` and has the `stats` of the last call.
     """
 
@@ -137,7 +137,7 @@ class WithTCM(ThresholdConsistentMarginLoss):
     Raises:
         TypeError: the loss is one whose embeddings cannot be seen, by name: `ContrastiveTensionLoss` (two encoders),
             `DenoisingAutoEncoderLoss` (a decoder), or one of the three above on the outside.
-        ValueError: of a batch, if it does not tell what the classes are.
+        ValueError: of a batch, if it does not tell the classes.
     """
 
     def __init__(self, loss: nn.Module, class_labels: ClassLabels | None = None, **options: Any) -> None:
@@ -164,6 +164,7 @@ class WithTCM(ThresholdConsistentMarginLoss):
         return getattr(self.loss, "uses_gradient_cache", False)
 
     def forward(self, sentence_features: Iterable[Features], labels: Tensor | None = None) -> Any:
+        """The loss of the batch with TCM added; in a dict, if the loss gives one, under "tcm"."""
         columns = list(sentence_features)
         if self.uses_gradient_cache:
             self._labels = labels
@@ -205,6 +206,7 @@ class WithTCM(ThresholdConsistentMarginLoss):
         return isinstance(self.loss, _TAKES_SIMILAR_PAIRS)
 
     def get_config_dict(self) -> dict[str, Any]:
+        """The loss and the options, as the library writes them on a model card."""
         return {"loss": self.loss, **super().get_config_dict()}
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tcm_fused.arguments import check_set
-from tcm_fused.integrations.hard_pairs import HardPairs
+from tcm_fused.integrations.logging import HardPairs
 from tcm_fused.thresholds.opis import check_options, opis, scores_or_nan, warn_of_nan
 
 try:
@@ -27,7 +27,7 @@ except ImportError as error:
 
 
 class TCMCallback(TrainerCallback):
-    """Logs what the TCM losses of a `Trainer` see, and the OPIS of its evaluation embeddings.
+    """Logs the hard pairs of the TCM losses of a `Trainer`, and the OPIS of its evaluation embeddings.
 
     Whenever the trainer logs its loss, as means over the batches of all processes since the last time:
     "tcm/hard_positives", "tcm/hard_negatives", "tcm/violation_positives" and "tcm/violation_negatives" (mean
@@ -70,6 +70,7 @@ class TCMCallback(TrainerCallback):
         self._warned = False  # of a score that is NaN
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Look for the TCM losses."""
         roots: dict[str, object] = {}
         for name, value in vars(self.trainer).items():
             roots |= (
@@ -79,6 +80,7 @@ class TCMCallback(TrainerCallback):
         self._pairs.warn_if_none("give the module that has it in it as criterion=, if a function calls it")
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Set aside what was seen before the step."""
         self._pairs.start_batch()
 
     def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -86,9 +88,11 @@ class TCMCallback(TrainerCallback):
         self._pairs.end_batch()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """After the last batch of a step."""
         self._pairs.end_batch()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
+        """Log the hard pairs beside the trainer's loss."""
         if "loss" not in logs or not self._pairs.losses:
             return
         # By every process at every such log, and of all losses: some may be called by some processes only.
@@ -98,6 +102,7 @@ class TCMCallback(TrainerCallback):
             self.trainer.log(means)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, Any], **kwargs: Any) -> None:
+        """Score the evaluation set, and log it."""
         if self.embed is None:
             return
         embeddings, labels = self._embed(self.embed, kwargs["eval_dataloader"])

@@ -51,9 +51,9 @@ class TAR(NamedTuple):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Calibration:
-    """What `calibrate` found: a threshold, and what it means for all pairs and for each of C classes."""
+    """The result of `calibrate`: a threshold, and its rates for all pairs and for each of C classes."""
 
-    bound: dict[str, float]  # what was asked for: {"far": ...} or {"frr": ...}
+    bound: dict[str, float]  # as asked for: {"far": ...} or {"frr": ...}
     threshold: Operation
     class_ids: Array  # [C] labels of the classes that have at least two samples, ascending
     class_sizes: Array  # [C]
@@ -150,7 +150,7 @@ def calibrate(
     backend: str = "auto",
     progress: bool = False,
 ) -> Calibration:
-    """The threshold that meets a bound on one error rate, and what it costs in all and for each class.
+    """The threshold that meets a bound on one error rate, and its cost in all and for each class.
 
     Give one of `far` and `frr`. far: the lowest threshold whose false accept rate (share of all negative pairs with at
     least that similarity) is at most `far`. frr: the highest threshold whose false reject rate (share of all positive

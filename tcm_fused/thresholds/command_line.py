@@ -24,7 +24,7 @@ _LONG = 20_000  # rows from which on a bar is shown
 
 
 def add_commands(commands: Any) -> None:
-    """To the subparsers of a command line; each sets `run`, which takes what was parsed."""
+    """To the subparsers of a command line; each sets `run`, which takes the parsed arguments."""
     command = _add(
         commands,
         "opis",

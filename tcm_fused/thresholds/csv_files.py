@@ -31,7 +31,7 @@ _MARKS = (  # of an encoding, at the start of a file; UTF-32's begins with UTF-1
 
 
 class Csv(NamedTuple):
-    """A file, and for what its first line can be taken."""
+    """A file, and the ways in which its first line can be read."""
 
     path: Path
     first: list[str]  # cells of the first line
@@ -240,7 +240,7 @@ def _table(content: bytes, separator: str, columns: int, text: bool = False) -> 
 
 
 def _header_of_numbers(first: list[str], others: Any) -> tuple[bool, ...]:
-    """What the first line of embeddings can be."""
+    """The ways to read the first line of embeddings."""
     unnamed = _unnamed(first)
     named = [cell for cell in first[unnamed:] if not NUMBER.fullmatch(cell)]
     if any(not is_missing(cell) for cell in named) or (unnamed and not named):
@@ -262,7 +262,7 @@ def _may_name_columns(names: Array, others: Any) -> bool:
 
 
 def _header_of_labels(first: str, others: Any) -> tuple[tuple[bool, ...], bool]:
-    """What the first line of labels can be, and whether the number of rows alone would say so."""
+    """The ways to read the first line of labels, and whether the number of rows alone would say so."""
     if NUMBER.fullmatch(first):
         return (True, False), True
     rest = [] if others is None else others.column(0).to_pylist()

@@ -24,6 +24,7 @@ except Exception as error:  # RuntimeError too: it imports torchvision, which ma
         """In its place, so that `OPIS` can be named, documented and looked for without torchmetrics, but not made."""
 
         def __new__(cls, *_: Any, **__: Any) -> Any:
+            """ImportError, with the remedy."""
             raise ImportError(
                 f"OPIS needs torchmetrics ({_why_no_torchmetrics}): pip install torchmetrics"
             ) from _why_no_torchmetrics
@@ -41,8 +42,9 @@ class OPIS(Metric):
 
     Arguments: those of `opis`, those of `torchmetrics.Metric`, and
 
-    details: what `compute` and `forward` return. False: OPIS, a scalar, as torchmetrics' wrappers, its plots and
-        Lightning's `self.log` take it. True: a dict of the scalars "opis", "eps_opis" and "recall_at_1".
+    details: the form of the scores that `compute` and `forward` return. False: OPIS, a scalar, as torchmetrics'
+        wrappers, its plots and Lightning's `self.log` take it. True: a dict of the scalars "opis", "eps_opis" and
+        "recall_at_1".
 
     Scalars are float64, or float32 on a device without that. All else that was found is in `result`, an `OPISResult`,
     after `compute`. A score that the rows do not have (no two classes, no class twice, rows that are not finite,
@@ -66,7 +68,7 @@ class OPIS(Metric):
 
     _OPTIONS = ("far_range", "frr_range", "thresholds", "num_thresholds", "distance", "beta", "epsilon", "backend")
 
-    # What the base class sets aside while it scores a batch.
+    # Set aside by the base class while it scores a batch.
     _CHANGED_BY_FORWARD = (
         *("result", "compute_on_cpu", "_update_count", "_computed", "_enable_grad"),
         *("_to_sync", "_should_unsync", "_is_synced", "_cache"),

@@ -61,7 +61,7 @@ class OPISResult:
     opis: float
     eps_opis: float
     recall_at_1: float  # over the rows whose class has another; a tie with another class, but for rounding, is a miss
-    axis: str  # "euclidean" or "cosine": what the integrals run over
+    axis: str  # "euclidean" or "cosine": of the integrals
     beta: float
     epsilon: float
     similarity: Array  # [K] thresholds as cosine similarity

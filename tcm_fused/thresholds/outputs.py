@@ -22,9 +22,9 @@ _DESCRIPTOR = re.compile(r"/proc/(?:self|\d+)/fd/(\d+)")  # where /dev/stdout an
 def write_whole(path: Path, save: Callable[[Path], Any]) -> None:
     """Let `save` write a file beside `path`, and give it that name when it is whole; nothing remains of a failure.
 
-    A link stays, and the file that it leads to is replaced; mode and, as far as we may, owner stay too. What has no
-    name of its own to give (a device, a FIFO, `/dev/stdout`, a file with a second name) gets the content written into
-    it. SIGTERM and SIGHUP end the process only after what was begun has been removed.
+    A link stays, and the file that it leads to is replaced; mode and, as far as we may, owner stay too. Where
+    there is no name of its own to give (a device, a FIFO, `/dev/stdout`, a file with a second name) the content is
+    written into it. SIGTERM and SIGHUP end the process only after unfinished files have been removed.
 
     Raises:
         OSError: it cannot be written; and whatever `save` raises.
@@ -61,7 +61,7 @@ def _give(part: Path, old: os.stat_result) -> None:
 
 
 def _fill(path: Path, save: Callable[[Path], Any]) -> None:
-    """Write the content into what is there; it is made elsewhere first, since a FIFO cannot be gone back in."""
+    """Write the content into the file that is there; it is made elsewhere first, since nobody can go back in a FIFO."""
     folder = tempfile.TemporaryDirectory()
     with clearing(folder.cleanup):
         part = Path(folder.name) / "whole"
@@ -142,7 +142,7 @@ def check_folder(folder: Path) -> None:
 
 
 def _identity(path: Path) -> Any:
-    """The same for all names of one regular file; None for what is none, which may be given twice."""
+    """The same for all names of one regular file; None for anything else, which may be given twice."""
     try:
         found = os.stat(path)
     except OSError:
@@ -174,7 +174,7 @@ def _try_folder(folder: Path) -> None:
 
 @contextmanager
 def clearing(clear: Callable[[], None]) -> Iterator[None]:
-    """`clear` what the block leaves behind, however it ends: by SIGTERM or SIGHUP too, which end a process at once.
+    """`clear` after the block, however it ends: by SIGTERM or SIGHUP too, which end a process at once.
 
     Not for long work: a signal waits for the operation that runs. A handler that somebody has set is left alone.
     """

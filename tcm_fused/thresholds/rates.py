@@ -22,8 +22,8 @@ _SAMPLE_BLOCKS, _SAMPLE_ROWS = 64, 32  # rows that the range of thresholds is gu
 
 
 class NothingToMeasure(ValueError):
-    """The set has no value of what was asked for, although all arguments are right: too few rows or classes, rows that
-    are not finite, an empty range of thresholds. Inside a training run that is NaN and no reason to end it.
+    """The set has no such score, although all arguments are right: too few rows or classes, rows that are not
+    finite, an empty range of thresholds. Inside a training run that is NaN and no reason to end it.
     """
 
     recall_at_1 = math.nan  # which can be told where it is only the range that is empty
@@ -88,7 +88,7 @@ class Rates:
 
 
 class Counts(NamedTuple):
-    """What one pass over the pairs gives."""
+    """The counts of one pass over the pairs."""
 
     rates: Rates
     class_below: Tensor  # [2, C + 1, T] int64, pairs from threshold 0 to below threshold k + 1, summed up along T
@@ -109,7 +109,7 @@ class Pairs:
     """Embeddings with labels, checked, and ready to be counted.
 
     Raises:
-        TypeError, ValueError: an argument is not what it must be, or the set has no positive or no negative pair.
+        TypeError, ValueError: an argument is wrong, or the set has no positive or no negative pair.
         RuntimeError: the backend asked for is not available.
     """
 

@@ -26,9 +26,10 @@ def printable_lines(text: object) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose messages, which may quote names of files and what is in them, cannot harm a terminal."""
+    """A parser whose messages, which may quote names of files and their contents, cannot harm a terminal."""
 
     def exit(self, status: int = 0, message: str | None = None) -> Any:
+        """End the process, with a message that is printable."""
         super().exit(status, None if message is None else printable_lines(message))
 
 

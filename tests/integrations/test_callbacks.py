@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from tcm_fused import TCMLoss, opis, tcm_loss
 from tcm_fused.integrations import lightning as for_lightning
 from tcm_fused.integrations import transformers as for_transformers
-from tcm_fused.integrations.hard_pairs import KEYS, HardPairs, criteria
+from tcm_fused.integrations.logging import KEYS, HardPairs, criteria
 from tcm_fused.integrations.pytorch_metric_learning import CrossBatchMemory, ThresholdConsistentMarginLoss
 from tcm_fused.integrations.sentence_transformers import ThresholdConsistentMarginLoss as SentenceLoss
 from tcm_fused.integrations.sentence_transformers import WithTCM

@@ -26,7 +26,7 @@ from torch.multiprocessing.spawn import spawn
 
 from tcm_fused import TCMStats, tcm_loss
 from tcm_fused.integrations import pytorch_metric_learning as adapter
-from tcm_fused.integrations.pairs import pair_loss
+from tcm_fused.integrations.given_pairs import pair_loss
 from tcm_fused.integrations.pytorch_metric_learning import (
     AllPairs,
     CrossBatchMemory,

@@ -1,4 +1,4 @@
-"""What callbacks log of the TCM losses in a model: how many pairs are hard, and by how much."""
+"""The hard pairs of the TCM losses in a model, as callbacks log them: how many, and by how much."""
 
 import warnings
 from typing import Any
@@ -12,9 +12,9 @@ KEYS = ("hard_positives", "hard_negatives", "violation_positives", "violation_ne
 
 
 def criteria(roots: dict[str, object]) -> dict[str, nn.Module]:
-    """All modules within `roots` that keep the stats of their last call, by root and path; what is no module has none.
+    """All modules within `roots` that keep the stats of their last call, by root and path.
 
-    No two have one name: where a path would be another's, it gets a "_" behind it.
+    A root that is no module has none. No two have one name: where a path would be another's, it gets a "_" behind it.
     """
     found: dict[str, nn.Module] = {}
     for root_name, root in roots.items():
@@ -45,11 +45,12 @@ class HardPairs:
         self.start_batch()
 
     def warn_if_none(self, advice: str) -> None:
+        """Warn, with `advice`, if there is no TCM loss."""
         if not self.losses:
             warnings.warn(f"TCMCallback found no TCM loss, so no hard pairs are logged: {advice}", stacklevel=3)
 
     def start_batch(self) -> None:
-        """What was called before, as in evaluation, is not of the batch."""
+        """Calls until now, as in evaluation, are not of the batch."""
         self._last = [_call(module) for module in self.losses.values()]
 
     def end_batch(self) -> dict[str, Tensor]:
@@ -86,5 +87,5 @@ class HardPairs:
 
 
 def _call(module: nn.Module) -> object:
-    """What each call of the loss puts in the place of the last call's: another object."""
+    """An object that each call of the loss replaces by another."""
     return module._seen if isinstance(module, TCMLoss) else module.stats
