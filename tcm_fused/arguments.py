@@ -56,11 +56,11 @@ class Options(NamedTuple):
 
     def margins(self, x: Tensor) -> Tensor:
         """[2] m+ and m-, as the operators take them for embeddings `x`; ValueError if they are on another device."""
-        return _sides(x, margin_plus=self.margin_plus, margin_minus=self.margin_minus)
+        return _sides(x, self.margin_plus, self.margin_minus, ("margin_plus", "margin_minus"))
 
     def weights(self, x: Tensor) -> Tensor:
         """[2] lambda+ and lambda-, likewise."""
-        return _sides(x, lambda_plus=self.lambda_plus, lambda_minus=self.lambda_minus)
+        return _sides(x, self.lambda_plus, self.lambda_minus, ("lambda_plus", "lambda_minus"))
 
     def warn_of_crossed_margins(self) -> bool:
         """`warn_of_crossed_margins` where both margins can be looked at without waiting for a device."""
@@ -105,29 +105,31 @@ def _check_value(name: str, value: Any, least: float = -math.inf) -> None:
 
 def _is_known(value: Any) -> bool:
     """Whether the value of a number or tensor is on the host."""
-    return not isinstance(value, Tensor) or (value.device.type == "cpu" and type(value) in (Tensor, Parameter))
+    if type(value) is float or not isinstance(value, Tensor):
+        return True
+    return value.device.type == "cpu" and type(value) in (Tensor, Parameter)
 
 
-def _sides(x: Tensor, **values: float | Tensor) -> Tensor:
+def _sides(x: Tensor, plus: float | Tensor, minus: float | Tensor, names: tuple[str, str]) -> Tensor:
     """[2] float64 of two values (float32 on MPS, which has no other): on the CPU, or on the device of `x`.
 
     Known numbers stay on the CPU, where the operators read them at the call. Those that only a device knows are put
     together there, and so is all under torch.compile: nothing waits for a device, and no graph has a part on the CPU.
     """
-    for name, value in values.items():
+    dtype = wide_dtype(x.device)
+    if not torch.compiler.is_compiling() and _is_known(plus) and _is_known(minus):
+        # Under a mode (of fake tensors, say) it is one of the mode's own tensors, which is of no use elsewhere.
+        make = _on_cpu.__wrapped__ if torch._C._len_torch_dispatch_stack() else _on_cpu
+        return make(float(plus), float(minus), dtype)
+    for name, value in zip(names, (plus, minus), strict=True):
         if isinstance(value, Tensor) and value.device != x.device and value.device.type != "cpu":
             raise ValueError(
                 f"{name} is on {value.device}, embeddings on {x.device}; a tensor must be on the CPU or on their device"
             )
-    dtype = wide_dtype(x.device)
-    if not torch.compiler.is_compiling() and all(map(_is_known, values.values())):
-        numbers = (float(value) for value in values.values())
-        # Under a mode (of fake tensors, say) it is one of the mode's own tensors, which is of no use elsewhere.
-        return (_on_cpu.__wrapped__ if torch._C._len_torch_dispatch_stack() else _on_cpu)(*numbers, dtype)
     # By sums, of which torch.compile makes one graph for all values of a Python float. Of torch.full it makes one for
     # each value, and then keeps an older value elsewhere in the user's graph (seen in torch 2.13).
     zero = torch.zeros((), dtype=dtype, device=x.device)
-    return torch.stack([zero + (v.to(dtype) if isinstance(v, Tensor) else v) for v in values.values()])
+    return torch.stack([zero + (v.to(dtype) if isinstance(v, Tensor) else v) for v in (plus, minus)])
 
 
 @lru_cache(maxsize=256)  # two tensors made anew would be a tenth of the time of a small batch

@@ -153,22 +153,33 @@ def _best(device_type: str, fallback: str, dtype: torch.dtype, penalty: str | No
     Where that is the last, which is slow, a warning says why no other is; but not where no kernel for the device could.
     """
     missing: dict[str, str] = {}
-    if all(able.device != device_type for able in BACKENDS.values()):
-        missing["kernel"] = f"no kernel for device '{device_type}'"
-    for name, able in BACKENDS.items():
-        can = dtype in able.counted if penalty is None else dtype in able.dtypes and penalty in able.penalties
-        if not can or able.device not in (None, device_type):
-            continue
+    for name in _able(device_type, dtype, penalty):
         reason = why_unavailable(name)
         if name == "triton" and reason is None and _is_interpreted():
             reason = "TRITON_INTERPRET is set; unset it"
         if reason is not None:
             missing[name] = reason
-        elif able.device is not None or not missing:
+        elif BACKENDS[name].device is not None or (not missing and _has_kernels(device_type)):
             return name
+    missing = missing or {"kernel": f"no kernel for device '{device_type}'"}
     told = [f"{name}: {reason}" if len(missing) > 1 else reason for name, reason in missing.items()]
     warn_once(f"tcm_fused {fallback}: {'; '.join(told)}")
     return name
+
+
+@cache
+def _able(device_type: str, dtype: torch.dtype, penalty: str | None) -> tuple[str, ...]:
+    """Backends that are made for it, best first; the last is plain PyTorch."""
+    return tuple(
+        name
+        for name, able in BACKENDS.items()
+        if able.device in (None, device_type)
+        and (dtype in able.counted if penalty is None else dtype in able.dtypes and penalty in able.penalties)
+    )
+
+
+def _has_kernels(device_type: str) -> bool:
+    return any(able.device == device_type for able in BACKENDS.values())
 
 
 def _is_interpreted() -> bool:
