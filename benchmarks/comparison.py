@@ -2,6 +2,7 @@
 
 import math
 import statistics
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -11,8 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from scipy.stats import t as student_t
 
-from benchmarks.figures import GREY, LOOK
-from benchmarks.training import spread
+from benchmarks.digits.training import spread
+from benchmarks.speed.figures import GREY, LOOK
 
 BETTER, WORSE, UNCLEAR = "#0072B2", "#D55E00", "#888888"  # Okabe and Ito's; the shapes differ as well
 
@@ -139,7 +140,7 @@ def draw(experiments: Sequence[Experiment], title: str) -> Figure:
     if not experiments:
         raise ValueError("no experiment has a seed both without TCM and with, so there is nothing to draw")
     with rc_context(LOOK):
-        figure = Figure(figsize=(12, 2.0 + 0.55 * len(experiments)), layout="constrained")
+        figure = Figure(figsize=(12, 2.3 + 0.55 * len(experiments)), layout="constrained")
         panels = figure.subplots(1, len(MEASURES), sharey=True)
         for axes, measure in zip(panels, MEASURES, strict=True):
             for y, experiment in enumerate(experiments):
@@ -148,13 +149,14 @@ def draw(experiments: Sequence[Experiment], title: str) -> Figure:
             side = "right" if measure.higher_is_better else "left"
             unit = "points" if measure.factor == 100 else "x 1000"
             axes.set(title=measure.title.split(",")[0].removesuffix(" x 1000"))
-            axes.set_xlabel(f"change with TCM, {unit} ({side} is better)")
-            axes.set_yticks(range(len(experiments)), [experiment.name for experiment in experiments])
+            axes.set_xlabel(f"change with TCM, {unit}\n({side} is better)")
+            axes.margins(x=0.1)
+            axes.set_yticks(range(len(experiments)), [_broken(experiment.name, 28) for experiment in experiments])
             axes.set_ylim(len(experiments) - 0.5, -0.5)
             axes.tick_params(axis="y", length=0)
             axes.grid(axis="x", alpha=0.3)
             axes.spines["left"].set_visible(False)
-        figure.suptitle(title, x=0.008, ha="left", fontsize=13)
+        figure.suptitle(_broken(title, 100), x=0.008, ha="left", fontsize=13)
         marks = [
             Line2D([], [], color=BETTER, marker="o", label="clearly better (mean, its 95 % interval)"),
             Line2D([], [], color=WORSE, marker="X", label="clearly worse"),
@@ -163,6 +165,11 @@ def draw(experiments: Sequence[Experiment], title: str) -> Figure:
         ]
         figure.legend(handles=marks, loc="outside lower center", ncols=4)
     return figure
+
+
+def _broken(text: str, width: int) -> str:
+    """On lines of at most that many characters, and no formula."""
+    return textwrap.fill(text, width).replace("$", r"\$")
 
 
 def _draw_change(axes: Axes, y: int, found: Change) -> None:

@@ -28,10 +28,7 @@ from matplotlib.patches import Circle
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.gate import check_fused
-from benchmarks.peers import PEERS, forward_backward, make_batch, time_alternating
-from benchmarks.retrieval.losses import ArcFace
-from benchmarks.training import (
+from benchmarks.digits.training import (
     Split,
     Trained,
     check_paired,
@@ -44,9 +41,15 @@ from benchmarks.training import (
     tcm_of,
     train,
 )
+from benchmarks.retrieval.losses import ArcFace
+from benchmarks.speed.gate import check_fused
+from benchmarks.speed.peers import PEERS, forward_backward, make_batch, time_alternating
 from tcm_fused import Calibration, OPISResult, calibrate, opis, tcm_loss
 from tcm_fused.backends import choice
+from tcm_fused.thresholds.outputs import check_folder, check_outputs, write_whole
 from tcm_fused.thresholds.plots import plot_pareto
+from tcm_fused.thresholds.terminal import Parser, printable
+from tcm_fused.thresholds.terminal import run as run_command
 
 # Ten classes spread evenly over a circle are 36 degrees apart. The defaults of the loss, 0.9 and 0.5, are for many
 # dimensions; on the circle they would call neighbouring classes (cos 36 = 0.81) hard however compact they are.
@@ -124,7 +127,7 @@ CONSISTENCY: tuple[Row, ...] = (
 def train_and_measure(
     task: Task, with_tcm: bool, seed: int, epochs: int, tick: Callable[[], object]
 ) -> tuple[Run, Trained]:
-    """Train on all training images as one batch, `epochs` times, and measure; see `benchmarks.training.train`."""
+    """Train on all training images as one batch, `epochs` times, and measure; see `train`."""
     tcm = tcm_of(task.margin_plus, task.margin_minus, task.weight) if with_tcm else None
     trained = train(
         task.split,
@@ -286,7 +289,7 @@ def draw_embeddings(without: Run, with_: Run, labels: Tensor, path: Path) -> Non
         f"{len(labels)} test images, seed {run.seed}. Arrow: mean direction of a digit. Distance from the middle: norm."
     )
     figure.text(0.5, 0.02, note, ha="center", fontsize=11, color="#666666")
-    figure.savefig(path, dpi=160)
+    _save(figure, path, dpi=160)
 
 
 def draw_plane(axes: Axes, embeddings: Tensor, labels: Tensor) -> None:
@@ -332,15 +335,30 @@ def draw_opis(worlds: dict[str, tuple[Run, Run]], path: Path) -> None:
     for row, (world, runs) in zip(panels, worlds.items(), strict=True):
         for axes, run, name in zip(row, runs, ("ArcFace", "ArcFace + TCM"), strict=True):
             run.score.opis.plot(axes)
-            axes.set_title(f"{world}, {name}: {axes.get_title(loc='left')}", loc="left", fontsize=11)
+            axes.set_title(f"{world}, {name}\n{one_line(axes)}", loc="left", fontsize=12)
         wide = [run.score.opis.curves.distance for run in runs if run.score.opis.curves is not None]
         row[0].set_xlim(min(x.min() for x in wide), max(x.max() for x in wide))
         row[0].set_ylim(0, 1.02)
         row[1].set_ylabel("")
     for axes in panels[:-1].flat:
-        axes.get_legend().remove()  # one row of them is enough
         axes.set_xlabel("")
-    figure.savefig(path, dpi=130)
+    share_legend(figure)
+    _save(figure, path, dpi=130)
+
+
+def one_line(axes: Axes) -> str:
+    """The title that a result gave its axes."""
+    return axes.get_title(loc="left").replace("\n", " ")
+
+
+def share_legend(figure: Figure) -> None:
+    """The legend of the first panel below all, in place of one in each."""
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    for axes in figure.axes:
+        legend = axes.get_legend()
+        if legend is not None:
+            legend.remove()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=11)
 
 
 def draw_similarities(runs: tuple[Run, Run], path: Path) -> None:
@@ -349,9 +367,9 @@ def draw_similarities(runs: tuple[Run, Run], path: Path) -> None:
     panels = figure.subplots(1, 2, sharex=True, sharey=True)
     for axes, run, name in zip(panels, runs, ("ArcFace", "ArcFace + TCM"), strict=True):
         run.score.calibration.plot(axes)
-        axes.set_title(f"{name}: {axes.get_title(loc='left').lower()}", loc="left", fontsize=12)
+        axes.set_title(f"{name}: {one_line(axes).lower()}", loc="left", fontsize=12)
     panels[1].set_ylabel("")
-    figure.savefig(path, dpi=130)
+    _save(figure, path, dpi=130)
 
 
 def draw_pareto(pairs: Sequence[tuple[Run, Run]], path: Path) -> None:
@@ -360,7 +378,7 @@ def draw_pareto(pairs: Sequence[tuple[Run, Run]], path: Path) -> None:
     runs = {f"{names[run.with_tcm]}, seed {run.seed}": run.score.opis for pair in pairs for run in pair}
     axes = plot_pareto(runs)
     figure: Any = axes.figure
-    figure.savefig(path, dpi=150)
+    _save(figure, path, dpi=150)
 
 
 def draw_times(fastest: dict[int, dict[str, float]], path: Path) -> None:
@@ -377,7 +395,7 @@ def draw_times(fastest: dict[int, dict[str, float]], path: Path) -> None:
         )
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
-    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_major_formatter("{x:,g}")
     axes.set_xticks(SIZES, [f"{n:,}" for n in SIZES])
     axes.minorticks_off()
     axes.set_xlabel("batch size N", fontsize=12)
@@ -386,12 +404,16 @@ def draw_times(fastest: dict[int, dict[str, float]], path: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_title(f"TCM loss, forward and backward, D = {WIDTH}, fp32", fontsize=14, color=INK, loc="left", pad=24)
     axes.text(0, 1.02, machine(), transform=axes.transAxes, fontsize=10, color="#666666")
-    figure.savefig(path, dpi=160)
+    _save(figure, path, dpi=160)
+
+
+def _save(figure: Any, path: Path, dpi: int) -> None:
+    write_whole(path, lambda part: figure.savefig(part, format="png", dpi=dpi))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train, print, draw, time."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m benchmarks.demo",
         description="Train a small network on handwritten digits with ArcFace, without and with TCM, and compare them; "
         "then time the loss against eager PyTorch and pytorch-metric-learning.",
@@ -405,9 +427,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=positive, default=3, help="how often to train both ways; the first is drawn")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder of the pictures, made if missing")
     options = parser.parse_args(arguments)
-    load_before = os.getloadavg()[0]
-    options.out.mkdir(parents=True, exist_ok=True)
+    run_command(parser, parser.prog, lambda: _work(options))
 
+
+def _work(options: argparse.Namespace) -> None:
+    load_before = os.getloadavg()[0]
+    check_folder(options.out)
+    options.out.mkdir(parents=True, exist_ok=True)
+    names = ("embeddings", "opis", "similarities", "pareto", "speed")
+    pictures = {name: options.out / f"demo_{name}.png" for name in names}
+    check_outputs(pictures.values())
     split = load()
     digits = Task(split, 2, MARGIN_PLUS, MARGIN_MINUS, WEIGHT)
     unseen_digits = Task(open_world(split), OPEN_WIDTH, OPEN_MARGIN_PLUS, OPEN_MARGIN_MINUS, OPEN_WEIGHT)
@@ -418,20 +447,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     pairs = train_all(digits, "10 digits", options.seeds, options.epochs)
     print_training(pairs)
-    draw_embeddings(*pairs[0], split.test_y, options.out / "demo_embeddings.png")
+    draw_embeddings(*pairs[0], split.test_y, pictures["embeddings"])
 
     unseen = train_all(unseen_digits, "unseen digits", OPEN_SEEDS * options.seeds, min(options.epochs, OPEN_EPOCHS))
     print_open_world(unseen)
-    draw_opis({"Digits seen": pairs[0], "Digits unseen": unseen[0]}, options.out / "demo_opis.png")
-    draw_similarities(unseen[0], options.out / "demo_similarities.png")
-    draw_pareto(unseen[: options.seeds], options.out / "demo_pareto.png")
+    draw_opis({"Digits seen": pairs[0], "Digits unseen": unseen[0]}, pictures["opis"])
+    draw_similarities(unseen[0], pictures["similarities"])
+    draw_pareto(unseen[: options.seeds], pictures["pareto"])
 
     fastest = time_losses()
     print_times(fastest)
     print(f"Load average when this began: {load_before:.1f}. Where other work runs, the times are not the loss's own.")
-    draw_times(fastest, options.out / "demo_speed.png")
-    names = ("embeddings", "opis", "similarities", "pareto", "speed")
-    print("\nPictures (of seed 0, where of one):", *(str(options.out / f"demo_{name}.png") for name in names))
+    draw_times(fastest, pictures["speed"])
+    print("\nPictures (of seed 0, where of one):", *map(printable, pictures.values()))
 
 
 if __name__ == "__main__":

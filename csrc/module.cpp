@@ -6,6 +6,7 @@
 #include <string>
 
 #include "cpu/pair_loops.h"
+#include "tcm_sources.h"  // written by setup.py
 
 namespace tcm::cuda {
 std::string runtime_error();  // cuda/operators.cpp
@@ -18,6 +19,7 @@ PYBIND11_MODULE(_C, module) {
         {"torch", TCM_TORCH_VERSION},
         {"cuda_compiler", TCM_CUDA_COMPILER},            // nvcc and its version, or why there was none
         {"cuda_architectures", TCM_CUDA_ARCHITECTURES},  // "sm_80 compute_100": machine code, PTX; or empty
+        {"sources", TCM_SOURCES},                        // digest: see tcm_fused/backends/extension.py
         {"cpu_instruction_set", tcm::cpu::name(tcm::cpu::best_isa())},
     };
   });

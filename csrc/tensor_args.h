@@ -8,6 +8,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <exception>
 #include <initializer_list>
 #include <optional>
@@ -16,6 +17,12 @@
 
 #include "memory.h"
 #include "problem.h"
+
+#ifdef STABLE_TORCH_ERROR_CODE_CHECK
+#define TCM_CHECK STABLE_TORCH_ERROR_CODE_CHECK
+#else  // torch 2.11
+#define TCM_CHECK TORCH_ERROR_CODE_CHECK
+#endif
 
 // Of torch's C interface from 2.13 on; null before.
 extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_backtrace();
@@ -50,14 +57,29 @@ Tensor allocate(const Tensor& like, const Make& make) {
   }
 }
 
+// torch::stable::new_empty, and below to and contiguous, look an operator up by its name and box its arguments: five and
+// four of them took longer than the kernel for a small batch. So this calls the function itself, and those are called
+// only where there is something to do.
 inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType dtype) {
-  return allocate(like, [&] { return torch::stable::new_empty(like, shape, dtype); });
+  int64_t strides[3] = {1, 1, 1};
+  for (int k = static_cast<int>(shape.size()) - 2; k >= 0; --k)
+    strides[k] = strides[k + 1] * std::max<int64_t>(shape.begin()[k + 1], 1);
+  return allocate(like, [&] {
+    int32_t type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device = 0;
+    TCM_CHECK(aoti_torch_get_device_type(like.get(), &device));
+    AtenTensorHandle made = nullptr;
+    TCM_CHECK(
+        aoti_torch_empty_strided(shape.size(), shape.begin(), strides, type, device, like.get_device_index(), &made));
+    return Tensor(made);
+  });
 }
 
 inline Tensor dense(const Tensor& t) {
+  if (t.is_contiguous()) return t;
   return allocate(t, [&] { return torch::stable::contiguous(t); });
 }
 inline Tensor dense(const Tensor& t, ScalarType dtype) {
+  if (t.scalar_type() == dtype) return dense(t);
   return allocate(t, [&] { return torch::stable::contiguous(torch::stable::to(t, dtype)); });
 }
 

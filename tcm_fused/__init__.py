@@ -30,9 +30,13 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """`OPIS` is imported when it is first used: it needs torchmetrics."""
+    """`OPIS` is imported when it is first asked for, since torchmetrics takes its time."""
     if name == "OPIS":
         from tcm_fused.thresholds.metric import OPIS
 
         return OPIS
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,28 +1,17 @@
-"""`python -m tcm_fused`: what this installation can do (`info`), how well one threshold serves the classes of files of
-embeddings (`opis`), which threshold and margins to take (`calibrate`, `margins`), and which model (`compare`)."""
+"""`python -m tcm_fused`: what this installation can do (`info`), and the commands of `tcm_fused.thresholds`."""
 
 import argparse
-import importlib
-import importlib.util
 import json
-import os
 import platform
-import signal
-import sys
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
-from tcm_fused import __version__, calibrate, opis, suggest_margins
+from tcm_fused import __version__
 from tcm_fused.backends import choice
-from tcm_fused.thresholds.files import SUFFIXES, Labelled, load, write_whole
-from tcm_fused.thresholds.rates import Worst
-
-_LONG = 20_000  # rows from which on a bar is shown
-_PICTURES = (".png", ".pdf", ".svg")
+from tcm_fused.thresholds.command_line import add_commands
+from tcm_fused.thresholds.terminal import Parser, printable_lines, run
 
 
 def info() -> dict[str, Any]:
@@ -50,321 +39,30 @@ def _info(arguments: argparse.Namespace) -> None:
     for name in ("version", "torch", "device", "threads"):
         print(f"{name:20} {facts[name]}")
     for name, state in facts["backends"].items():
-        print(f"{name:20} {'available' if state['available'] else 'not available: ' + state['reason']}")
+        print(f"{name:20} {_state(state)}")
     for name, value in (facts["build"] or {}).items():
-        print(f"{name:20} {value}")
+        print(f"{name:20} {printable_lines(value)}")
 
 
-def _opis(arguments: argparse.Namespace) -> None:
-    data = load(arguments.embeddings, arguments.labels)
-    embeddings, labels = _placed(arguments, data)
-    result = opis(embeddings, labels, **_opis_options(arguments), **_progress(data))
-    percent = f"{100 * arguments.epsilon:g}%"
-    print(f"{_rows(data)}, {len(result.class_ids):,} classes ({result.left_out:,} more of one sample left out)")
-    print(f"{'OPIS':14} {result.opis:.4g}")
-    print(f"{percent + '-OPIS':14} {result.eps_opis:.4g}")
-    print(f"{'recall@1':14} {100 * result.recall_at_1:.2f} %")
-    print(
-        f"{'range':14} similarity {result.similarity.min():.4f} to {result.similarity.max():.4f} "
-        f"(distance {result.distance.min():.4f} to {result.distance.max():.4f}), {len(result.thresholds)} thresholds"
-    )
-    print(
-        f"{'false accepts':14} {100 * result.far.min():.3g} % to {100 * result.far.max():.3g} % of all negative pairs"
-    )
-    print(
-        f"{'false rejects':14} {100 * result.frr.min():.3g} % to {100 * result.frr.max():.3g} % of all positive pairs"
-    )
-    print(f"{'utility':14} mean of all classes {result.class_utility.mean():.4f}; the lowest:")
-    _print_worst(result.worst(arguments.worst), data)
-    _write(arguments, result, data)
+def _state(state: dict[str, Any]) -> str:
+    return "available" if state["available"] else f"not available: {printable_lines(state['reason'])}"
 
 
-def _calibrate(arguments: argparse.Namespace) -> None:
-    data = load(arguments.embeddings, arguments.labels)
-    embeddings, labels = _placed(arguments, data)
-    found = calibrate(
-        embeddings,
-        labels,
-        far=arguments.far,
-        frr=arguments.frr,
-        backend=arguments.backend,
-        **_progress(data),
-    )
-    print(f"{_rows(data)}; {found.pairs[0]:,} positive and {found.pairs[1]:,} negative pairs")
-    print(f"\n{'':22}{'similarity':>12}{'distance':>12}{'false accepts':>16}{'false rejects':>16}")
-    for name, at in (
-        ("threshold", found.threshold),
-        ("equal error", found.equal_error),
-        ("best utility", found.best_utility),
-    ):
-        print(f"{name:22}{at.similarity:12.5f}{at.distance:12.5f}{100 * at.far:14.4g} %{100 * at.frr:14.4g} %")
-    print(f"\n{'at the threshold':22}{'mean':>12}{'spread':>12}{'lowest':>12}{'highest':>12}")
-    for name, text in (("far", "class's false accepts"), ("frr", "class's false rejects")):
-        spread = found.spread()[name]
-        print(f"{text:22}" + "".join(f"{100 * spread[k]:10.4g} %" for k in ("mean", "std", "min", "max")))
-    print("\nclasses with the most false rejects:")
-    _print_worst(found.worst(arguments.worst), data)
-    print(f"\n{'false accepts at most':22}{'true accepts':>14}{'similarity':>12}")
-    for at_far in found.tar_at_far:
-        known = at_far.tar == at_far.tar  # not NaN
-        text = f"{100 * at_far.tar:12.2f} %{at_far.similarity:12.5f}" if known else f"{'no threshold':>14}"
-        few = "   fewer than one pair" if at_far.bound * found.pairs[1] < 1 else ""
-        print(f"{at_far.bound:<22.0e}{text}{few}")
-    _write(arguments, found, data)
-
-
-def _margins(arguments: argparse.Namespace) -> None:
-    data = load(arguments.embeddings, arguments.labels)
-    embeddings, labels = _placed(arguments, data)
-    found = suggest_margins(
-        embeddings,
-        labels,
-        far=arguments.far,
-        frr=arguments.frr,
-        backend=arguments.backend,
-        **_progress(data),
-    )
-    print(f"{'margin_plus':14} {found.margin_plus:.4f}")
-    print(f"{'':14} {found.count_plus:,} positive pairs lie below it, {100 * found.share_plus:.3g} % of all")
-    print(f"{'margin_minus':14} {found.margin_minus:.4f}")
-    print(f"{'':14} {found.count_minus:,} negative pairs reach it, {100 * found.share_minus:.3g} % of all")
-    print(f"TCMLoss(margin_plus={found.margin_plus:.8f}, margin_minus={found.margin_minus:.8f})")
-    _write(arguments, found, data)
-
-
-def _compare(arguments: argparse.Namespace) -> None:
-    results = {}
-    for path in arguments.files:
-        if path.stem in results:
-            raise ValueError(f"two files are named {path.stem}; the models are named after their files")
-        data = load(path, None)
-        embeddings, labels = _placed(arguments, data)
-        results[path.stem] = opis(embeddings, labels, **_opis_options(arguments), **_progress(data))
-    width = max(len(name) for name in (*results, "model"))
-    percent = f"{100 * arguments.epsilon:g}%-OPIS"
-    print(f"{'model':{width}}{'OPIS':>12}{percent:>12}{'recall@1':>12}{'utility':>12}")
-    for name, result in sorted(results.items(), key=lambda item: item[1].opis):
-        scores = f"{result.opis:12.4g}{result.eps_opis:12.4g}{100 * result.recall_at_1:10.2f} %"
-        print(f"{name:{width}}{scores}{result.class_utility.mean():12.4f}")
-    if arguments.json:
-        _write_json(arguments.json, {name: result.to_dict() for name, result in results.items()})
-    if arguments.plot:
-        from tcm_fused.thresholds.plots import plot_pareto
-
-        _save_picture(arguments.plot, plot_pareto(results))
-
-
-def _opis_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    return {
-        "far_range": tuple(arguments.far),
-        "frr_range": None if arguments.frr is None else tuple(arguments.frr),
-        "thresholds": arguments.thresholds,
-        "num_thresholds": arguments.num_thresholds,
-        "distance": arguments.distance,
-        "beta": arguments.beta,
-        "epsilon": arguments.epsilon,
-        "backend": arguments.backend,
-    }
-
-
-def _placed(arguments: argparse.Namespace, data: Labelled) -> tuple[Any, Any]:
-    """Embeddings and labels on the device that was asked for."""
-    if arguments.device == "cpu":
-        return data.embeddings, data.labels
-    if not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch sees no GPU (torch.cuda.is_available() is False); leave it out")
-    embeddings, labels = (torch.from_numpy(np.ascontiguousarray(array)).cuda() for array in data[:2])
-    return embeddings, labels
-
-
-def _progress(data: Labelled) -> dict[str, Any]:
-    """A bar for long work, where somebody sees it."""
-    return {
-        "progress": len(data.labels) >= _LONG and sys.stderr.isatty() and importlib.util.find_spec("tqdm") is not None
-    }
-
-
-def _rows(data: Labelled) -> str:
-    return f"{len(data.embeddings):,} rows of {data.embeddings.shape[1]} columns"
-
-
-def _print_worst(worst: list[Worst], data: Labelled) -> None:
-    for item in worst:
-        name = item.class_id if data.names is None else data.names[item.class_id]
-        print(f"{'':14} class {name} ({item.size:,} samples): {item.value:.4f}")
-
-
-def _write(arguments: argparse.Namespace, result: Any, data: Labelled) -> None:
-    """The files that were asked for."""
-    if arguments.json:
-        content = result.to_dict()
-        if data.names is not None and "class_ids" in content:
-            content["class_names"] = [str(data.names[c]) for c in content["class_ids"]]
-        _write_json(arguments.json, content)
-    if arguments.plot:
-        _save_picture(arguments.plot, result.plot())
-
-
-def _write_json(path: Path, content: Any) -> None:
-    write_whole(path, lambda part: part.write_text(json.dumps(content, allow_nan=False) + "\n", encoding="utf-8"))
-    print(f"wrote {path}")
-
-
-def _save_picture(path: Path, axes: Any) -> None:
-    write_whole(path, lambda part: axes.figure.savefig(part, format=path.suffix[1:].lower()))
-    print(f"drew {path}")
-
-
-def _check_outputs(arguments: argparse.Namespace) -> None:
-    """Before any work, so that none is lost."""
-    inputs = arguments.files if arguments.command == "compare" else [arguments.embeddings, arguments.labels]
-    taken = {path.resolve() for path in inputs if path is not None}
-    for path in (arguments.json, arguments.plot):
-        if path is not None and not path.parent.is_dir():
-            raise ValueError(f"cannot write {path}: there is no folder {path.parent}")
-        if path is not None and path.is_dir():
-            raise ValueError(f"cannot write {path}: it is a folder")
-        if path is not None and path.resolve() in taken:
-            raise ValueError(f"cannot write {path}: it is an input or the other output")
-        if path is not None:
-            taken.add(path.resolve())
-    if arguments.plot is not None:
-        if arguments.plot.suffix.lower() not in _PICTURES:
-            raise ValueError(f"cannot draw {arguments.plot}: its name must end in one of {', '.join(_PICTURES)}")
-        importlib.import_module("tcm_fused.thresholds.plots")  # its error names what to install
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m tcm_fused", description="Threshold-Consistent Margin loss, fused, and its measure."
-    )
+def _parser() -> Parser:
+    parser = Parser(prog="python -m tcm_fused", description="Threshold-Consistent Margin loss, fused, and its measure.")
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("info", help="version, device, available backends and build facts")
     command.add_argument("--json", action="store_true", help="print one JSON object")
     command.set_defaults(run=_info)
-
-    command = _add(
-        commands,
-        "opis",
-        _opis,
-        "does one threshold serve all classes: OPIS, epsilon-OPIS and recall@1",
-        "OPIS is the variance from class to class of the utility (F-score of true accepts and true rejects) at one "
-        "threshold, averaged over the thresholds whose false accept rate lies in a range. 0: one threshold serves all "
-        "classes alike.",
-        "example: python -m tcm_fused opis test_emb.npy test_labels.npy --far 1e-3 1e-2 --plot utility.png",
-    )
-    _add_set(command)
-    _add_opis_options(command)
-    command = _add(
-        commands,
-        "calibrate",
-        _calibrate,
-        "the threshold for a bound on false accepts or false rejects, and its cost for each class",
-        "Finds the threshold to deploy: the lowest similarity at which at most the share --far of the negative pairs "
-        "is accepted, or the highest at which at most the share --frr of the positive pairs is rejected.",
-        "example: python -m tcm_fused calibrate held_out.npz --far 1e-3 --plot similarities.png",
-    )
-    _add_set(command)
-    bound = command.add_mutually_exclusive_group(required=True)
-    bound.add_argument("--far", type=float, metavar="RATE", help="most false accepts, between 0 and 1")
-    bound.add_argument("--frr", type=float, metavar="RATE", help="most false rejects, between 0 and 1")
-    command = _add(
-        commands,
-        "margins",
-        _margins,
-        "margins of the loss that bind for given shares of the pairs",
-        "Suggests margin_plus and margin_minus of TCMLoss from held-out embeddings: the share --frr of the positive "
-        "pairs lies below margin_plus, the share --far of the negative pairs reaches margin_minus.",
-        "example: python -m tcm_fused margins held_out.npz --far 0.01 --frr 0.1",
-    )
-    _add_set(command)
-    command.add_argument("--far", type=float, metavar="SHARE", required=True, help="of negatives to mine, 0 to 1")
-    command.add_argument("--frr", type=float, metavar="SHARE", required=True, help="of positives to mine, 0 to 1")
-    command = _add(
-        commands,
-        "compare",
-        _compare,
-        "OPIS against recall@1 of several models",
-        "Scores several models, each in an .npz file with the arrays 'embeddings' and 'labels', and draws OPIS against "
-        "recognition error.",
-        "example: python -m tcm_fused compare base.npz with_tcm.npz --plot pareto.png",
-    )
-    command.add_argument("files", type=Path, nargs="+", metavar="MODEL.npz", help="one file a model")
-    _add_opis_options(command)
+    add_commands(commands)
     return parser
-
-
-def _add(
-    commands: Any, name: str, run: Callable[[argparse.Namespace], None], short: str, long: str, example: str
-) -> argparse.ArgumentParser:
-    """A command, with the options that all have that read embeddings."""
-    command: argparse.ArgumentParser = commands.add_parser(name, help=short, description=long, epilog=example)
-    command.set_defaults(run=run)
-    command.add_argument("--json", type=Path, metavar="OUT.json", help="write everything that was found")
-    command.add_argument("--plot", type=Path, metavar="OUT.png", help="draw it (.png, .pdf or .svg)")
-    command.add_argument(
-        "--backend",
-        default="auto",
-        choices=("auto", "cpu", "cuda", "torch"),
-        help="C++ kernel, CUDA kernel or PyTorch (default: auto)",
-    )
-    command.add_argument(
-        "--device", default="cpu", choices=("cpu", "cuda"), help="where pairs are counted (default: cpu)"
-    )
-    return command
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"must be a whole number, 0 or above, got {text}")
-    return int(text)
-
-
-def _add_set(command: argparse.ArgumentParser) -> None:
-    kinds = ", ".join(SUFFIXES)
-    command.add_argument("embeddings", type=Path, metavar="EMB", help=f"[N, D] numbers, of any length ({kinds})")
-    command.add_argument(
-        "labels",
-        type=Path,
-        nargs="?",
-        metavar="LABELS",
-        help="[N] integers or text; may be missing if EMB is an .npz with the arrays 'embeddings' and 'labels'",
-    )
-    command.add_argument("--worst", type=_count, default=5, metavar="K", help="how many classes to list (default: 5)")
-
-
-def _add_opis_options(command: argparse.ArgumentParser) -> None:
-    two: dict[str, Any] = {"type": float, "nargs": 2, "metavar": ("LOW", "HIGH")}
-    command.add_argument("--far", **two, default=(1e-2, 1e-1), help="range by false accept rate (default: 1e-2 1e-1)")
-    command.add_argument("--frr", **two, help="range by false reject rate instead")
-    command.add_argument(
-        "--thresholds", type=float, nargs="+", metavar="T", help="the thresholds themselves instead, ascending"
-    )
-    command.add_argument("--num-thresholds", type=int, default=101, metavar="K", help="in the range (default: 101)")
-    command.add_argument(
-        "--distance",
-        default="euclidean",
-        choices=("euclidean", "cosine"),
-        help="axis of thresholds and integrals (default: euclidean)",
-    )
-    command.add_argument("--beta", type=float, default=1.0, help="weight of true accepts in the utility (default: 1)")
-    command.add_argument("--epsilon", type=float, default=0.1, help="share of the worst classes (default: 0.1)")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command; exit code 2 and a message on stderr for bad input."""
     parser = _parser()
     options = parser.parse_args(arguments)
-    try:
-        if options.command != "info":
-            _check_outputs(options)
-        options.run(options)
-        sys.stdout.flush()
-    except BrokenPipeError:  # who reads has seen enough, such as `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what Python still flushes on leaving
-        sys.exit(128 + signal.SIGPIPE)
-    except (ValueError, TypeError, OSError, ImportError, RuntimeError, MemoryError, ArithmeticError) as error:
-        parser.exit(2, f"{parser.prog} {options.command}: error: {str(error) or type(error).__name__}\n")
+    run(parser, f"{parser.prog} {options.command}", lambda: options.run(options))
 
 
 if __name__ == "__main__":

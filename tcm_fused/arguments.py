@@ -56,11 +56,11 @@ class Options(NamedTuple):
 
     def margins(self, x: Tensor) -> Tensor:
         """[2] m+ and m-, as the operators take them for embeddings `x`; ValueError if they are on another device."""
-        return _sides(x, margin_plus=self.margin_plus, margin_minus=self.margin_minus)
+        return _sides(x, self.margin_plus, self.margin_minus, ("margin_plus", "margin_minus"))
 
     def weights(self, x: Tensor) -> Tensor:
         """[2] lambda+ and lambda-, likewise."""
-        return _sides(x, lambda_plus=self.lambda_plus, lambda_minus=self.lambda_minus)
+        return _sides(x, self.lambda_plus, self.lambda_minus, ("lambda_plus", "lambda_minus"))
 
     def warn_of_crossed_margins(self) -> bool:
         """`warn_of_crossed_margins` where both margins can be looked at without waiting for a device."""
@@ -71,7 +71,7 @@ class Options(NamedTuple):
 
 def warn_of_crossed_margins(margin_plus: float, margin_minus: float) -> bool:
     """Whether margin_plus is below margin_minus; if so with a warning, once in a process for a place in user code."""
-    if not margin_plus < margin_minus:
+    if not -1 <= margin_plus < margin_minus <= 1:  # beyond those a side is left out on purpose, or hard throughout
         return False
     warn_once(
         f"margin_plus={margin_plus:.6g} is below margin_minus={margin_minus:.6g}: the loss is satisfied with positives "
@@ -105,29 +105,31 @@ def _check_value(name: str, value: Any, least: float = -math.inf) -> None:
 
 def _is_known(value: Any) -> bool:
     """Whether the value of a number or tensor is on the host."""
-    return not isinstance(value, Tensor) or (value.device.type == "cpu" and type(value) in (Tensor, Parameter))
+    if type(value) is float or not isinstance(value, Tensor):
+        return True
+    return value.device.type == "cpu" and type(value) in (Tensor, Parameter)
 
 
-def _sides(x: Tensor, **values: float | Tensor) -> Tensor:
+def _sides(x: Tensor, plus: float | Tensor, minus: float | Tensor, names: tuple[str, str]) -> Tensor:
     """[2] float64 of two values (float32 on MPS, which has no other): on the CPU, or on the device of `x`.
 
     Known numbers stay on the CPU, where the operators read them at the call. Those that only a device knows are put
     together there, and so is all under torch.compile: nothing waits for a device, and no graph has a part on the CPU.
     """
-    for name, value in values.items():
+    dtype = wide_dtype(x.device)
+    if not torch.compiler.is_compiling() and _is_known(plus) and _is_known(minus):
+        # Under a mode (of fake tensors, say) it is one of the mode's own tensors, which is of no use elsewhere.
+        make = _on_cpu.__wrapped__ if torch._C._len_torch_dispatch_stack() else _on_cpu
+        return make(float(plus), float(minus), dtype)
+    for name, value in zip(names, (plus, minus), strict=True):
         if isinstance(value, Tensor) and value.device != x.device and value.device.type != "cpu":
             raise ValueError(
                 f"{name} is on {value.device}, embeddings on {x.device}; a tensor must be on the CPU or on their device"
             )
-    dtype = wide_dtype(x)
-    if not torch.compiler.is_compiling() and all(map(_is_known, values.values())):
-        numbers = (float(value) for value in values.values())
-        # Under a mode (of fake tensors, say) it is one of the mode's own tensors, which is of no use elsewhere.
-        return (_on_cpu.__wrapped__ if torch._C._len_torch_dispatch_stack() else _on_cpu)(*numbers, dtype)
     # By sums, of which torch.compile makes one graph for all values of a Python float. Of torch.full it makes one for
     # each value, and then keeps an older value elsewhere in the user's graph (seen in torch 2.13).
     zero = torch.zeros((), dtype=dtype, device=x.device)
-    return torch.stack([zero + (v.to(dtype) if isinstance(v, Tensor) else v) for v in values.values()])
+    return torch.stack([zero + (v.to(dtype) if isinstance(v, Tensor) else v) for v in (plus, minus)])
 
 
 @lru_cache(maxsize=256)  # two tensors made anew would be a tenth of the time of a small batch
@@ -168,6 +170,20 @@ def check_sets(
         embeddings, ref_emb = embeddings.to(wide), ref_emb.to(wide)
     columns = Rows(ref_emb, int64_labels(ref_labels, "ref_labels"), ref_groups)
     return Rows(embeddings, int64_labels(labels, "labels"), groups), columns
+
+
+def check_bank(batch: Rows, bank: Rows | None) -> Rows | None:
+    """The rows of a memory as columns for `batch`, in its dtype; None if there are none. Raises ValueError."""
+    if bank is None:
+        return None
+    if bank.x.shape[1] != batch.x.shape[1]:
+        raise ValueError(f"embeddings have D={batch.x.shape[1]}, the memory holds D={bank.x.shape[1]}; they must agree")
+    if bank.x.device != batch.x.device:
+        raise ValueError(
+            f"embeddings are on {batch.x.device}, the memory on {bank.x.device}; move the memory with "
+            f".to({str(batch.x.device)!r})"
+        )
+    return bank._replace(x=bank.x.to(batch.x.dtype)) if len(bank.y) else None
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
@@ -246,6 +262,11 @@ def check_set(name: str, x: Any, labels_name: str, labels: Any) -> None:
 def check_tensor(name: str, value: Any) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if hasattr(value, "to_local"):  # a DTensor
+        raise TypeError(
+            f"{name} must be a plain tensor, got {type(value).__name__}, whose rows may lie on several ranks; pass "
+            f"{name}.to_local() to DistributedTCMLoss, or {name}.full_tensor()"
+        )
     if value.layout != torch.strided or value.is_nested:
         layout = "nested" if value.is_nested else value.layout
         raise TypeError(f"{name} must be a dense tensor, got {layout}; use {name}.to_dense() or padding")

@@ -1,12 +1,11 @@
 """`tcm_loss` and `TCMLoss`, which users call."""
 
-from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
 
-from tcm_fused.arguments import Options, Rows, check_sets
+from tcm_fused.arguments import Options, Rows, check_bank, check_sets
 from tcm_fused.backends.numerics import loss_dtype
 from tcm_fused.pair_sums import add, loss_and_sums, pair_sums
 
@@ -278,19 +277,12 @@ class TCMLoss(nn.Module):
         return loss
 
     def against_bank(
-        self,
-        embeddings: Tensor,
-        labels: Tensor,
-        groups: Tensor | None,
-        make_bank: Callable[[Rows], Rows | None],
+        self, embeddings: Tensor, labels: Tensor, groups: Tensor | None, bank: Rows | None
     ) -> tuple[Tensor, Rows]:
-        """The loss of a batch against itself and a bank of constants (None: an empty one); and the batch.
-
-        `make_bank` gets the batch, checked.
-        """
+        """The loss of a batch against itself and a bank of constants (None: no bank); and the batch, checked."""
         options = self._checked_options()
         rows, _ = check_sets(embeddings, labels, None, None, None, groups, None)
-        bank = make_bank(rows)
+        bank = check_bank(rows, bank)
         if bank is None:
             return self(embeddings, labels, groups=groups), rows
         # Two sets of pairs, since the batch's own need their similarities, and their gradient, once for both orders.

@@ -7,9 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from tcm_fused.arguments import Rows
-from tcm_fused.backends.numerics import loss_dtype
+from tcm_fused.backends.numerics import EPS, loss_dtype
 from tcm_fused.loss import TCMLoss
-from tcm_fused.reference import EPS
 from tcm_fused.tracing import eager_when_compiled
 
 _NO_GROUP = torch.iinfo(torch.int64).min  # of what was stored without groups
@@ -83,7 +82,7 @@ class CrossBatchMemory(nn.Module):
         self.warm_up = int(warm_up)
         self.calls = 0  # in training mode
         self.filled = 0  # no slot from here on is filled; kept here, so that no one waits for the device to tell it
-        self.register_buffer("embeddings", torch.zeros(self.size, int(embedding_size or 0)))
+        self.register_buffer("embeddings", torch.zeros(self.size, int(embedding_size or 0), dtype=torch.float32))
         self.register_buffer("labels", torch.full((self.size,), -1))
         self.register_buffer("groups", torch.full((self.size,), _NO_GROUP))
         self.register_buffer("position", torch.zeros((), dtype=torch.int64))
@@ -94,32 +93,19 @@ class CrossBatchMemory(nn.Module):
 
         With groups, what was stored without any takes no part.
         """
-        loss, batch = self.loss.against_bank(embeddings, labels, groups, self._bank)
+        loss, batch = self.loss.against_bank(embeddings, labels, groups, self._stored(groups is not None))
         if self.training:
             self.calls += 1
             if self.calls > self.warm_up:
                 self._store(batch)
         return loss
 
-    def _bank(self, batch: Rows) -> Rows | None:
-        """What is stored, in the dtype of the batch; None if nothing is."""
+    def _stored(self, with_groups: bool) -> Rows | None:
+        """The filled slots; None before the first batch is stored."""
         if self.embeddings.shape[1] == 0:
             return None
-        if self.embeddings.shape[1] != batch.x.shape[1]:
-            raise ValueError(
-                f"embeddings have D={batch.x.shape[1]}, the memory holds D={self.embeddings.shape[1]}; they must agree"
-            )
-        if self.embeddings.device != batch.x.device:
-            raise ValueError(
-                f"embeddings are on {batch.x.device}, the memory on {self.embeddings.device}; move the memory with "
-                f".to({str(batch.x.device)!r})"
-            )
-        if self.filled == 0:
-            return None
         x, y, groups = (t[: self.filled] for t in (self.embeddings, self.labels, self.groups))
-        if batch.groups is None:
-            return Rows(x.to(batch.x.dtype), y, None)
-        return Rows(x.to(batch.x.dtype), torch.where(groups == _NO_GROUP, -1, y), groups)
+        return Rows(x, torch.where(groups == _NO_GROUP, -1, y), groups) if with_groups else Rows(x, y, None)
 
     @torch.inference_mode(False)  # for the buffers, which are written in calls with gradients as well
     @torch.no_grad()
@@ -146,7 +132,7 @@ class CrossBatchMemory(nn.Module):
         self.filled = min(self.size, self.filled + n)
 
     def get_extra_state(self) -> Tensor:
-        return torch.tensor([self.calls, self.filled])
+        return torch.tensor([self.calls, self.filled], device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
         self.calls, self.filled = state.tolist()

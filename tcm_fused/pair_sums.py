@@ -81,7 +81,7 @@ def _grouped(
     grad_columns = grad_rows if columns is None else _room(columns.x)
     both_orders = 2 if columns is None and group_pairs == "across" else 1
     none = torch.zeros(2, dtype=torch.int64, device=rows.x.device)
-    total = PairSums(none.to(wide_dtype(rows.x)), none, none)
+    total = PairSums(none.to(wide_dtype(rows.x.device)), none, none)
     for i, j, offset in (_within if group_pairs == "within" else _across)(rows, columns, row_offset):
         x, y, _ = _take(rows, i)
         ref_x, ref_y, _ = (None, None, None) if j is None else _take(columns or rows, j)

@@ -6,7 +6,7 @@ Zhang et al., Threshold-Consistent Margin Loss for Open-World Deep Metric Learni
 import torch
 from torch import Tensor
 
-EPS = 1e-12  # smallest norm that a row is divided by
+from tcm_fused.backends.numerics import EPS, loss_dtype, wide_dtype
 
 
 def tcm_reference(
@@ -38,7 +38,8 @@ def tcm_reference(
     rows, columns = labels >= 0, ref_labels >= 0
     x_hat = _unit(torch.where(rows[:, None], embeddings, 0))
     ref_hat = _unit(torch.where(columns[:, None], ref_emb, 0))
-    s = x_hat @ ref_hat.T
+    wide = wide_dtype(x_hat.device)  # float64, whose products no setting of the process makes less exact
+    s = (x_hat.to(wide) @ ref_hat.to(wide).T).to(x_hat.dtype)
 
     # Positives have the same label, negatives have not. Row i is column i + row_offset, which it is not compared with.
     pair = rows[:, None] & columns
@@ -54,14 +55,26 @@ def tcm_reference(
     total = (violation**2 if penalty == "squared" else violation).sum((1, 2))
     n = hard.sum((1, 2))
 
-    # A side without a pair adds 0. The last term is 0, or NaN if an embedding that takes part is not finite.
+    # A side without a pair adds 0.
     divisor = n if reduction == "violating" else torch.stack([positives.sum(), negatives.sum()])
     mean_plus, mean_minus = total / divisor.clamp_min(1)
     loss = lambda_plus * mean_plus + lambda_minus * mean_minus
-    return (loss * (1 + 0 * (x_hat.sum() + ref_hat.sum()))).to(s.dtype), total.detach(), n
+
+    # Loss and gradient are NaN if an embedding that takes part is not finite; else this adds 0 to both.
+    everything = x_hat.sum() + ref_hat.sum()
+    non_finite = torch.where(everything.isfinite(), torch.zeros_like(everything), torch.nan)
+    return (loss + non_finite * everything).to(s.dtype), total.detach(), n
 
 
 def _unit(x: Tensor) -> Tensor:
-    """x^_i = x_i / max(|x_i|, EPS), rows of [N, D]; a zero row stays zero and passes no gradient on."""
-    norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
-    return torch.where(norm == 0, 0, x / norm.clamp_min(EPS))
+    """x^ [N, D]: rows of x over max(|row|, EPS); a zero row stays zero and passes no gradient on (but NaN).
+
+    The norm is taken in units of the largest component, for which it need not be differentiated: x^ has no unit.
+    """
+    x = x.to(loss_dtype(x))
+    peak = x.detach().abs().amax(dim=1, keepdim=True)
+    peak = torch.where(peak > 0, peak, 1)
+    length = torch.linalg.vector_norm(x / peak, dim=1, keepdim=True)
+    is_tiny = peak * length < EPS
+    x_hat = torch.where(is_tiny, x / EPS, x / peak / torch.where(is_tiny, 1, length))
+    return torch.where(length == 0, 0 * x, x_hat)

@@ -10,8 +10,11 @@ from collections.abc import Iterator
 os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is downloaded, nor looked up
 
+import numpy as np
 import pytest
 import torch
+from support.parts import Pools
+from support.ranks import Ranks
 
 from tcm_fused.backends import choice
 
@@ -21,10 +24,31 @@ except ImportError:  # tests marked `cuda` do without
     pass
 else:
     settings.register_profile("tcm_fused", deadline=None, derandomize=False, print_blob=True)
+    settings.register_profile("quick", settings.get_profile("tcm_fused"), max_examples=10)
     settings.load_profile("tcm_fused")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--quick", action="store_true", help="of each test one set of parameters a backend")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With --quick: the first of each test's parameters, once for each `backend`, and nothing slow."""
+    if not config.getoption("--quick"):
+        return
+    kept: dict[tuple[str, object], pytest.Item] = {}
+    for item in items:
+        parameters = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+        test = item.nodeid.partition("[")[0]
+        if item.get_closest_marker("slow") is None:
+            kept.setdefault((test, parameters.get("backend")), item)
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept.values()])
+    items[:] = kept.values()
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--quick"):
+        settings.load_profile("quick")
     config.addinivalue_line("markers", "slow: takes a minute or more; leave out with -m 'not slow'")
     config.addinivalue_line("markers", "cuda: runs kernels on a GPU; skipped, with the reason, where they cannot run")
 
@@ -73,3 +97,23 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def pools(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pools]:
+    pools = Pools(tmp_path_factory.mktemp("ranks"))
+    yield pools
+    for pool in pools.values():
+        pool.close()
+
+
+@pytest.fixture(params=[2, 3, 4])
+def ranks(request: pytest.FixtureRequest, pools: Pools) -> Ranks:
+    return pools[request.param]
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    seed = int.from_bytes(os.urandom(4))
+    print(f"seed {seed}")  # pytest shows it where a test fails
+    return np.random.default_rng(seed)

@@ -2,8 +2,6 @@
 
 import argparse
 import json
-import os
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,15 +15,14 @@ from benchmarks.retrieval.datasets import DATASETS, TEST_SETS, load
 from benchmarks.retrieval.losses import BASES, WITH_WEIGHTS
 from benchmarks.retrieval.networks import SMALL, import_timm
 from benchmarks.retrieval.training import Margins, Run, Settings
-from tcm_fused.thresholds.files import write_whole
-
-_PICTURES = (".png", ".pdf", ".svg")
+from tcm_fused.thresholds.outputs import check_folder, check_outputs, check_picture, write_whole
+from tcm_fused.thresholds.terminal import Parser, printable, printable_lines, run
 
 _EXAMPLES = """examples:
   try it, on images that are drawn (a minute each):
     python -m benchmarks.retrieval.drawn out/glyphs
     python -m benchmarks.retrieval --dataset folder --root out/glyphs --base smoothap --min-crop 0.6 --seeds 0 1 2
-    python -m benchmarks.retrieval --dataset folder --root out/glyphs --base smoothap --min-crop 0.6 --seeds 0 1 2 \
+    python -m benchmarks.retrieval --dataset folder --root out/glyphs --base smoothap --min-crop 0.6 --seeds 0 1 2 \\
       --tcm --lambda-plus 0.1 --lambda-minus 0.1
     python -m benchmarks.retrieval --table out/retrieval --picture out/retrieval.png
   an experiment of the paper, on a GPU with timm's weights:
@@ -52,6 +49,7 @@ def _train(options: argparse.Namespace) -> None:
     test_set = options.test_set or "small" if options.dataset == "vehicleid" else ""
     if options.test_set and options.dataset != "vehicleid":
         raise ValueError(f"--test-set is of vehicleid; {options.dataset} has one test set")
+    check_folder(options.out)
     split = load(options.dataset, options.root, test_set)
     train, test = split.train, split.test
     print(
@@ -59,7 +57,7 @@ def _train(options: argparse.Namespace) -> None:
         f"{len(test.paths):,} of {len(test.classes):,} other classes to test"
     )
     if split.warning:
-        print(f"warning: {split.warning}", file=sys.stderr)
+        print(f"warning: {printable(split.warning)}", file=sys.stderr)
     margins = Margins(options.margin_plus, options.margin_minus, options.lambda_plus, options.lambda_minus)
     loss_lr = 100 * options.lr if options.loss_lr is None else options.loss_lr
     for seed in dict.fromkeys(options.seeds):
@@ -74,7 +72,7 @@ def _train(options: argparse.Namespace) -> None:
         result = Run(settings, split, options.out, options.workers, options.checkpoint_every).go()
         scores = result["scores"]
         print(
-            f"{settings.name}: recall@1 {100 * scores['recall_at_1']:.2f} %, OPIS {scores['opis']:.4g}, "
+            f"{printable(settings.name)}: recall@1 {100 * scores['recall_at_1']:.2f} %, OPIS {scores['opis']:.4g}, "
             f"10%-OPIS {scores['eps_opis']:.4g}"
         )
 
@@ -106,32 +104,28 @@ def _heeded(options: argparse.Namespace) -> set[str]:
 
 
 def _table(options: argparse.Namespace) -> None:
-    targets = [path for path in (options.markdown, options.picture, options.json) if path is not None]
-    if len({path.resolve() for path in targets}) < len(targets):
-        raise ValueError("--markdown, --picture and --json must be three files")
-    for path in targets:
-        if not path.parent.is_dir() or path.is_dir():
-            raise ValueError(f"cannot write {path}: {'it is a folder' if path.is_dir() else 'its folder is not there'}")
-    if options.picture is not None and options.picture.suffix.lower() not in _PICTURES:
-        raise ValueError(f"cannot draw {options.picture}: its name must end in one of {', '.join(_PICTURES)}")
-    results = table.read_results(options.table)
+    check_picture(options.picture)
+    files = table.result_files(options.table)
+    check_outputs((options.markdown, options.picture, options.json), files)
+    results = table.read_results(files)
     experiments = table.make_experiments(results)
     text = table.markdown(experiments, results, options.caption)
     figure = comparison.draw(experiments, "Classes unseen in training") if options.picture is not None else None
-    print(text, end="")
     if options.markdown is not None:
-        write_whole(options.markdown, lambda part: part.write_text(text, encoding="utf-8"))
+        # A name of a file or a caption may hold what is no character.
+        write_whole(options.markdown, lambda part: part.write_text(text, encoding="utf-8", errors="backslashreplace"))
     if figure is not None:
         kind = options.picture.suffix[1:].lower()
         write_whole(options.picture, lambda part: figure.savefig(part, format=kind, dpi=150))
     if options.json is not None:
         content = json.dumps(results, indent=1) + "\n"
         write_whole(options.json, lambda part: part.write_text(content, encoding="utf-8"))
+    print(printable_lines(text), end="")
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> Parser:
     layouts = "\n\n".join(f"{name}: {about.source}\n{about.layout}" for name, about in DATASETS.items())
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m benchmarks.retrieval",
         description="Train an embedding network on some classes, with a base loss or with that and TCM, and score it\n"
         "on others: recall@1, OPIS and 10%-OPIS. Then put the results side by side.",
@@ -250,19 +244,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for name in ("root", "base"):
             if getattr(options, name) is None:
                 parser.error(f"--dataset needs --{name}")
-    try:
-        (_train if options.dataset else _table)(options)
-        sys.stdout.flush()
-    except KeyboardInterrupt:
-        parser.exit(128 + signal.SIGINT, "\ninterrupted; the same command goes on from the last checkpoint\n")
-    except BrokenPipeError:  # who reads has seen enough, such as `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what Python still flushes on leaving
-        sys.exit(128 + signal.SIGPIPE)
-    except (ValueError, TypeError, OSError, ImportError, RuntimeError, MemoryError, ArithmeticError) as error:
-        message = str(error) or type(error).__name__
-        if "Original Traceback" in message:  # from a process that reads images: its last line is the error
-            message = message.strip().splitlines()[-1]
-        parser.exit(2, f"{parser.prog}: error: {message}\n")
+    work = _train if options.dataset else _table
+    run(parser, parser.prog, lambda: work(options), "interrupted; the same command goes on from the last checkpoint")
 
 
 if __name__ == "__main__":

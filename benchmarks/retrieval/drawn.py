@@ -14,16 +14,19 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
+from tcm_fused.thresholds.outputs import clearing, part_name
+from tcm_fused.thresholds.terminal import Parser, printable, run
+
 SIZE = 40  # pixels of a side
 _FINE = 3  # drawn larger, then reduced, for smooth edges
 
 
 def draw_folder(folder: Path, classes: int, images: int, seed: int = 0) -> None:
     """`folder`/class_000/000.png and so on, which must not be there yet; it appears when all is drawn."""
-    if folder.exists():
+    if os.path.lexists(folder):
         raise ValueError(f"{folder} is there already; give a folder that is not")
-    part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
-    try:
+    part = folder.with_name(part_name())
+    with clearing(lambda: shutil.rmtree(part, ignore_errors=True)):
         for c in range(classes):
             (part / f"class_{c:03d}").mkdir(parents=True)
             glyph = _Glyph(np.random.default_rng([seed, c]))
@@ -31,8 +34,6 @@ def draw_folder(folder: Path, classes: int, images: int, seed: int = 0) -> None:
                 rng = np.random.default_rng([seed, c, k])
                 glyph.draw(rng).save(part / f"class_{c:03d}" / f"{k:03d}.png")
         part.rename(folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 class _Glyph:
@@ -72,9 +73,10 @@ class _Glyph:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Draw as the command line says."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m benchmarks.retrieval.drawn",
         description=f"Draw images of {SIZE} x {SIZE} pixels, a folder a class, to try the retrieval experiment on.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,  # a line that is broken cannot be copied
         epilog="then: python -m benchmarks.retrieval --dataset folder --root DIR --backbone small --base smoothap",
     )
     parser.add_argument("folder", type=Path, metavar="DIR", help="made by this; must not be there yet")
@@ -84,11 +86,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if min(options.classes, options.images, options.seed + 1) < 1:
         parser.error("--classes and --images must be at least 1, --seed at least 0")
-    try:
+
+    def work() -> None:
         draw_folder(options.folder, options.classes, options.images, options.seed)
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
-    print(f"drew {options.classes} classes of {options.images} images in {options.folder}")
+        print(f"drew {options.classes} classes of {options.images} images in {printable(options.folder)}")
+
+    run(parser, parser.prog, work)
 
 
 if __name__ == "__main__":

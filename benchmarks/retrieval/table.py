@@ -11,30 +11,44 @@ from benchmarks.comparison import Experiment, Scores
 Result = dict[str, Any]  # what `training.Run` writes
 
 
-def read_results(paths: Iterable[Path]) -> list[Result]:
-    """All results in files, which hold one or a list, and under folders.
+def result_files(paths: Iterable[Path]) -> list[Path]:
+    """Files of results, and those of finished runs under folders. ValueError: a folder has none."""
+    files: list[Path] = []
+    for path in paths:
+        here = sorted(path.rglob("result.json")) if path.is_dir() else [path]
+        if not here:
+            raise ValueError(f"there is no result.json under {path}; has a run finished there?")
+        files += here
+    return files
+
+
+def read_results(files: Iterable[Path]) -> list[Result]:
+    """All results in files, which hold one or a list.
 
     Raises:
-        ValueError: a path is missing, holds no results, or the same run comes twice with other numbers.
+        ValueError: a file is missing, holds no results, or the same run comes twice with other numbers.
     """
     found: dict[str, Result] = {}
-    for path in paths:
-        files = sorted(path.rglob("result.json")) if path.is_dir() else [path]
-        if not files:
-            raise ValueError(f"there is no result.json under {path}; has a run finished there?")
-        for file in files:
-            try:
-                content = json.loads(file.read_text(encoding="utf-8"))
-                for result in content if isinstance(content, list) else [content]:
-                    key = json.dumps(result["identity"], sort_keys=True)
-                    _scores(result)
-                    if found.setdefault(key, result)["scores"] != result["scores"]:
-                        raise ValueError(f"{file} has a run that came before with other scores")
-            except OSError as error:
-                raise ValueError(f"cannot read {file}: {error.strerror}") from error
-            except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-                raise ValueError(f"{file} holds no results of this program: {error!r}") from error
+    for file in files:
+        for result in _results_in(file):
+            key = json.dumps(result["identity"], sort_keys=True)
+            if found.setdefault(key, result)["scores"] != result["scores"]:
+                raise ValueError(f"{file} has a run that came before with other scores")
     return list(found.values())
+
+
+def _results_in(file: Path) -> list[Result]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        results: list[Result] = content if isinstance(content, list) else [content]
+        for result in results:  # all that is read from it later is there
+            make_experiments([result])
+            _about([result])
+    except OSError as error:
+        raise ValueError(f"cannot read {file}: {error.strerror}") from error
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file} holds no results of this program: {error!r}") from error
+    return results
 
 
 def _scores(result: Result) -> Scores:

@@ -26,7 +26,8 @@ from benchmarks.retrieval.images import BalancedBatches, CentreImages, TrainImag
 from benchmarks.retrieval.losses import make_base
 from benchmarks.retrieval.networks import make_network
 from tcm_fused import TCMLoss, __version__, opis
-from tcm_fused.thresholds.files import write_whole
+from tcm_fused.thresholds.outputs import write_whole
+from tcm_fused.thresholds.terminal import printable
 
 _REPORT = 20  # steps between looks at the loss: each waits for the device
 
@@ -117,11 +118,12 @@ class Run:
         try:
             result: dict[str, Any] = json.loads(result_file.read_text(encoding="utf-8"))
             identity = dict(result["identity"])
-            float(result["scores"]["recall_at_1"])
-        except (KeyError, TypeError, ValueError) as error:
+            for name in ("recall_at_1", "opis", "eps_opis"):
+                float(result["scores"][name])
+        except (LookupError, TypeError, ValueError) as error:
             raise ValueError(f"{result_file} is damaged ({error!r}); remove it to score the run again") from error
         self._check_identity(identity)
-        print(f"{self.settings.name}: finished before, {result_file}")
+        print(f"{printable(self.settings.name)}: finished before, {printable(result_file)}")
         return result
 
     def _build(self) -> None:
@@ -263,14 +265,17 @@ class Run:
             identity = dict(state["identity"])
         self._check_identity(identity)
         with _naming_damage(path):
-            self.step, self.seconds, self.last_loss = state["step"], state["seconds"], state["last_loss"]
+            self.step = int(state["step"])
+            self.seconds, self.last_loss = float(state["seconds"]), float(state["last_loss"])
+            if not 0 <= self.step <= self.steps:
+                raise ValueError(f"step {self.step} of {self.steps}")
             for name, part in self.parts.items():
                 part.load_state_dict(state[name])
             torch.set_rng_state(state["random"])
             if self.device.type == "cuda":
                 torch.cuda.set_rng_state(state["random_cuda"], self.device)
         epoch, step = divmod(self.step, self.batches.steps)
-        print(f"{self.settings.name}: goes on from epoch {epoch}, step {step} of {self.batches.steps}")
+        print(f"{printable(self.settings.name)}: goes on from epoch {epoch}, step {step} of {self.batches.steps}")
 
     def _check_identity(self, other: dict[str, Any]) -> None:
         names = [name for name in {**self.identity, **other} if self.identity.get(name) != other.get(name)]

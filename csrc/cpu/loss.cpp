@@ -401,6 +401,9 @@ class LossWalk {
   // Step 4.
   void finish() {
     bool finite = rows_.finite && columns().finite;
+    // In compiled code nobody has looked at the numbers before.
+    for (int side : {kPlus, kMinus})
+      finite &= std::isfinite(p_.margin.value[side]) && std::isfinite(p_.weight.value[side]);
     constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
     double loss = finite ? 0 : kNan, weight[2];
     for (int side : {kPlus, kMinus}) {

@@ -15,12 +15,6 @@
 #include "counts.h"
 #include "loss.h"
 
-#ifdef STABLE_TORCH_ERROR_CODE_CHECK
-#define TCM_CHECK STABLE_TORCH_ERROR_CODE_CHECK
-#else  // torch 2.11
-#define TCM_CHECK TORCH_ERROR_CODE_CHECK
-#endif
-
 // PyTorch's door to oneDNN's matrix kernels: s (+)= a b with operands as they lie, nothing packed. Not part of the stable
 // ABI, so it is null where a torch lacks it.
 namespace at::native::cpublas {

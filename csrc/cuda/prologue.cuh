@@ -15,8 +15,11 @@ __device__ __forceinline__ double side_of(const Sides& sides, int side) {
 
 __device__ __forceinline__ State initial_state(const Work& w) {
   State state{};
-  for (int side = 0; side < 2; ++side)
-    state.margin[side] = static_cast<float>(side_of(w.margin, side)), state.weight[side] = side_of(w.weight, side);
+  for (int side = 0; side < 2; ++side) {
+    const double margin = side_of(w.margin, side), weight = side_of(w.weight, side);
+    state.margin[side] = static_cast<float>(margin), state.weight[side] = weight;
+    if (!isfinite(margin) || !isfinite(weight)) state.non_finite = 1;  // nobody else sees those that are on the device
+  }
   return state;
 }
 

@@ -52,7 +52,7 @@ struct Embeddings {
 };
 
 struct State {     // written by the prologue
-  int non_finite;  // whether an embedding that takes part is not finite
+  int non_finite;  // whether an embedding that takes part, a margin or a weight is not finite
   int valid[2];    // rows of each set that take part
   float margin[2];
   double weight[2];

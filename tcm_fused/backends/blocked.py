@@ -5,7 +5,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tcm_fused.backends.numerics import as_precise_as_asked, loss_dtype, project, unit_and_norm, wide_dtype
+from tcm_fused.backends.numerics import (
+    Norms,
+    as_precise_as_asked,
+    loss_dtype,
+    product,
+    project,
+    unit_and_norms,
+    wide_dtype,
+)
 
 BLOCK = 1024  # rows and columns of one similarity tile
 
@@ -78,13 +86,13 @@ class _Rows(NamedTuple):
     """Rows or columns, with the sums for their gradient."""
 
     x_hat: Tensor  # [N, D]
-    norm: Tensor  # [N, 1]
+    norms: Norms
     g: list[Tensor]  # G+ and G- [N, D], if wanted
     twice: bool  # the rows are the columns: each row's sum also stands for its column's
 
     def gradient(self, weight: Tensor) -> Tensor:
         """[N, D], that of w+ penalty+  +  w- penalty- with weights [2]."""
-        grad = project(weight, self.g, self.x_hat, self.norm)
+        grad = project(weight, self.g, self.x_hat, self.norms)
         return grad.mul_(2) if self.twice else grad
 
 
@@ -108,7 +116,7 @@ def _sums(
     grad_ref: bool,
 ) -> _Sums:
     """One pass over the tiles."""
-    wide, dtype = wide_dtype(x), loss_dtype(x)
+    wide, dtype = wide_dtype(x.device), loss_dtype(x)
     x = x.to(dtype).contiguous()
     symmetric = ref_x is None or ref_y is None
     if ref_x is None or ref_y is None:
@@ -117,8 +125,8 @@ def _sums(
         ref_x = ref_x.to(dtype).contiguous()
     margin_plus, margin_minus = margins
     rows, columns = y >= 0, ref_y >= 0
-    x_hat, x_norm = unit_and_norm(x, rows)
-    ref_hat, ref_norm = unit_and_norm(ref_x, columns)
+    x_hat, x_norms = unit_and_norms(x, rows)
+    ref_hat, ref_norms = unit_and_norms(ref_x, columns)
     penalty = torch.zeros(2, dtype=wide, device=x.device)
     count = torch.zeros(2, dtype=torch.int64, device=x.device)
     g_rows = [torch.zeros_like(x_hat) for _ in range(2 if grad_x else 0)]  # G+, G-
@@ -127,7 +135,7 @@ def _sums(
         block_rows = slice(i, min(i + BLOCK, x.shape[0]))
         for j in range(0, ref_x.shape[0], BLOCK):
             block_columns = slice(j, min(j + BLOCK, ref_x.shape[0]))
-            s = x_hat[block_rows] @ ref_hat[block_columns].T
+            s = product(x_hat[block_rows], ref_hat[block_columns].T)
             pair = rows[block_rows, None] & columns[block_columns]
             if row_offset is not None:
                 own = torch.arange(i, block_rows.stop, device=x.device) + row_offset
@@ -141,13 +149,13 @@ def _sums(
                 count[side] += hard.sum()
                 slope = 2 * excess if squared else hard.to(s.dtype)
                 if grad_x:
-                    g_rows[side][block_rows] += slope @ ref_hat[block_columns]
+                    g_rows[side][block_rows] += product(slope, ref_hat[block_columns])
                 if grad_ref:
-                    g_columns[side][block_columns] += slope.T @ x_hat[block_rows]
+                    g_columns[side][block_columns] += product(slope.T, x_hat[block_rows])
     finite = torch.isfinite(x_hat).all() & torch.isfinite(ref_hat).all() & torch.isfinite(margins).all()
     return _Sums(
-        _Rows(x_hat, x_norm, g_rows, symmetric),
-        _Rows(ref_hat, ref_norm, g_columns, False),
+        _Rows(x_hat, x_norms, g_rows, symmetric),
+        _Rows(ref_hat, ref_norms, g_columns, False),
         torch.where(finite, penalty, torch.nan),
         count,
         finite,

@@ -4,7 +4,7 @@ checked against it."""
 import torch
 from torch import Tensor
 
-from tcm_fused.backends.numerics import as_precise_as_asked, unit_and_norm
+from tcm_fused.backends.numerics import as_precise_as_asked, product, unit_and_norms
 
 BLOCK = 1024  # rows and columns of one similarity tile
 
@@ -45,7 +45,7 @@ def _count(
     class_counts = torch.zeros(2 * (classes + 1) * t, dtype=torch.int64, device=x.device)
     best = x.new_full((2, x.shape[0]), -torch.inf)
     order = torch.nonzero(y >= 0).flatten()
-    x_hat, label = unit_and_norm(x, y >= 0)[0][order], y[order]
+    x_hat, label = unit_and_norms(x, y >= 0)[0][order], y[order]
     table = label.clamp(max=classes)
     starts = range(0, len(order), BLOCK)
     if progress is not None:
@@ -53,7 +53,7 @@ def _count(
     for i in starts:
         for j in starts[i // BLOCK :]:
             rows, columns = slice(i, i + BLOCK), slice(j, j + BLOCK)
-            s = x_hat[rows] @ x_hat[columns].T
+            s = product(x_hat[rows], x_hat[columns].T)
             negative = label[rows, None] != label[columns]
             no_pair = torch.ones_like(negative).tril() if i == j else None
             cell = (s * half).floor_().to(torch.int64).add_(half).clamp_(0, 2 * half) + bins * negative

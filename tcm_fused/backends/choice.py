@@ -5,17 +5,12 @@ from typing import Any, NamedTuple
 
 import torch
 
+from tcm_fused.backends import extension
 from tcm_fused.backends.operators import OPERATORS
 from tcm_fused.tracing import constant_when_compiled
 from tcm_fused.warn import warn_once
 
-try:
-    import tcm_fused._C as _C
-except ImportError as error:  # not swallowed: `why_unavailable` tells it
-    _IMPORT_ERROR: str | None = str(error)
-else:
-    _IMPORT_ERROR = None
-
+_C, _IMPORT_ERROR = extension.load()
 _WIDE = (torch.float32, torch.float64)
 _NARROW = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -50,10 +45,7 @@ def why_unavailable(backend: str) -> str | None:
     if backend == "triton":
         return _why_no_triton()
     if _IMPORT_ERROR is not None:
-        return (
-            f"the C++ extension could not be imported ({_IMPORT_ERROR}); build it with "
-            "`pip install --no-build-isolation .` or use backend='torch'"
-        )
+        return f"{_IMPORT_ERROR}, or use backend='torch'"
     return _why_no_cuda() if backend == "cuda" else None
 
 
@@ -65,7 +57,7 @@ def _why_no_cuda() -> str | None:
     if not architectures:
         return (
             f"the extension was built without CUDA kernels ({built['cuda_compiler']}); build it again with nvcc on the "
-            "PATH (`TCM_FUSED_CUDA=1 pip install --no-build-isolation .`) or use backend='torch'"
+            f"PATH (`TCM_FUSED_CUDA=1 {extension.BUILD}`) or use backend='torch'"
         )
     if torch.version.cuda is None:
         return f"torch {torch.__version__} has no CUDA; install a torch that has it, or use backend='torch'"
@@ -91,7 +83,7 @@ def _why_no_cuda() -> str | None:
 def _why_no_triton() -> str | None:
     try:
         from tcm_fused.backends import triton_loss
-    except ImportError as error:
+    except Exception as error:  # an old Triton lacks names: AttributeError
         return f"Triton could not be imported ({error}); install it (`pip install triton`) or use backend='torch'"
     if triton_loss.INTERPRETED or torch.cuda.is_available():
         return None
@@ -161,22 +153,33 @@ def _best(device_type: str, fallback: str, dtype: torch.dtype, penalty: str | No
     Where that is the last, which is slow, a warning says why no other is; but not where no kernel for the device could.
     """
     missing: dict[str, str] = {}
-    if all(able.device != device_type for able in BACKENDS.values()):
-        missing["kernel"] = f"no kernel for device '{device_type}'"
-    for name, able in BACKENDS.items():
-        can = dtype in able.counted if penalty is None else dtype in able.dtypes and penalty in able.penalties
-        if not can or able.device not in (None, device_type):
-            continue
+    for name in _able(device_type, dtype, penalty):
         reason = why_unavailable(name)
         if name == "triton" and reason is None and _is_interpreted():
             reason = "TRITON_INTERPRET is set; unset it"
         if reason is not None:
             missing[name] = reason
-        elif able.device is not None or not missing:
+        elif BACKENDS[name].device is not None or (not missing and _has_kernels(device_type)):
             return name
+    missing = missing or {"kernel": f"no kernel for device '{device_type}'"}
     told = [f"{name}: {reason}" if len(missing) > 1 else reason for name, reason in missing.items()]
     warn_once(f"tcm_fused {fallback}: {'; '.join(told)}")
     return name
+
+
+@cache
+def _able(device_type: str, dtype: torch.dtype, penalty: str | None) -> tuple[str, ...]:
+    """Backends that are made for it, best first; the last is plain PyTorch."""
+    return tuple(
+        name
+        for name, able in BACKENDS.items()
+        if able.device in (None, device_type)
+        and (dtype in able.counted if penalty is None else dtype in able.dtypes and penalty in able.penalties)
+    )
+
+
+def _has_kernels(device_type: str) -> bool:
+    return any(able.device == device_type for able in BACKENDS.values())
 
 
 def _is_interpreted() -> bool:

@@ -123,19 +123,21 @@ def _keep(ctx: Any, x: Tensor, ref_x: Tensor | None, grad_x: Tensor, grad_ref: T
 
 def _gradients(ctx: Any, upstream: Tensor | None, needed: tuple[bool, ...]) -> list[Tensor | None]:
     """Those by x and by ref_x, in their dtypes."""
-    if upstream is None:
-        return [None, None]
-    scale = OnceDifferentiable.apply if torch.is_grad_enabled() else scale_saved
-    return [
-        # Cast last: a gradient too small for float16 is multiplied by the loss scale before it is rounded.
-        scale(saved, upstream, *ctx.embeddings).to(x.dtype) if needs else None
-        for saved, x, needs in zip(ctx.saved_tensors, ctx.embeddings, needed, strict=True)
-    ]
+    grads: list[Tensor | None] = [None, None]
+    if upstream is not None:
+        scale = OnceDifferentiable.apply if torch.is_grad_enabled() else scale_saved
+        saved, embeddings = ctx.saved_tensors, ctx.embeddings
+        for k in (0, 1):
+            if needed[k]:
+                # Cast last: a gradient too small for float16 is multiplied by the loss scale before it is rounded.
+                grads[k] = scale(saved[k], upstream, *embeddings).to(embeddings[k].dtype)
+    return grads
 
 
 def scale_saved(saved: Tensor, upstream: Tensor, *_: Any) -> Tensor:
     """saved [N, D] times upstream [], or saved [2, N, D] by upstream [2]."""
-    upstream = upstream.to(saved.dtype)
+    if upstream.dtype != saved.dtype:
+        upstream = upstream.to(saved.dtype)
     return upstream * saved if upstream.ndim == 0 else torch.addcmul(upstream[0] * saved[0], upstream[1], saved[1])
 
 
@@ -209,7 +211,7 @@ def _fake_results(
         x.new_empty((*sides, *of.shape) if wanted and of is not None else 0, dtype=dtype)
         for of, wanted in ((x, grad_x), (ref_x, grad_ref))
     ]
-    return grads, x.new_empty(2, dtype=wide_dtype(x)), x.new_empty(2, dtype=torch.int64)
+    return grads, x.new_empty(2, dtype=wide_dtype(x.device)), x.new_empty(2, dtype=torch.int64)
 
 
 def _fake_counts(

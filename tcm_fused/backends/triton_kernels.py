@@ -22,12 +22,27 @@ TABLE: tl.constexpr = tl.constexpr(2)  # column own[r] is row r
 
 
 @triton.jit
+def _as_float32(value):
+    if value.dtype == tl.bfloat16:  # the upper half of it: the interpreter's own conversion loses subnormal numbers
+        return (value.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    else:
+        return value.to(tl.float32)
+
+
+@triton.jit
+def _divide(value, first, second, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """value [ROWS, BLOCK] by first [ROWS], then by second [ROWS]."""
+    value = tl.div_rn(value, tl.broadcast_to(first[:, None], (ROWS, BLOCK)))
+    return tl.div_rn(value, tl.broadcast_to(second[:, None], (ROWS, BLOCK)))
+
+
+@triton.jit
 def normalise(
     x,  # [N, D] of any strides
     order,  # [N] row of x that sorted row r is
     valid,  # [] sorted rows that take part
     unit,  # [PARTS, padded, d_padded] X^, zero in the padding and in rows that take no part or are not finite
-    norm,  # [padded] |x|, NaN if not finite
+    norm,  # [2, padded] the largest |component|, 1 in a zero row; |x| in units of it, NaN if not finite
     d,
     padded,
     d_padded,
@@ -47,7 +62,7 @@ def normalise(
     broken = tl.zeros((ROWS,), tl.int32)
     for k in range(0, d, BLOCK):
         inside = takes_part[:, None] & (k + column < d)[None, :]
-        size = tl.abs(tl.load(x + source[:, None] + ((k + column) * x_column)[None, :], inside, 0.0).to(tl.float32))
+        size = tl.abs(_as_float32(tl.load(x + source[:, None] + ((k + column) * x_column)[None, :], inside, 0.0)))
         broken |= tl.max(tl.where(size <= LARGEST, 0, 1), 1)
         peak = tl.maximum(peak, tl.max(size, 1))
     finite = broken == 0
@@ -56,19 +71,19 @@ def normalise(
     squares = tl.zeros((ROWS,), tl.float32)
     for k in range(0, d, BLOCK):
         inside = takes_part[:, None] & (k + column < d)[None, :]
-        value = tl.load(x + source[:, None] + ((k + column) * x_column)[None, :], inside, 0.0).to(tl.float32)
+        value = _as_float32(tl.load(x + source[:, None] + ((k + column) * x_column)[None, :], inside, 0.0))
         value = tl.div_rn(value, tl.broadcast_to(peak[:, None], (ROWS, BLOCK)))
         squares += tl.sum(value * value, 1)
     length = tl.sqrt_rn(squares)
     tiny = peak * length < EPSILON
-    tl.store(norm + r, tl.where(finite, peak * length, float("nan")))
+    tl.store(norm + r, peak)
+    tl.store(norm + padded + r, tl.where(finite, length, float("nan")))
     peak = tl.where(tiny, EPSILON, peak)
     length = tl.where(tiny, 1.0, length)
     for k in range(0, d_padded, BLOCK):
         inside = takes_part[:, None] & (k + column < d)[None, :]
-        value = tl.load(x + source[:, None] + ((k + column) * x_column)[None, :], inside, 0.0).to(tl.float32)
-        value = tl.div_rn(value, tl.broadcast_to(peak[:, None], (ROWS, BLOCK)))
-        value = tl.div_rn(value, tl.broadcast_to(length[:, None], (ROWS, BLOCK)))
+        value = _as_float32(tl.load(x + source[:, None] + ((k + column) * x_column)[None, :], inside, 0.0))
+        value = _divide(value, peak, length, ROWS, BLOCK)
         high = value.to(tl.float16)
         target = unit + r.to(tl.int64)[:, None] * d_padded + (k + column)[None, :]
         written = (k + column < d_padded)[None, :]
@@ -550,12 +565,13 @@ def project(
     x,  # [N, D] of any strides
     order,  # [N]
     valid,
-    norm,  # [padded]
+    norm,  # [2, padded], from `normalise`
     g,  # [2, padded, d_padded] G+, G-
     weight,  # [2] from `totals`, or [2, 2]
     out,  # [N, D] dL/dx, contiguous, or [2, N, D] those of the penalties
     n,
     d,
+    padded,
     g_stride,
     d_padded,
     x_row,
@@ -568,8 +584,12 @@ def project(
     r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     takes_part = r < tl.load(valid)
     source = tl.load(order + r, mask=r < n, other=0)
-    size = tl.load(norm + r)
-    divisor = tl.maximum(size, EPSILON, propagate_nan=tl.PropagateNan.ALL)
+    peak = tl.load(norm + r)
+    length = tl.load(norm + padded + r)
+    is_zero = length == 0
+    tiny = peak * length < EPSILON  # there the divisor is a constant, and nothing is projected away
+    peak = tl.where(tiny, EPSILON, peak)
+    length = tl.where(tiny, 1.0, length)
     column = tl.arange(0, BLOCK).to(tl.int64)
     side = tl.program_id(1)
     out += tl.cast(side, tl.int64) * n * d
@@ -581,16 +601,16 @@ def project(
         here = g + r.to(tl.int64)[:, None] * d_padded + (k + column)[None, :]
         total = w_minus * tl.load(here + g_stride, inside, 0.0) - w_plus * tl.load(here, inside, 0.0)
         value = tl.load(x + (source * x_row)[:, None] + ((k + column) * x_column)[None, :], inside, 0.0)
-        along += tl.sum(total * tl.div_rn(value.to(tl.float32), tl.broadcast_to(divisor[:, None], (ROWS, BLOCK))), 1)
-    along = tl.where(size < EPSILON, 0.0, along)  # there the divisor is a constant, and nothing is projected away
+        along += tl.sum(total * _divide(_as_float32(value), peak, length, ROWS, BLOCK), 1)
+    along = tl.where(tiny, 0.0, along)
     for k in range(0, d, BLOCK):
         inside = takes_part[:, None] & (k + column < d)[None, :]
         here = g + r.to(tl.int64)[:, None] * d_padded + (k + column)[None, :]
         total = w_minus * tl.load(here + g_stride, inside, 0.0) - w_plus * tl.load(here, inside, 0.0)
         value = tl.load(x + (source * x_row)[:, None] + ((k + column) * x_column)[None, :], inside, 0.0)
-        value = tl.div_rn(value.to(tl.float32), tl.broadcast_to(divisor[:, None], (ROWS, BLOCK)))
-        grad = tl.div_rn(total - along[:, None] * value, tl.broadcast_to(divisor[:, None], (ROWS, BLOCK)))
-        grad = tl.where((size == 0)[:, None], 0.0 * total, grad)
+        grad = total - along[:, None] * _divide(_as_float32(value), peak, length, ROWS, BLOCK)
+        grad = _divide(grad, length, peak, ROWS, BLOCK)
+        grad = tl.where(is_zero[:, None], 0.0 * total, grad)
         grad = tl.where(takes_part[:, None], grad, 0.0)
         written = (r < n)[:, None] & (k + column < d)[None, :]
         tl.store(out + source[:, None] * d + (k + column)[None, :], grad, mask=written)

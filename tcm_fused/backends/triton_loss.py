@@ -40,7 +40,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tcm_fused.backends import triton_kernels as kernels
-from tcm_fused.reference import EPS
+from tcm_fused.backends.numerics import EPS
 
 LONGEST = 2**31  # numbers that offsets of 32 bits reach
 MOST = 2**30 - 256  # rows, of which two parts are counted in 32 bits
@@ -102,13 +102,13 @@ class Embeddings:
     order: Tensor  # [N] row of x that sorted row r is
     valid: Tensor  # [] int32, rows that take part
     unit: Tensor  # [parts * padded, d] fp16
-    norm: Tensor  # [padded]
+    norm: Tensor  # [2, padded] |x| as two factors, since it may be beyond float32: largest |component|, and the rest
     sums: Tensor  # [padded / tile rows, d] sums of x^
     g: Tensor | None  # [2, padded, d] masked sums over hard positives, hard negatives
 
     @property
     def padded(self) -> int:
-        return self.norm.shape[0]
+        return self.norm.shape[1]
 
 
 def loss_triton(
@@ -229,8 +229,7 @@ def run(
     penalty, count = new((2,), torch.float64), new((2,), torch.int64)
     loss = None if weights is None else new((), torch.float32)
     w = new((2, 2) if weights is None else (2,), torch.float32)
-    # A norm may be infinite, which is none of the embedding's fault; only NaN says that it was not finite.
-    checks = (rows.norm.sum(), columns.norm.sum())
+    checks = (rows.norm[1].sum(), columns.norm[1].sum())  # NaN if a row is not finite
     kernels.totals[(1,)](
         walk.penalty, walk.count, *checks, loss, penalty, count, w,
         None if weights is None else on_device(weights, x.device), margins, walk.penalty.shape[1],
@@ -269,7 +268,7 @@ def prepare(config: Config, x: Tensor, y: Tensor, parts: int, gradient: bool) ->
         order=order,
         valid=(key < 0).sum(dtype=torch.int32),
         unit=new((parts * padded, d), dtype=torch.float16),
-        norm=new(padded, dtype=torch.float32),
+        norm=new((2, padded), dtype=torch.float32),
         sums=new((padded // config.rows, d), dtype=torch.float32),
         g=x.new_zeros((2, padded, d), dtype=torch.float32) if gradient else None,
     )
@@ -295,8 +294,8 @@ def project(e: Embeddings, weight: Tensor, factor: float) -> Tensor:
     block = min(triton.next_power_of_2(e.g.shape[2]), 1024)
     height = max(1, min(1024 // block, 16))
     kernels.project[(triton.cdiv(n, height), sides.numel())](
-        e.x, e.order, e.valid, e.norm, e.g, weight, out, n, d, e.g.stride(0), e.g.shape[2], *e.x.stride(), factor,
-        EPSILON=EPS, ROWS=height, BLOCK=block,
+        e.x, e.order, e.valid, e.norm, e.g, weight, out, n, d, e.padded, e.g.stride(0), e.g.shape[2], *e.x.stride(),
+        factor, EPSILON=EPS, ROWS=height, BLOCK=block,
     )  # fmt: skip
     return out
 

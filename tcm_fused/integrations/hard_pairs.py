@@ -66,7 +66,7 @@ class HardPairs:
 
     def take_sums(self, device: torch.device) -> Tensor:
         """[losses, 5] float32: the sums since the last time, 0 for a loss that was not called."""
-        zeros = torch.zeros(5, device=device)
+        zeros = torch.zeros(5, dtype=torch.float32, device=device)
         taken = [self.sums.get(name, zeros).to(device) for name in self.losses]
         self.sums = {}
         return torch.stack(taken)

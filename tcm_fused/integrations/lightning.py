@@ -20,8 +20,7 @@ try:
     from tcm_fused.thresholds.metric import OPIS
 except ImportError as error:
     raise ImportError(
-        "tcm_fused.integrations.lightning needs Lightning and torchmetrics: pip install lightning torchmetrics, or "
-        "'tcm_fused[lightning]'"
+        "tcm_fused.integrations.lightning needs Lightning and torchmetrics: pip install lightning torchmetrics"
     ) from error
 
 
@@ -35,7 +34,9 @@ class TCMCallback(Callback):
 
     For each validation, of all its embeddings together and from all processes: "tcm/opis", "tcm/eps_opis" and
     "tcm/recall_at_1", which `ModelCheckpoint(monitor="tcm/opis")` can watch. With several validation loaders the names
-    end in "/dataloader_0", "/dataloader_1", ...
+    end in "/dataloader_0", "/dataloader_1", ... A score that the embeddings do not have (no class twice, as in a run of
+    one batch, or embeddings that have collapsed) is NaN; the first time there is a warning with the reason. Lightning's
+    `EarlyStopping` ends a run at NaN unless it has `check_finite=False`.
 
     Args:
         criterion: a module that has the TCM losses in it, if they are not in the `LightningModule`.
@@ -53,12 +54,17 @@ class TCMCallback(Callback):
         super().__init__()
         if options and embeddings is None:
             raise TypeError(f"{', '.join(options)}: options of OPIS, which needs embeddings=")
-        OPIS(**options)  # so that a wrong option is an error here
+        self._make_opis(options)  # so that a wrong option is an error here
         self.criterion = criterion
         self.embeddings = embeddings
         self.options = options
         self._pairs = HardPairs({})  # of the training that is under way
-        self._opis: dict[int, OPIS] = {}  # of each validation loader
+        self._opis: list[OPIS] = []  # of each validation loader
+        self._warned = False  # of a score that is NaN
+
+    @staticmethod
+    def _make_opis(options: dict[str, Any]) -> OPIS:
+        return OPIS(**options, details=True)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._pairs = HardPairs({"criterion": self.criterion, "": pl_module})
@@ -71,7 +77,7 @@ class TCMCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         # nan where a loss was not called, since Lightning would log its value of an earlier batch again.
-        none = torch.full((len(KEYS),), torch.nan, device=pl_module.device)
+        none = torch.full((len(KEYS),), torch.nan, dtype=torch.float32, device=pl_module.device)
         stats = dict.fromkeys(self._pairs.losses, none) | self._pairs.end_batch()
         pl_module.log_dict(self._pairs.by_key(stats), on_step=True, on_epoch=False, batch_size=1)
 
@@ -84,7 +90,11 @@ class TCMCallback(Callback):
         pl_module.log_dict(means, on_step=False, on_epoch=True, sync_dist=True, batch_size=1)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._opis = {}
+        """One for each loader, also where this process gets no batch of it: all processes gather at the end."""
+        self._opis = []
+        if self.embeddings is not None and not trainer.sanity_checking:
+            loaders = len(trainer.num_val_batches)
+            self._opis = [self._make_opis(self.options).to(pl_module.device) for _ in range(loaders)]
 
     def on_validation_batch_end(
         self,
@@ -95,15 +105,14 @@ class TCMCallback(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        if self.embeddings is None or trainer.sanity_checking:
-            return
-        if dataloader_idx not in self._opis:
-            self._opis[dataloader_idx] = OPIS(**self.options).to(pl_module.device)
-        self._opis[dataloader_idx].update(*self.embeddings(outputs, batch))
+        if self.embeddings is not None and self._opis:
+            self._opis[dataloader_idx].update(*self.embeddings(outputs, batch))
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        for index, metric in self._opis.items():
+        for index, metric in enumerate(self._opis):
             suffix = f"/dataloader_{index}" if len(self._opis) > 1 else ""
+            metric.warned = self._warned
             scores = {f"tcm/{name}{suffix}": value.float() for name, value in metric.compute().items()}
+            self._warned = metric.warned
             pl_module.log_dict(scores, sync_dist=True, batch_size=1)  # all processes have the same
-        self._opis = {}
+        self._opis = []

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from tcm_fused.arguments import Options
-from tcm_fused.backends.numerics import loss_dtype, project, unit_and_norm, wide_dtype
+from tcm_fused.backends.numerics import loss_dtype, project, unit_and_norms, wide_dtype
 from tcm_fused.backends.operators import OnceDifferentiable, scale_saved
 from tcm_fused.loss import TCMStats, stats_of
 
@@ -71,9 +71,9 @@ class _PairLoss(torch.autograd.Function):
         n: Tensor,
         options: Options,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        dtype, wide = torch.promote_types(loss_dtype(x), loss_dtype(ref_x)), wide_dtype(x)
-        x_hat, norm = unit_and_norm(x.to(dtype), _in_pairs(x, a1, a2))
-        ref_hat, ref_norm = unit_and_norm(ref_x.to(dtype), _in_pairs(ref_x, p, n))
+        dtype, wide = torch.promote_types(loss_dtype(x), loss_dtype(ref_x)), wide_dtype(x.device)
+        x_hat, norms = unit_and_norms(x.to(dtype), _in_pairs(x, a1, a2))
+        ref_hat, ref_norms = unit_and_norms(ref_x.to(dtype), _in_pairs(ref_x, p, n))
         margins, weights = options.margins(x), options.weights(x)
         squared = options.penalty == "squared"
         penalty = torch.zeros(2, dtype=wide, device=x.device)
@@ -103,8 +103,8 @@ class _PairLoss(torch.autograd.Function):
         weight = torch.stack([weights[0] / n_plus, weights[1] / n_minus])
         weight, penalty = (torch.where(finite, t, torch.nan) for t in (weight, penalty))
         ctx.save_for_backward(
-            project(weight, g_rows, x_hat, norm) if g_rows else None,
-            project(weight, g_columns, ref_hat, ref_norm) if g_columns else None,
+            project(weight, g_rows, x_hat, norms) if g_rows else None,
+            project(weight, g_columns, ref_hat, ref_norms) if g_columns else None,
         )
         ctx.embeddings = x, ref_x
         ctx.mark_non_differentiable(penalty, count)

@@ -19,11 +19,14 @@ from tcm_fused.loss import TCMStats, tcm_loss
 try:
     from pytorch_metric_learning import losses
     from pytorch_metric_learning.distances import CosineSimilarity
+
+    # By names of their own: people put the classes below in the places of these.
+    from pytorch_metric_learning.losses import CrossBatchMemory as LibraryMemory
+    from pytorch_metric_learning.losses import ThresholdConsistentMarginLoss as LibraryLoss
     from pytorch_metric_learning.utils import common_functions, loss_and_miner_utils
 except ImportError as error:
     raise ImportError(
-        "tcm_fused.integrations.pytorch_metric_learning needs that library: pip install pytorch-metric-learning, or "
-        "'tcm_fused[pytorch-metric-learning]'"
+        "tcm_fused.integrations.pytorch_metric_learning needs that library: pip install pytorch-metric-learning"
     ) from error
 
 
@@ -195,7 +198,7 @@ def recognise_all_pairs(pairs: tuple[Tensor, ...], labels: Tensor | None, ref_la
     return AllPairs(int(own[0]) if left_out else None)
 
 
-class CrossBatchMemory(losses.CrossBatchMemory):
+class CrossBatchMemory(LibraryMemory):
     """The library's `CrossBatchMemory`, for `ThresholdConsistentMarginLoss` too, which its own refuses by name.
 
     Without a miner and an `indices_tuple` the rows are compared with the memory in one fused pass, and no list of all
@@ -207,7 +210,7 @@ class CrossBatchMemory(losses.CrossBatchMemory):
     """
 
     def __init__(self, loss: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
-        if type(loss) is losses.ThresholdConsistentMarginLoss:
+        if type(loss) is LibraryLoss:
             raise TypeError(
                 "the ThresholdConsistentMarginLoss of pytorch-metric-learning ignores ref_emb, the memory: use that of "
                 "tcm_fused.integrations.pytorch_metric_learning"
@@ -216,7 +219,7 @@ class CrossBatchMemory(losses.CrossBatchMemory):
 
     @staticmethod
     def supported_losses() -> list[str]:
-        return [*losses.CrossBatchMemory.supported_losses(), ThresholdConsistentMarginLoss.__name__]
+        return [*LibraryMemory.supported_losses(), ThresholdConsistentMarginLoss.__name__]
 
     def create_indices_tuple(
         self,

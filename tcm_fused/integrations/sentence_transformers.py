@@ -31,8 +31,12 @@ try:
 except ImportError as error:
     raise ImportError(
         "tcm_fused.integrations.sentence_transformers needs that library, 6.2 or later: "
-        "pip install 'sentence-transformers[train]', or 'tcm_fused[sentence-transformers]'"
+        "pip install 'sentence-transformers[train]'"
     ) from error
+
+# As they are here and now: others may put something in their places, a class of theirs or a function.
+_EVALUATES_AGAIN = losses.MatryoshkaLoss, losses.AdaptiveLayerLoss
+_TAKES_SIMILAR_PAIRS = losses.ContrastiveLoss, losses.OnlineContrastiveLoss
 
 ClassLabels = Callable[[Tensor | None], Sequence[Tensor]]
 Features = dict[str, Any]  # what the encoder takes for a column of a batch
@@ -138,7 +142,7 @@ class WithTCM(ThresholdConsistentMarginLoss):
 
     def __init__(self, loss: nn.Module, class_labels: ClassLabels | None = None, **options: Any) -> None:
         name, inner = type(loss).__name__, loss
-        while isinstance(inner, (losses.MatryoshkaLoss, losses.AdaptiveLayerLoss)):
+        while isinstance(inner, _EVALUATES_AGAIN):
             inner = inner.loss
         if inner is not loss:
             raise TypeError(
@@ -198,7 +202,7 @@ class WithTCM(ThresholdConsistentMarginLoss):
         return [next(rest) if x is None else x for x in alone]
 
     def _labels_tell_similar_pairs(self) -> bool:
-        return isinstance(self.loss, (losses.ContrastiveLoss, losses.OnlineContrastiveLoss))
+        return isinstance(self.loss, _TAKES_SIMILAR_PAIRS)
 
     def get_config_dict(self) -> dict[str, Any]:
         return {"loss": self.loss, **super().get_config_dict()}

@@ -14,15 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tcm_fused.arguments import check_set
 from tcm_fused.integrations.hard_pairs import HardPairs
-from tcm_fused.thresholds.opis import check_options, opis
+from tcm_fused.thresholds.opis import check_options, opis, scores_or_nan, warn_of_nan
 
 try:
     from transformers import Trainer, TrainerCallback
 except ImportError as error:
     raise ImportError(
-        "tcm_fused.integrations.transformers needs that library: pip install 'transformers[torch]', or "
-        "'tcm_fused[transformers]'"
+        "tcm_fused.integrations.transformers needs that library: pip install 'transformers[torch]'"
     ) from error
 
 
@@ -36,7 +36,9 @@ class TCMCallback(TrainerCallback):
 
     After each evaluation, of all its embeddings together and from all processes: "eval_opis", "eval_eps_opis" and
     "eval_recall_at_1", logged and added to the metrics, so that `metric_for_best_model="eval_opis"` with
-    `greater_is_better=False` works. The evaluation set is embedded once more for it.
+    `greater_is_better=False` works. The evaluation set is embedded once more for it. A score that the embeddings do not
+    have (no class twice, or embeddings that have collapsed) is NaN, which is never the best; the first time there is a
+    warning with the reason.
 
     Args:
         trainer: the trainer, whose `log` is called; the TCM losses are those in the modules that are its attributes, or
@@ -45,7 +47,7 @@ class TCMCallback(TrainerCallback):
             without gradients, with the model in evaluation mode. None: no OPIS. For `SentenceTransformerTrainer`:
             `lambda model, batch: (model(trainer.collect_features(batch)[0][0])["sentence_embedding"], batch["label"])`.
         criterion: a module that has the TCM losses in it, if the trainer has none: where a function calls them.
-        options: those of `tcm_fused.thresholds.opis`.
+        options: those of `tcm_fused.opis`.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class TCMCallback(TrainerCallback):
         self.options = options
         self._pairs = HardPairs({})  # of the training that is under way
         self.criterion = criterion
+        self._warned = False  # of a score that is NaN
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         roots: dict[str, object] = {}
@@ -98,10 +101,13 @@ class TCMCallback(TrainerCallback):
         if self.embed is None:
             return
         embeddings, labels = self._embed(self.embed, kwargs["eval_dataloader"])
-        result = opis(embeddings, labels, **self.options)
+        found, result = scores_or_nan(embeddings, labels, **self.options)
+        if isinstance(result, str) and not self._warned:
+            self._warned = True
+            warn_of_nan(result)
         # Each evaluation has its own prefix, "eval", or "eval_NAME" of several sets, which callbacks are not told.
-        prefix = next(key.removesuffix("_runtime") for key in metrics if key.endswith("_runtime"))
-        scores = {f"{prefix}_{name}": getattr(result, name) for name in ("opis", "eps_opis", "recall_at_1")}
+        prefix = next((key.removesuffix("_runtime") for key in metrics if key.endswith("_runtime")), "eval")
+        scores = {f"{prefix}_{name}": value for name, value in found.items()}
         metrics.update(scores)
         self.trainer.log(dict(scores))
 
@@ -116,12 +122,10 @@ class TCMCallback(TrainerCallback):
             for batch in batches:
                 with accelerator.autocast():
                     x, y = embed(model, batch)
+                check_set("embeddings", x, "labels", y)
                 found.append(accelerator.gather_for_metrics((x.float().contiguous(), y.contiguous())))
         finally:
             model.train(was_training)
-        if not found:
-            raise ValueError(
-                "the evaluation set has no batch to find OPIS of: it is empty, or, with dataloader_drop_last, smaller "
-                "than one batch for every process"
-            )
+        if not found:  # the set is empty, or, with dataloader_drop_last, smaller than one batch for every process
+            return torch.empty(0, 1), torch.empty(0, dtype=torch.int64)
         return torch.cat([x for x, _ in found]), torch.cat([y for _, y in found])

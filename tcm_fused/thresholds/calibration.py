@@ -11,6 +11,7 @@ from tcm_fused.thresholds.rates import (
     HALF,
     Array,
     Histogram,
+    NothingToMeasure,
     Pairs,
     Rates,
     Worst,
@@ -19,7 +20,9 @@ from tcm_fused.thresholds.rates import (
     lowest,
     plain,
     utility_of,
+    worst_classes,
 )
+from tcm_fused.warn import warn_caller
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -43,9 +46,10 @@ class TAR(NamedTuple):
     similarity: float
     far: float  # the false accept rate reached
     tar: float
+    finer: bool = False  # the bound is less than one negative pair: this is the rate where none at all is accepted
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Calibration:
     """What `calibrate` found: a threshold, and what it means for all pairs and for each of C classes."""
 
@@ -62,6 +66,7 @@ class Calibration:
     recall_at_1: float
     left_out: int  # classes of one sample
     histogram: Histogram
+    class_names: Array | None = None  # [C] text of class_ids, which are its places then; None of integer labels
 
     @property
     def equal_error_rate(self) -> float:
@@ -84,12 +89,50 @@ class Calibration:
         """The k classes with the highest false reject rate (or `rate="far"`), the highest first."""
         check_choice("rate", rate, ("far", "frr"))
         values = self.class_frr if rate == "frr" else self.class_far
-        order = lowest(-values, k)
-        return [Worst(int(self.class_ids[c]), int(self.class_sizes[c]), float(values[c])) for c in order]
+        return worst_classes(self, lowest(-values, k), values)
+
+    def __repr__(self) -> str:
+        worst = "; ".join(map(str, self.worst(2)))
+        return "\n".join([*self._operations(), *self._spread(), f"{'most false rejects':22} {worst}"])
+
+    def report(self, worst: int = 5) -> str:
+        """The result in sentences and tables, with that many of the classes with the most false rejects; `print` shows
+        the first two tables."""
+        lines = [*self._operations(), "", *self._spread(), "", "classes with the most false rejects:"]
+        lines += [f"{'':14} {item}" for item in self.worst(worst)]
+        lines += ["", f"{'false accepts at most':22}{'true accepts':>14}{'similarity':>20}"]
+        for at in self.tar_at_far:
+            text = f"{'no threshold':>14}" if math.isnan(at.tar) else f"{100 * at.tar:12.2f} %{at.similarity!r:>20}"
+            lines.append(f"{at.bound:<22.0e}{text}{'   fewer than one pair' if at.finer else ''}")
+        return "\n".join(lines)
+
+    def _operations(self) -> list[str]:
+        """Thresholds to all their digits, so that they decide as here wherever they are copied to."""
+        lines = [
+            f"{self.pairs[0]:,} positive and {self.pairs[1]:,} negative pairs, {len(self.class_ids):,} classes "
+            f"({self.left_out:,} more of one sample left out)",
+            f"{'':22}{'similarity':>20}{'distance':>20}{'false accepts':>16}{'false rejects':>16}",
+        ]
+        for name, at in (
+            ("threshold", self.threshold),
+            ("equal error", self.equal_error),
+            ("best utility", self.best_utility),
+        ):
+            rates = f"{100 * at.far:14.4g} %{100 * at.frr:14.4g} %"
+            lines.append(f"{name:22}{at.similarity!r:>20}{at.distance!r:>20}{rates}")
+        return lines
+
+    def _spread(self) -> list[str]:
+        lines = [f"{'at the threshold':22}{'mean':>12}{'spread':>12}{'lowest':>12}{'highest':>12}"]
+        for name, text in (("far", "class's false accepts"), ("frr", "class's false rejects")):
+            spread = self.spread()[name]
+            lines.append(f"{text:22}" + "".join(f"{100 * spread[k]:10.4g} %" for k in ("mean", "std", "min", "max")))
+        return lines
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, in types that JSON knows; NaN becomes None."""
-        return {**plain(self), "equal_error_rate": self.equal_error_rate, "spread": self.spread()}
+        """Everything, in types that JSON knows; NaN becomes None. `class_names` where there are some."""
+        leave_out = ("class_names",) if self.class_names is None else ()
+        return {**plain(self, leave_out), "equal_error_rate": self.equal_error_rate, "spread": self.spread()}
 
     def plot(self, axes: "Axes | None" = None) -> "Axes":
         """Draw the similarities of positives and negatives with the threshold; needs matplotlib."""
@@ -116,14 +159,17 @@ def calibrate(
 
     Two passes over the pairs. Arguments otherwise as in `opis`.
 
+    A bound finer than the data (of fewer than one pair) gives the threshold at which no pair at all is wrong, with a
+    warning: such a rate needs about 1 / bound pairs.
+
     Raises:
-        TypeError, ValueError, RuntimeError: as `opis`; ValueError also where no threshold meets the bound.
+        TypeError, ValueError, RuntimeError: as `opis`; NothingToMeasure also where no threshold meets the bound.
 
     Example:
         >>> x = np.array([[1, 0], [0.96, 0.28], [0, 1], [-1, 0]])
-        >>> found = calibrate(x, np.array([0, 0, 1, 1]), far=0.1)
+        >>> found = calibrate(x, np.array([0, 0, 1, 1]), far=0.25)
         >>> found.threshold.far, found.threshold.frr, found.class_frr.tolist()
-        (0.0, 0.5, [0.0, 1.0])
+        (0.25, 0.5, [0.0, 1.0])
     """
     name, bound = _one_bound(far, frr)
     pairs = Pairs(embeddings, labels, backend, progress)
@@ -131,10 +177,12 @@ def calibrate(
     curves = _curves(rates)
     chosen = _lowest_far(curves[0], bound) if name == "far" else _highest_frr(curves[1], bound)
     if chosen is None:
-        raise ValueError(
+        raise NothingToMeasure(
             f"no threshold meets far={bound}: at similarity 1 the false accept rate is still {curves[0][-1]:.3g}; "
             "rows of different classes are the same"
         )
+    where = "above the most similar negative" if name == "far" else "below the least similar positive"
+    _warn_if_finer(name, bound, rates, f"the threshold lies just {where}")
     equal = _middle(np.abs(curves[0] - curves[1]), np.min)
     best = _middle(utility_of(1 - curves[1], 1 - curves[0], 1.0), np.max)
     # For each class at the chosen threshold.
@@ -154,7 +202,18 @@ def calibrate(
         recall_at_1=counts.recall_at_1,
         left_out=pairs.left_out,
         histogram=rates.histogram(),
+        class_names=pairs.class_names,
     )
+
+
+def _warn_if_finer(name: str, bound: float, rates: Rates, meaning: str) -> None:
+    """A bound of less than one pair: all that the data can tell is where there is none."""
+    total, kind = (rates.negatives, "negative") if name == "far" else (rates.positives, "positive")
+    if bound * total < 1:
+        warn_caller(
+            f"{name}={bound:g} is finer than the data: one of {total:,} {kind} pairs is a rate of {1 / total:.2g}. So "
+            f"{meaning}, and says little about such rates; they need about {math.ceil(1 / bound):,} {kind} pairs"
+        )
 
 
 def _one_bound(far: float | None, frr: float | None) -> tuple[str, float]:
@@ -194,11 +253,12 @@ def _operation(curves: tuple[Array, Array], k: int) -> Operation:
 def _tar(rates: Rates, bound: float) -> TAR:
     k = _lowest_far(_curves(rates)[0], bound)
     if k is None:
-        return TAR(bound, math.nan, math.nan, math.nan)
-    return TAR(bound, k / HALF - 1, float(rates.far[k]), int(rates.accepted_positives[k]) / rates.positives)
+        return TAR(bound, math.nan, math.nan, math.nan, bound * rates.negatives < 1)
+    tar = int(rates.accepted_positives[k]) / rates.positives
+    return TAR(bound, k / HALF - 1, float(rates.far[k]), tar, bound * rates.negatives < 1)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Margins:
     """What `suggest_margins` found. Pairs are ordered here, as in the loss: (i, j) and (j, i) count as two."""
 
@@ -209,6 +269,21 @@ class Margins:
     share_plus: float  # of all positive pairs
     share_minus: float  # of all negative pairs
     histogram: Histogram
+
+    def __repr__(self) -> str:
+        return "\n".join(
+            (
+                f"{'margin_plus':14} {self.margin_plus!r}",
+                f"{'':14} {self.count_plus:,} positive pairs lie below it, {100 * self.share_plus:.3g} % of all",
+                f"{'margin_minus':14} {self.margin_minus!r}",
+                f"{'':14} {self.count_minus:,} negative pairs reach it, {100 * self.share_minus:.3g} % of all",
+                f"TCMLoss(margin_plus={self.margin_plus!r}, margin_minus={self.margin_minus!r})",
+            )
+        )
+
+    def report(self) -> str:
+        """The result in sentences, as `print` shows it."""
+        return repr(self)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, in types that JSON knows."""
@@ -231,6 +306,9 @@ def suggest_margins(
     loss would mine these shares: margin_plus is the float32 number just below its multiple, since the loss takes a
     pair at the margin as hard. One pass over the pairs; arguments otherwise as in `opis`.
 
+    Warns where margin_plus lies below margin_minus: the two kinds overlap more than the shares allow for, as in a model
+    that separates them badly; and where a share is less than one pair, so that none is mined.
+
     Raises:
         TypeError, ValueError, RuntimeError: as `calibrate`.
 
@@ -245,16 +323,26 @@ def suggest_margins(
     curves = _curves(rates)
     minus, plus = _lowest_far(curves[0], far), _highest_frr(curves[1], frr)
     if minus is None:
-        raise ValueError(
+        raise NothingToMeasure(
             f"no margin_minus meets far={far}: the share {curves[0][-1]:.3g} of the negative pairs has similarity 1; "
             "rows of different classes are the same"
         )
+    _warn_if_finer("far", far, rates, "margin_minus lies just above the most similar negative, no negative is mined")
+    _warn_if_finer("frr", frr, rates, "margin_plus lies just below the least similar positive, no positive is mined")
     count_plus = 2 * (rates.positives - int(rates.accepted_positives[plus]))
     count_minus = 2 * int(rates.accepted_negatives[minus])
+    # Just below the point of the grid, since the loss takes a pair at the margin as hard.
+    margin_plus, margin_minus = float(np.nextafter(np.float32(plus / HALF - 1), np.float32(-2))), minus / HALF - 1
+    if margin_plus < margin_minus:
+        warn_caller(
+            f"far={far:g} and frr={frr:g} give margin_plus={margin_plus:.6g} below margin_minus={margin_minus:.6g}: "
+            "positives and negatives overlap by more than these shares. A loss with such margins leaves the overlap as "
+            "it is, so that no threshold need separate the two; take larger shares until margin_plus is above, or "
+            "begin with the defaults, 0.9 and 0.5"
+        )
     return Margins(
-        # Just below the point of the grid, since the loss takes a pair at the margin as hard.
-        margin_plus=float(np.nextafter(np.float32(plus / HALF - 1), np.float32(-2))),
-        margin_minus=minus / HALF - 1,
+        margin_plus=margin_plus,
+        margin_minus=margin_minus,
         count_plus=count_plus,
         count_minus=count_minus,
         share_plus=count_plus / (2 * rates.positives),

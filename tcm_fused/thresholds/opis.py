@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import torch
 
 from tcm_fused.arguments import check_choice, check_number
 from tcm_fused.thresholds.rates import (
@@ -13,6 +14,7 @@ from tcm_fused.thresholds.rates import (
     Array,
     Counts,
     Histogram,
+    NothingToMeasure,
     Pairs,
     Rates,
     Worst,
@@ -21,12 +23,17 @@ from tcm_fused.thresholds.rates import (
     check_rate,
     class_rates,
     lowest,
+    percent,
     plain,
     utility_of,
+    worst_classes,
 )
+from tcm_fused.warn import warn_caller
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+SCORES = ("opis", "eps_opis", "recall_at_1")  # of an `OPISResult`
 
 _CELLS = 8  # cells of the classes' counts for each step between thresholds, as far as memory allows
 _RANGE_CELLS = 512  # and for the range, at least
@@ -40,8 +47,11 @@ class Curves(NamedTuple):
     distance: Array
     utility: Array
 
+    def __repr__(self) -> str:
+        return f"Curves of {len(self.utility):,} classes at {len(self.similarity)} thresholds"
 
-@dataclass(frozen=True, eq=False)
+
+@dataclass(frozen=True, eq=False, repr=False)
 class OPISResult:
     """What `opis` found: C classes at K thresholds, which ascend on the axis that was asked for.
 
@@ -69,6 +79,7 @@ class OPISResult:
     class_utility: Array  # [C] mean over the range
     histogram: Histogram  # all pairs by similarity
     curves: Curves | None  # the utility beyond the range as well; None where the thresholds were given
+    class_names: Array | None = None  # [C] text of class_ids, which are its places then; None of integer labels
 
     @property
     def thresholds(self) -> Array:
@@ -77,12 +88,31 @@ class OPISResult:
 
     def worst(self, k: int = 10) -> list[Worst]:
         """The k classes with the lowest mean utility in the range, the lowest first."""
-        order = lowest(self.class_utility, k)
-        return [Worst(int(self.class_ids[c]), int(self.class_sizes[c]), float(self.class_utility[c])) for c in order]
+        return worst_classes(self, lowest(self.class_utility, k), self.class_utility)
+
+    def __repr__(self) -> str:
+        return self.report(worst=2)
+
+    def report(self, worst: int = 5) -> str:
+        """The result in sentences, with that many of the classes of lowest utility; `print` shows two."""
+        names = ("OPIS", f"{percent(self.epsilon)}-OPIS", "recall@1", "range", "false accepts", "false rejects")
+        values = (
+            f"{self.opis:.4g}",
+            f"{self.eps_opis:.4g}",
+            f"{100 * self.recall_at_1:.2f} %",
+            f"similarity {self.similarity.min():.4f} to {self.similarity.max():.4f} (distance "
+            f"{self.distance.min():.4f} to {self.distance.max():.4f}), {len(self.thresholds)} thresholds",
+            f"{100 * self.far.min():.3g} % to {100 * self.far.max():.3g} % of all negative pairs",
+            f"{100 * self.frr.min():.3g} % to {100 * self.frr.max():.3g} % of all positive pairs",
+        )
+        lines = [f"{len(self.class_ids):,} classes ({self.left_out:,} more of one sample left out)"]
+        lines += [f"{name:14} {value}" for name, value in zip(names, values, strict=True)]
+        lines += [f"{'utility':14} mean of all classes {self.class_utility.mean():.4f}; the lowest:"]
+        return "\n".join([*lines, *(f"{'':14} {item}" for item in self.worst(worst))])
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the pictures' extra curves, in types that JSON knows."""
-        return plain(self, leave_out=("curves",))
+        """Everything but the pictures' extra curves, in types that JSON knows; `class_names` where there are some."""
+        return plain(self, leave_out=("curves", *(("class_names",) if self.class_names is None else ())))
 
     def plot(self, axes: "Axes | None" = None) -> "Axes":
         """Draw the utility of all classes over the threshold; needs matplotlib. See `plot_utility`."""
@@ -127,8 +157,10 @@ def opis(
     which cut sums off instead of rounding them, similarities near 1 come out too small by up to D 2^-26.
 
     Args:
-        embeddings: [N, D] tensor or array, float16, bfloat16, float32 or float64, of any scale.
-        labels: [N], any integer dtype; rows with a negative label are not looked at.
+        embeddings: [N, D] numbers of any scale: a tensor (float16, bfloat16, float32, float64 or integers), an array, a
+            data frame, or a list. An array is not copied where PyTorch can look at it, a memory map in float32 say.
+        labels: [N], integers or text: a tensor (any integer dtype), an array, a series (categories, too) or a list.
+            Rows with a negative label are not looked at. Nor is an index of a series or frame.
         far_range: bounds of the calibration range on the false accept rate over all pairs.
         frr_range: bounds on the false reject rate; given, they replace `far_range`.
         thresholds: [K] ascending, on the axis that `distance` names; given, they replace both ranges.
@@ -141,8 +173,9 @@ def opis(
 
     Raises:
         TypeError: an argument is of the wrong type or dtype.
-        ValueError: shapes or values do not fit, an embedding is not finite, there are fewer than two classes or none
-            with two samples, or fewer than two thresholds lie in the range.
+        ValueError: shapes or values do not fit.
+        NothingToMeasure: a ValueError: an embedding is not finite, there are fewer than two classes or none with two
+            samples, or fewer than two thresholds lie in the range.
         RuntimeError: the backend asked for is not available.
 
     Source: Zhang et al., Threshold-Consistent Margin Loss for Open-World Deep Metric Learning, ICLR 2024,
@@ -167,7 +200,11 @@ def opis(
         ascending = given if distance == "cosine" else as_similarity(given)[::-1]
         counts, grid, index = pairs.count(np.ascontiguousarray(ascending)), ascending, np.arange(len(given))
     else:
-        counts, grid, (first, last) = _count_range(pairs, name, bounds, num_thresholds, distance)
+        try:
+            counts, grid, (first, last) = _count_range(pairs, name, bounds, num_thresholds, distance)
+        except NothingToMeasure as error:
+            error.recall_at_1 = pairs.recall_at_1
+            raise
         index = _spread(grid, first, last, num_thresholds, distance)
         half = (last - first) // 2
         wide = _spread(grid, max(first - half, 0), min(last + half, len(grid) - 1), 2 * num_thresholds - 1, distance)
@@ -176,6 +213,8 @@ def opis(
     phi, psi, accepted = class_rates(pairs, counts, index)
     utility = utility_of(phi, psi, beta)
     similarity = grid[index]
+    if given is None:
+        _warn_of_fine_range(name, bounds, counts.rates)
     exact = as_distance(similarity) if given is None or distance == "cosine" else given
     return OPISResult(
         **_scores(utility, exact if distance == "euclidean" else similarity, epsilon),
@@ -195,7 +234,29 @@ def opis(
         utility=utility,
         histogram=counts.rates.histogram(),
         curves=None if wide is None else _wide_curves(pairs, counts, grid, wide, beta),
+        class_names=pairs.class_names,
     )
+
+
+def scores_or_nan(embeddings: Any, labels: Any, **options: Any) -> tuple[dict[str, float], OPISResult | str]:
+    """The three scores for a training run, and the result of `opis`; or NaN, and the reason for a warning.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `opis`, but for `NothingToMeasure`.
+    """
+    found: OPISResult | str
+    try:
+        found = opis(embeddings, labels, **options)
+    except NothingToMeasure as error:
+        return dict(zip(SCORES, (math.nan, math.nan, error.recall_at_1), strict=True)), str(error)
+    return {name: getattr(found, name) for name in SCORES}, found
+
+
+def warn_of_nan(reason: str) -> None:
+    """That a score is NaN; from one process of several, since all find the same."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank() > 0:
+        return
+    warn_caller(f"OPIS cannot be measured and is NaN, here and, without another warning, later: {reason}")
 
 
 def _count_range(
@@ -272,10 +333,20 @@ def _refuse_range(name: str, bounds: tuple[float, float], rates: Rates) -> None:
     curve, total = (rates.far, rates.negatives) if name == "far_range" else (rates.frr, rates.positives)
     inside = curve[(curve > 0) & (curve < 1)]
     reached = f"from {inside.min():.3g} to {inside.max():.3g}" if len(inside) else "0 and 1 only"
-    raise ValueError(
+    raise NothingToMeasure(
         f"the calibration range is empty: fewer than two thresholds have a rate within {name}={bounds}; over the "
         f"{total} pairs the rate takes values {reached}, at similarities {1 / HALF:.1e} apart; widen {name}"
     )
+
+
+def _warn_of_fine_range(name: str, bounds: tuple[float, float], rates: Rates) -> None:
+    total, kind = (rates.negatives, "negative") if name == "far_range" else (rates.positives, "positive")
+    if bounds[0] * total < 1:
+        warn_caller(
+            f"{name}={bounds} begins at a rate that {total:,} {kind} pairs cannot tell from 0: one of them is "
+            f"{1 / total:.2g}, where the range begins in fact; {bounds[0]:g} needs about {math.ceil(1 / bounds[0]):,} "
+            f"{kind} pairs"
+        )
 
 
 def _spread(grid: Array, first: int, last: int, number: int, axis: str) -> Array:

@@ -4,25 +4,30 @@ Each function draws on `axes`, or on those of a new figure that no window shows,
 `result.plot().figure.savefig("utility.png")`.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from tcm_fused.thresholds.calibration import Calibration, Margins
 from tcm_fused.thresholds.opis import OPISResult
+from tcm_fused.thresholds.rates import percent
 
 try:
     from matplotlib.axes import Axes
     from matplotlib.collections import LineCollection
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
+    from matplotlib.text import Annotation
+    from matplotlib.ticker import MaxNLocator, ScalarFormatter
+    from matplotlib.transforms import Bbox
 except ImportError as error:
-    raise ImportError("pictures need matplotlib: pip install matplotlib, or 'tcm_fused[plots]'") from error
+    raise ImportError("pictures need matplotlib: pip install matplotlib") from error
 
 # From Paul Tol's "muted" colours, which the colour-blind can tell apart; line styles differ as well.
 BLUE, ROSE, GREEN, SAND = "#332288", "#CC6677", "#117733", "#999933"
 GREY, INK = "#88929E", "#333333"
+_PAPER: Any = {"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "none", "alpha": 0.8}  # behind names
 
 
 def plot_utility(result: OPISResult, axes: Axes | None = None) -> Axes:
@@ -30,6 +35,7 @@ def plot_utility(result: OPISResult, axes: Axes | None = None) -> Axes:
 
     The closer the thin lines lie to their mean within the range, the better one threshold serves all classes.
     """
+    own = axes is None
     axes = axes or _new_axes()
     euclidean = result.axis == "euclidean"
     x, utility = result.thresholds, result.utility
@@ -37,45 +43,29 @@ def plot_utility(result: OPISResult, axes: Axes | None = None) -> Axes:
         wide = result.curves.distance if euclidean else result.curves.similarity
         order = np.argsort(wide)
         x, utility = wide[order], result.curves.utility[:, order]
-        axes.axvspan(result.thresholds[0], result.thresholds[-1], color=SAND, alpha=0.18, linewidth=0)
-        axes.text(
-            (result.thresholds[0] + result.thresholds[-1]) / 2,
-            0.015,
-            f"calibration range\nFAR {_rates(result.far)}",
-            transform=axes.get_xaxis_transform(),
-            ha="center",
-            va="bottom",
-            fontsize=9,
-            color=INK,
-        )
+        _draw_range(axes, result.thresholds, result.far)
     lines = np.stack([np.broadcast_to(x, utility.shape), utility], axis=-1)
     alpha = float(np.clip(60 / len(utility), 0.03, 0.6))
     # Drawn as pixels in vector formats too: there may be thousands.
     axes.add_collection(LineCollection(list(lines), colors=GREY, linewidths=0.8, alpha=alpha, rasterized=True))
     order = np.argsort(result.class_utility, kind="stable")[: int(np.ceil(result.epsilon * len(utility) - 1e-9))]
+    worst = utility[order].mean(axis=0)
     axes.plot(x, utility.mean(axis=0), color=BLUE, linewidth=2.4, label="mean of all classes")
-    axes.plot(
-        x,
-        utility[order].mean(axis=0),
-        color=ROSE,
-        linewidth=2.4,
-        linestyle="--",
-        label=f"mean of the worst {_percent(result.epsilon)}",
-    )
-    axes.plot([], [], color=GREY, linewidth=1, label=f"each of {len(utility):,} classes")
-    low = float(min(np.quantile(utility, 0.002), utility[order].mean(axis=0).min()))
-    axes.set(xlim=(x[0], x[-1]), ylim=(max(0.0, low - 0.1), 1.0 + 0.03 * (1 - max(0.0, low - 0.1))))
-    axes.set_xlabel("threshold: Euclidean distance of unit vectors" if euclidean else "threshold: cosine similarity")
-    axes.set_ylabel(f"utility $U_c$ (F-score of the two rates, $\\beta$ = {result.beta:g})")
-    axes.set_title(
-        f"OPIS {result.opis:.3g}    {_percent(result.epsilon)}-OPIS {result.eps_opis:.3g}", loc="left", color=INK
-    )
-    _finish(axes)
+    axes.plot(x, worst, color=ROSE, linewidth=2.4, linestyle="--", label=f"mean of the worst {_rate(result.epsilon)}")
+    label = f"each of {len(utility):,} classes" if len(utility) > 1 else "the only class"
+    axes.plot([], [], color=GREY, linewidth=1, label=label)
+    low = max(0.0, float(min(np.quantile(utility, 0.002), worst.min())) - 0.1)
+    axes.set(xlim=(x[0], x[-1]), ylim=(low, 1.0 + 0.03 * (1 - low)))
+    axes.set_xlabel("threshold (Euclidean distance)" if euclidean else "threshold (cosine similarity)")
+    axes.set_ylabel(f"utility $U_c$, $\\beta$ = {result.beta:g}")
+    _entitle(axes, f"OPIS {result.opis:.3g}  ", f"{percent(result.epsilon)}-OPIS {result.eps_opis:.3g}")
+    _finish(axes, own, columns=2)
     return axes
 
 
 def plot_similarities(result: OPISResult | Calibration | Margins, axes: Axes | None = None) -> Axes:
     """Similarities of positive and negative pairs, with the range, the threshold or the margins that were found."""
+    own = axes is None
     axes = axes or _new_axes()
     edges, *counts = result.histogram
     names = ("positive pairs", "negative pairs")
@@ -86,134 +76,217 @@ def plot_similarities(result: OPISResult | Calibration | Margins, axes: Axes | N
         axes.stairs(density, edges, color=colour, linewidth=1.6, linestyle=style, label=label)
     marks: list[tuple[float, str, str]] = []
     if isinstance(result, Margins):
-        marks.append((result.margin_minus, f"$m_-$ = {result.margin_minus:.3f}", ROSE))
-        marks.append((result.margin_plus, f"$m_+$ = {result.margin_plus:.3f}", BLUE))
-        axes.set_title(
-            f"Mined: {_percent(result.share_plus)} of positives, {_percent(result.share_minus)} of negatives",
-            loc="left",
-            color=INK,
-        )
+        marks.append((result.margin_minus, f"$m_-$ = {_similarity(result.margin_minus)}", ROSE))
+        marks.append((result.margin_plus, f"$m_+$ = {_similarity(result.margin_plus)}", BLUE))
+        _entitle(axes, f"Mined: {_rate(result.share_plus)} of positives,", f"{_rate(result.share_minus)} of negatives")
     elif isinstance(result, Calibration):
         at = result.threshold
-        marks.append((at.similarity, f"threshold {at.similarity:.3f}", GREEN))
-        axes.set_title(f"False accepts {_percent(at.far)}, false rejects {_percent(at.frr)}", loc="left", color=INK)
+        marks.append((at.similarity, f"threshold {_similarity(at.similarity)}", GREEN))
+        _entitle(axes, f"False accepts {_rate(at.far)},", f"false rejects {_rate(at.frr)}")
     else:
-        axes.axvspan(
-            float(result.similarity.min()), float(result.similarity.max()), color=SAND, alpha=0.25, linewidth=0
-        )
-        middle = float(result.similarity.min() + result.similarity.max()) / 2
-        marks.append((middle, f"range, FAR {_rates(result.far)}", INK))
+        _draw_range(axes, result.similarity, result.far)
+    ends = result.similarity[[0, -1]].tolist() if isinstance(result, OPISResult) else [mark for mark, _, _ in marks]
     axes.set_ylim(0, axes.get_ylim()[1] * (1.1 + 0.08 * len(marks)))  # a line for each mark's name
-    left, right = _extent(edges, counts, [mark for mark, _, _ in marks])
-    axes.set_xlim(left, right)
-    order = sorted(marks)
-    for place, (x, text, colour) in enumerate(order):
-        if not isinstance(result, OPISResult):
-            axes.axvline(x, color=colour, linewidth=1.8, linestyle=("--", "-.")[place % 2])
-        # The lower of two marks is named to its left, the higher to its right; near an end, inwards. A line lower, too:
-        # they may be near each other.
-        leftwards = x > left + 0.75 * (right - left) or (
-            len(order) > 1 and place == 0 and x > left + 0.2 * (right - left)
-        )
-        centred = isinstance(result, OPISResult)
-        axes.annotate(
-            text,
-            (x, 0.98),
-            (0 if centred else -5 if leftwards else 5, -15 * place),
-            xycoords=axes.get_xaxis_transform(),
-            textcoords="offset points",
-            ha="center" if centred else "right" if leftwards else "left",
-            va="top",
-            fontsize=10,
-            color=colour,
-        )
+    axes.set_xlim(*_extent(edges, counts, ends))
+    _draw_marks(axes, sorted(marks), named=own)
+    axes.ticklabel_format(axis="x", useOffset=False)  # similarities near 1 as they are, and therefore few
+    ticks = round(1.4 * _width(axes) * (1 if np.diff(axes.get_xlim())[0] > 0.1 else 0.4))
+    axes.xaxis.set_major_locator(MaxNLocator(max(ticks, 2), steps=[1, 2, 2.5, 5, 10]))
     axes.set_xlabel("cosine similarity")
     axes.set_ylabel("density of pairs (area 1 each)")
-    _finish(axes)
+    _finish(axes, own, columns=2)
     return axes
 
 
+def _draw_range(axes: Axes, thresholds: Any, far: Any) -> None:
+    """The calibration range; its edges show where it is narrower than a line."""
+    label = f"calibration range, FAR {_rate(far.min())} to {_rate(far.max())}"
+    low, high = float(thresholds.min()), float(thresholds.max())
+    axes.axvspan(low, high, facecolor=SAND, edgecolor=SAND, alpha=0.25, linewidth=1, label=label)
+
+
+def _draw_marks(axes: Axes, marks: list[tuple[float, str, str]], named: bool) -> None:
+    """A line at each ascending mark, with its name beside it, or, where the legend is near, in that.
+
+    Of two the lower's is to the left, the higher's to the right, where there is room for it, and a line of text lower,
+    since they may be near each other.
+    """
+    left, right = axes.get_xlim()
+    room = 95 / (72 * _width(axes))  # for a name, of the width
+    for place, (x, text, colour) in enumerate(marks):
+        label = None if named else text
+        axes.axvline(x, color=colour, linewidth=1.8, linestyle=("--", "-.")[place % 2], label=label)
+        if not named:
+            continue
+        at = (x - left) / (right - left)
+        leftwards = at > 1 - room or (len(marks) > 1 and place == 0 and at > room)
+        axes.annotate(
+            text,
+            (x, 0.98),
+            (-5 if leftwards else 5, -16 * place),
+            xycoords=axes.get_xaxis_transform(),
+            textcoords="offset points",
+            ha="right" if leftwards else "left",
+            va="top",
+            fontsize=10,
+            color=colour,
+            bbox=_PAPER,
+        ).set_in_layout(False)
+
+
 def plot_pareto(results: Mapping[str, OPISResult], axes: Axes | None = None) -> Axes:
-    """OPIS against recognition error of several models, and which of them no other beats in both."""
+    """OPIS against recognition error of several models, and which of them no other beats in both.
+
+    Names stand beside the points where there is room for all of them, else numbers, with a key below.
+    """
+    own = axes is None
     axes = axes or _new_axes()
     points = sorted((100 * (1 - r.recall_at_1), r.opis, name) for name, r in results.items())
-    front: list[tuple[float, float, str]] = []
-    for point in points:
-        if not front or point[1] < front[-1][1]:
-            front.append(point)
+    front: list[tuple[float, float]] = []
+    for error, score, _ in points:
+        if not front or score < front[-1][1] or (error, score) == front[-1]:  # an equal one is as good
+            front.append((error, score))
     x, y = (np.array([p[k] for p in front]) for k in (0, 1))
     axes.step(x, y, where="post", color=GREY, linewidth=1.4, linestyle="--", zorder=1, label="Pareto front")
-    for error, score, name in points:
-        best = (error, score, name) in front
-        axes.scatter(
-            error,
-            score,
-            s=70,
-            marker="o" if best else "s",
-            color=BLUE if best else "white",
-            edgecolors=BLUE if best else ROSE,
-            linewidths=1.8,
-            zorder=2,
-        )
-    axes.margins(0.12)
+    best: dict[str, Any] = {"marker": "o", "color": BLUE, "linewidths": 1.8}
+    beaten: dict[str, Any] = {"marker": "s", "facecolors": "white", "edgecolors": ROSE, "linewidths": 1.8}
+    for error, score, _ in points:  # in front of the axis, where they may lie on it
+        axes.scatter(error, score, s=70, zorder=3, clip_on=False, **(best if (error, score) in front else beaten))
+    axes.margins(x=0.12)
     left, right = axes.get_xlim()
-    axes.set_xlim(max(left, -1), right)
-    axes.set_ylim(0, max(1.15 * max(p[1] for p in points), 1e-9))
-    _name_points(axes, points)
-    axes.scatter([], [], s=60, color=BLUE, label="no other is better in both")
-    axes.scatter(
-        [], [], s=60, color="white", marker="s", edgecolors=ROSE, linewidths=1.8, label="another is better in both"
-    )
+    axes.set_xlim(max(left, -0.06 * right), right)
+    axes.set_ylim(0, (1.15 if own else 1.6) * max(p[1] for p in points) or 0.01)  # with room for a legend within
+    axes.scatter([], [], s=60, label="no other is better in both", **best)
+    axes.scatter([], [], s=60, label="another is better in both", **beaten)
     axes.set_xlabel("recognition error, 100 % - recall@1 (%)")
     axes.set_ylabel("OPIS")
     axes.set_title("Lower left is better", loc="left", color=INK)
     axes.xaxis.set_major_locator(MaxNLocator(6))
-    _finish(axes)
+    for axis, largest in ((axes.xaxis, points[-1][0]), (axes.yaxis, axes.get_ylim()[1])):
+        formatter = ScalarFormatter(useOffset=False)
+        # A power of ten would stand beside the axis, where the title is.
+        axis.set_major_formatter(formatter if largest > 1e-3 else "{x:.4g}")
+    _finish(axes, own, columns=3, corner=True)
+    names = [_shortened(name) for _, _, name in points]
+    if not _name_points(axes, points, names):
+        _name_points(axes, points, [str(k + 1) for k in range(len(points))], must=True)
+        _add_key(axes, own, [f"{k + 1}  {name}" for k, name in enumerate(names)])
     return axes
 
 
-def _name_points(axes: Axes, points: list[tuple[float, float, str]]) -> None:
-    """Write each point's name beside it, on the first of six sides where it covers no point and no other name."""
-    size, gap = 9.5, 9  # points, a 72nd of an inch
-    scale = 72 / axes.figure.dpi
-    # The layout is settled later and may shrink the axes a little; names are taken to be wider than they are.
-    at = [tuple(scale * axes.transData.transform(p[:2])) for p in points]
-    taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in at]
-    sides = ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1))
-    low, high = (scale * edge for edge in axes.get_window_extent().intervalx)
-    for (x, y), point in zip(at, points, strict=True):
-        width, height = 0.62 * size * len(point[2]), 1.2 * size
-        for dx, dy in sides:
-            left = x + dx * gap - (width if dx < 0 else width / 2 if dx == 0 else 0)
-            bottom = y + dy * gap - height / 2
-            box = (left, bottom, left + width, bottom + height)
-            free = all(box[2] < t[0] or t[2] < box[0] or box[3] < t[1] or t[3] < box[1] for t in taken)
-            if free and low <= box[0] and box[2] <= high:
-                break
-        taken.append(box)
+def _name_points(
+    axes: Axes, points: Sequence[tuple[float, float, str]], names: Sequence[str], must: bool = False
+) -> bool:
+    """Write each name near its point, within the axes, where it covers no point, no other name and not the legend.
+
+    False, with none written, if one has no such place, unless it `must`: then it goes beside its point.
+    """
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    figure.draw_without_rendering()  # settles where the axes are
+    inside = axes.get_window_extent()
+    at = axes.transData.transform([p[:2] for p in points])
+    radius = 6 / 72 * figure.dpi
+    taken = [Bbox.from_extents(x - radius, y - radius, x + radius, y + radius) for x, y in at]
+    legend = axes.get_legend()
+    if legend is not None:
+        taken.append(legend.get_window_extent())
+    written: list[Annotation] = []
+    for name, point in zip(names, points, strict=True):
+        text, fits = _write_name(axes, name, point[:2], inside, taken, must)
+        written.append(text)
+        if not fits and not must:
+            for text in written:
+                text.remove()
+            return False
+        taken.append(text.get_window_extent())
+    return True
+
+
+def _write_name(
+    axes: Axes, name: str, point: tuple[float, float], inside: Bbox, taken: list[Bbox], far: bool
+) -> tuple[Annotation, bool]:
+    """The name at the first of the places around its point that is free; farther away with a line to it."""
+    text = axes.annotate(
+        name, point, (9, 0), textcoords="offset points", va="center", fontsize=9.5, color=INK, zorder=4, bbox=_PAPER
+    )
+    text.set_in_layout(False)
+    # To the right, left, above and below, and between; then on wider and wider rings.
+    places = [(9.0, angle) for angle in (0, 180, 90, 270, 45, 135, 315, 225)]
+    places += [(radius, angle) for radius in range(18, 100, 9) for angle in range(0, 360, 20)] if far else []
+    for radius, angle in places:
+        dx, dy = radius * math.cos(math.radians(angle)), radius * math.sin(math.radians(angle))
+        text.set_position((dx, dy))
+        text.set_horizontalalignment("left" if dx > 1 else "right" if dx < -1 else "center")
+        text.set_verticalalignment("bottom" if dy > 7 else "top" if dy < -7 else "center")
+        box = text.get_window_extent()
+        if not box.overlaps(inside):
+            continue
+        within = inside.x0 + 3 <= box.x0 and box.x1 <= inside.x1 and inside.y0 + 3 <= box.y0 and box.y1 <= inside.y1
+        if within and not any(box.overlaps(other) for other in taken):
+            if radius > 9:
+                line = {"arrowstyle": "-", "color": GREY, "linewidth": 0.8, "shrinkB": 4}
+                axes.annotate("", point, (dx, dy), textcoords="offset points", arrowprops=line).set_in_layout(False)
+            return text, True
+    text.set(position=(9, 0), horizontalalignment="left", verticalalignment="center")
+    return text, False
+
+
+def _add_key(axes: Axes, own: bool, lines: list[str]) -> None:
+    """Names by number below the picture; one of our own grows by them."""
+    columns = max(1, min(3, int(10.5 * _width(axes) / max(map(len, lines)))))
+    rows = math.ceil(len(lines) / columns)
+    filled = [lines[k * rows : (k + 1) * rows] for k in range(columns)]
+    below = 78  # points, for the axis's own text and the legend
+    if own:
+        figure = axes.get_figure(root=True)
+        assert figure is not None
+        width, height = figure.get_size_inches()
+        figure.set_size_inches(width, height + 13 * rows / 72)
+    for k, column in enumerate(filled):
         axes.annotate(
-            point[2],
-            point[:2],
-            (dx * gap, dy * gap),
+            "\n".join(column),
+            (k / columns, 0),
+            (0, -below),
+            xycoords="axes fraction",
             textcoords="offset points",
-            ha="left" if dx > 0 else "right" if dx < 0 else "center",
-            va="center",
-            fontsize=size,
+            va="top",
+            fontsize=9,
             color=INK,
-            bbox={"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "none", "alpha": 0.8},
         )
+
+
+def _shortened(name: str) -> str:
+    """A name for a picture: on one line, without its middle where it is long, and no formula."""
+    name = " ".join(name.split())
+    name = name if len(name) <= 44 else f"{name[:26]}...{name[-15:]}"
+    return name.replace("$", r"\$")
 
 
 def _new_axes() -> Axes:
     return Figure(figsize=(7.2, 4.6), dpi=150, layout="constrained").subplots()
 
 
-def _finish(axes: Axes) -> None:
+def _width(axes: Axes) -> float:
+    """In inches, before the layout is settled."""
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    return float(axes.get_position().width * figure.get_size_inches()[0])
+
+
+def _entitle(axes: Axes, first: str, second: str) -> None:
+    """On one line where the axes are wide enough."""
+    axes.set_title(first + ("\n" if _width(axes) < 4.2 else " ") + second, loc="left", color=INK)
+
+
+def _finish(axes: Axes, own: bool, columns: int, corner: bool = False) -> None:
     axes.grid(color="#E5E5E5", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    # Below the picture, where it hides nothing.
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3, frameon=False, fontsize=9.5)
+    if own:  # below the picture, where it hides nothing
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=columns, frameon=False, fontsize=9.5)
+    else:  # beside other axes there is no room for it but within
+        axes.legend(loc="upper right" if corner else "best", fontsize=8, framealpha=0.85, edgecolor="none")
 
 
 def _extent(edges: Any, counts: Any, marks: list[float]) -> tuple[float, float]:
@@ -227,12 +300,14 @@ def _extent(edges: Any, counts: Any, marks: list[float]) -> tuple[float, float]:
     return float(low - pad), float(high + pad)
 
 
-def _percent(share: float) -> str:
+def _rate(share: float) -> str:
     return f"{100 * share:.3g} %"
 
 
-def _rates(rates: Any) -> str:
-    return f"{_percent(float(rates.min()))} to {_percent(float(rates.max()))}"
+def _similarity(value: float) -> str:
+    """To three digits, and to more where that would be 1 but is not."""
+    near = abs(value) != 1 and round(abs(value), 3) == 1
+    return f"{value:.6f}" if near else f"{value:.3f}".replace("-0.000", "0.000")
 
 
 def _thousands(count: int) -> str:

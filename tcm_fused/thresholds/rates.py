@@ -3,7 +3,7 @@
 import math
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tcm_fused.arguments import check_choice, check_set, int64_labels
 from tcm_fused.backends.choice import BACKENDS, choose_counter
+from tcm_fused.thresholds.sets import as_embeddings, as_labels, shown
 
 Array = NDArray[Any]
 
@@ -20,12 +21,25 @@ HALF = 1 << BITS
 _SAMPLE_BLOCKS, _SAMPLE_ROWS = 64, 32  # rows that the range of thresholds is guessed from
 
 
+class NothingToMeasure(ValueError):
+    """The set has no value of what was asked for, although all arguments are right: too few rows or classes, rows that
+    are not finite, an empty range of thresholds. Inside a training run that is NaN and no reason to end it.
+    """
+
+    recall_at_1 = math.nan  # which can be told where it is only the range that is empty
+
+
 class Worst(NamedTuple):
     """A class with its size and the value that it was ranked by."""
 
     class_id: int
     size: int
     value: float
+    name: str | None = None  # where labels were text
+
+    def __str__(self) -> str:
+        name = self.class_id if self.name is None else shown(self.name)
+        return f"class {name} ({self.size:,} samples): {self.value:.4f}"
 
 
 class Histogram(NamedTuple):
@@ -34,6 +48,12 @@ class Histogram(NamedTuple):
     edges: Array  # float64
     positives: Array  # [B] int64
     negatives: Array  # [B] int64
+
+    def __repr__(self) -> str:
+        return (
+            f"Histogram of {self.positives.sum():,} positive and {self.negatives.sum():,} negative pairs in "
+            f"{len(self.positives)} cells, similarity {self.edges[0]:.4f} to {self.edges[-1]:.4f}"
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,27 +114,33 @@ class Pairs:
     """
 
     def __init__(self, embeddings: Any, labels: Any, backend: str, progress: bool) -> None:
-        embeddings, labels = _as_tensor("embeddings", embeddings), _as_tensor("labels", labels)
         check_choice("backend", backend, ("auto", *BACKENDS))
+        given, embeddings = labels, as_embeddings("embeddings", embeddings)
+        labels, names = as_labels("labels", labels)
+        if not isinstance(given, Tensor):  # it was on no device
+            labels = labels.to(embeddings.device)
         check_set("embeddings", embeddings, "labels", labels)
         x = embeddings.detach()
         self.x = x if x.dtype == torch.float64 else x.float()
         self._operator = choose_counter(backend, self.x.device.type, self.x.dtype)
         labels = int64_labels(labels, "labels")
         takes_part = labels >= 0
-        finite = self.x.isfinite().all(dim=1) | ~takes_part
+        # By the norm, which takes no memory of the size of x as isfinite() of each component does.
+        finite = torch.linalg.vector_norm(self.x, torch.inf, dim=1).isfinite() | ~takes_part
         if not bool(finite.all()):
             row = int((~finite).nonzero()[0])
-            raise ValueError(
+            raise NothingToMeasure(
                 f"embeddings must be finite, but {int((~finite).sum())} of {len(finite)} rows hold NaN or infinity, "
                 f"the first is row {row}; a model that diverged or an overflow in float16 gives such rows"
             )
         ids, inverse, sizes = labels[takes_part].unique(return_inverse=True, return_counts=True)
         if len(ids) < 2:
-            raise ValueError(f"labels must name at least two classes (0 or above), got {len(ids)}: no pair is negative")
+            raise NothingToMeasure(
+                f"labels must name at least two classes (0 or above), got {len(ids)}: no pair is negative"
+            )
         counted = sizes > 1
         if not bool(counted.any()):
-            raise ValueError(
+            raise NothingToMeasure(
                 f"no class has two samples: {len(ids)} classes for {len(inverse)} rows, no pair is positive"
             )
         # Classes that are counted come first; those of one sample follow.
@@ -123,8 +149,10 @@ class Pairs:
         self.y[takes_part] = index[inverse]
         self.class_ids: Array = ids[counted].cpu().numpy()
         self.class_sizes: Array = sizes[counted].cpu().numpy()
+        self.class_names: Array | None = None if names is None else names[self.class_ids]
         self.left_out = int((~counted).sum())
         self.rows = len(inverse)
+        self.recall_at_1 = math.nan  # until `count`
         self._progress = progress
 
     @property
@@ -140,7 +168,8 @@ class Pairs:
     def sample(self) -> Rates:
         """Rates of about 2000 rows: blocks of rows neighbouring in label, so that there are positives among them."""
         order = self.y.argsort(stable=True)[len(self.y) - self.rows :]
-        starts = torch.linspace(0, max(self.rows - _SAMPLE_ROWS, 0), _SAMPLE_BLOCKS, device=order.device).long()
+        last = max(self.rows - _SAMPLE_ROWS, 0)
+        starts = torch.arange(_SAMPLE_BLOCKS, device=order.device) * last // (_SAMPLE_BLOCKS - 1)
         index = (starts[:, None] + torch.arange(_SAMPLE_ROWS, device=order.device)).flatten()
         index = order[index[index < self.rows].unique()]
         counts, _, _ = self._operator(self.x[index], self.y[index], 0, self.x.new_empty(0), BITS, None)
@@ -148,11 +177,13 @@ class Pairs:
 
     def count(self, thresholds: Array) -> Counts:
         """One pass over all pairs, with the classes' counts at ascending similarities [T]."""
-        t = torch.from_numpy(thresholds).to(self.x)
+        dtype = np.float64 if self.x.dtype == torch.float64 else np.float32  # the device may have no float64
+        t = torch.from_numpy(thresholds.astype(dtype)).to(self.x.device)
         classes = len(self.class_ids)
         counts, class_counts, best = self._run(self.x, self.y, classes, t, BITS)
         hit = (best[0] > best[1] + 8 * torch.finfo(best.dtype).eps)[(self.y >= 0) & (self.y < classes)]
-        return Counts(_rates(counts), class_counts.cumsum_(dim=2), hit.double().mean().item())
+        self.recall_at_1 = int(hit.sum()) / len(hit)
+        return Counts(_rates(counts), class_counts.cumsum_(dim=2), self.recall_at_1)
 
     def _run(self, *arguments: Any) -> Any:
         """The operator, with a bar of its progress if wanted."""
@@ -161,8 +192,8 @@ class Pairs:
         try:
             from tqdm import tqdm
         except ImportError as error:
-            raise ImportError("progress=True needs tqdm: pip install tqdm, or 'tcm_fused[progress]'") from error
-        done = torch.zeros(2, dtype=torch.int64)
+            raise ImportError("progress=True needs tqdm: pip install tqdm") from error
+        done = torch.zeros(2, dtype=torch.int64, device="cpu")
         stream = torch.cuda.current_stream(self.x.device) if self.x.is_cuda else None  # which is a matter of threads
 
         def work() -> Any:
@@ -201,13 +232,31 @@ def _rates(counts: Tensor) -> Rates:
     return Rates(accepted[0], accepted[1], int(accepted[0, 0]), int(accepted[1, 0]))
 
 
-def _as_tensor(name: str, value: Any) -> Tensor:
-    """A tensor of an array: in memory that may be written to and in C order, as PyTorch wants it."""
-    if isinstance(value, Tensor):
-        return value
-    if not isinstance(value, np.ndarray):
-        raise TypeError(f"{name} must be a torch.Tensor or a NumPy array, got {type(value).__name__}")
-    return torch.from_numpy(np.require(value, requirements=("C", "W")))
+class _OfClasses(Protocol):
+    """A result with its classes."""
+
+    @property
+    def class_ids(self) -> Array: ...
+    @property
+    def class_sizes(self) -> Array: ...
+    @property
+    def class_names(self) -> Array | None: ...
+
+
+def worst_classes(result: _OfClasses, order: Array, values: Array) -> list[Worst]:
+    """The classes at the places `order` with their `values`."""
+    names = result.class_names
+    return [
+        Worst(
+            int(result.class_ids[c]), int(result.class_sizes[c]), float(values[c]), None if names is None else names[c]
+        )
+        for c in order
+    ]
+
+
+def percent(share: float) -> str:
+    """As in "10%-OPIS", everywhere."""
+    return f"{100 * share:.4g}%"
 
 
 def lowest(values: Array, k: int) -> Array:
@@ -219,8 +268,13 @@ def lowest(values: Array, k: int) -> Array:
 
 
 def as_distance(similarity: Array) -> Array:
-    """d = sqrt(2 - 2 s) of unit vectors."""
-    return np.sqrt(np.maximum(2 - 2 * similarity, 0))
+    """d = sqrt(2 - 2 s) of unit vectors, float64, rounded so that `as_similarity` does not lead above s.
+
+    So a distance that is printed and given again accepts the pairs at it, as the similarity does.
+    """
+    distance = np.sqrt(np.maximum(2 - 2 * np.asarray(similarity, dtype=np.float64), 0))
+    above = as_similarity(distance) > similarity
+    return np.where(above, np.nextafter(distance, np.inf), distance)
 
 
 def as_similarity(distance: Array) -> Array:

@@ -1,18 +1,23 @@
 """The digits experiment: what it may look at, how it chooses, and tables that say what the scores say."""
 
+import itertools
 import json
 import math
 from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from pytorch_metric_learning.losses import ProxyAnchorLoss
+from support import batches
 from torch import Tensor
 
-from benchmarks import comparison, digits
+import benchmarks.digits.__main__ as digits
+from benchmarks import comparison, demo
 from benchmarks.comparison import MEASURES, Experiment, Scores, compare
-from benchmarks.digits import HELD_OUT, TCM, Job, choose_tcm, score_pair, split_of
-from benchmarks.training import SEEN, UNSEEN, Trained, check_paired, load, make_mlp, spread, train
+from benchmarks.digits.__main__ import HELD_OUT, TCM, Job, choose_tcm, score_pair, split_of
+from benchmarks.digits.training import SEEN, UNSEEN, Trained, check_paired, load, make_mlp, spread, train
+from tcm_fused import opis
 
 OPIS, RECALL = MEASURES[0], MEASURES[2]
 
@@ -192,3 +197,32 @@ def test_command_end_to_end(
         assert experiment["without"].keys() == experiment["with_tcm"].keys() == {"0", "1"}
         before = [1000 * scores["opis"] for scores in experiment["without"].values()]
         assert spread(before, ".1f") in texts[0].split(experiment["name"])[1]
+
+
+def test_pictures_with_long_names() -> None:
+    """Names and the axes' text stay on the page and off each other, and a "$" begins no formula."""
+    long = r"ArcFace on a ResNet-50 pretrained on ImageNet-21k, Stanford Online Products, $\foo$"
+    figure = comparison.draw([made_up([-0.004, -0.006] * 5)._replace(name=long), made_up([0.01])], long * 3)
+    figure.draw_without_rendering()
+    labels = [axes.xaxis.label.get_window_extent() for axes in figure.axes]
+    assert not any(a.overlaps(b) for a, b in itertools.pairwise(labels))
+    for box in [*labels, *(label.get_window_extent() for label in figure.axes[0].get_yticklabels())]:
+        assert figure.bbox.x0 - 1 <= box.x0
+        assert box.x1 <= figure.bbox.x1 + 1
+    assert figure.axes[0].get_window_extent().width > 0.2 * figure.bbox.width
+
+
+def test_one_legend_and_titles_within_their_axes() -> None:
+    """The demo's pictures."""
+    x, y = batches.batch(200, 8, 10, torch.float32, seed=1)
+    figure = Figure(figsize=(12, 9), layout="constrained")
+    for axes in figure.subplots(2, 2).flat:
+        opis(x, y).plot(axes)
+        axes.set_title(f"Digits unseen, ArcFace + TCM\n{demo.one_line(axes)}", loc="left", fontsize=12)
+    demo.share_legend(figure)
+    figure.draw_without_rendering()
+    assert [axes.get_legend() for axes in figure.axes] == [None] * 4
+    assert len(figure.legends) == 1
+    for axes in figure.axes:
+        assert "10%-OPIS" in demo.one_line(axes)
+        assert axes._left_title.get_window_extent().x1 <= axes.get_window_extent().x1  # type: ignore[attr-defined]

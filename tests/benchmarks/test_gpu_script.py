@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_speed
-from benchmarks.gpu import Stage, run_stage
-from benchmarks.gpu_speed import Clock, cases, goals
+from benchmarks.speed import gpu, gpu_speed
+from benchmarks.speed.gpu import Stage, run_stage
+from benchmarks.speed.gpu_speed import Clock, cases, goals
 from tcm_fused import tcm_loss
 
 FACTS = {"device": "a test", "capability": "9.0"}
@@ -86,7 +86,7 @@ def test_seconds_that_are_left(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here: `make gpu` would run")
-@pytest.mark.parametrize("module", ["benchmarks.gpu", "benchmarks.gpu_speed"])
+@pytest.mark.parametrize("module", ["benchmarks.speed.gpu", "benchmarks.speed.gpu_speed"])
 def test_without_a_gpu(module: str, tmp_path: Path) -> None:
     """It says so at once and writes nothing."""
     target = tmp_path / "result.json"

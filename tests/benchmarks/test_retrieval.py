@@ -860,15 +860,19 @@ def test_folders_of_other_runs(glyphs: Path, tmp_path: Path, capsys: pytest.Capt
         assert "holds a run with other settings (epochs 2 then, 3 now)" in said
         assert (folder / name).exists()
         (folder / "result.json").unlink(missing_ok=True)
-    (folder / "result.json").write_text("{}")
-    assert "result.json is damaged" in refuse(capsys, command(glyphs, tmp_path))
+    for text in ("{}", "{", "[]", json.dumps({"identity": {}, "scores": {"recall_at_1": 0.5}})):
+        (folder / "result.json").write_text(text)
+        assert "result.json is damaged" in refuse(capsys, command(glyphs, tmp_path))
     (folder / "result.json").unlink()
     whole = (folder / "checkpoint.pt").read_bytes()
     state = torch.load(folder / "checkpoint.pt", weights_only=True)
     torch.save({**state, "random": state["random"][:9]}, tmp_path / "short.pt")
     torch.save({**state, "optimizer": {**state["optimizer"], "param_groups": []}}, tmp_path / "groups.pt")
     torch.save([state], tmp_path / "list.pt")
-    saved = [(tmp_path / f"{name}.pt").read_bytes() for name in ("short", "groups", "list")]
+    for name, step in (("text", "one"), ("far", 10**6), ("none", None), ("below", -1)):
+        torch.save({**state, "step": step}, tmp_path / f"{name}.pt")
+    names = ("short", "groups", "list", "text", "far", "none", "below")
+    saved = [(tmp_path / f"{name}.pt").read_bytes() for name in names]
     for content in (whole[: len(whole) // 2], b"", b"garbage", bytes(range(1, 200)), b"\x80\x02}q\x00.", *saved):
         (folder / "checkpoint.pt").write_bytes(content)
         said = refuse(capsys, command(glyphs, tmp_path))
@@ -997,9 +1001,14 @@ def test_rates_of_class_weights_are_told_where_there_are_such() -> None:
         (("list.json",), "list.json holds no results"),
         (("good.json", "other.json"), "other.json has a run that came before with other scores"),
         (("good.json", "--picture", "t.gif"), "its name must end in one of .png, .pdf, .svg"),
-        (("good.json", "--markdown", "none/t.md"), "its folder is not there"),
+        (("good.json", "--markdown", "none/t.md"), "cannot write none/t.md: there is no folder"),
         (("good.json", "--markdown", "empty"), "it is a folder"),
-        (("good.json", "--markdown", "t", "--json", "./t"), "must be three files"),
+        (("good.json", "--markdown", "t", "--json", "./t"), "it is an input or the other output"),
+        (("good.json", "--json", "./good.json"), "it is an input or the other output"),
+        (("strange.json",), "strange.json holds no results"),
+        (("nothing.json",), "nothing.json holds no results"),
+        (("parts.json",), "parts.json holds no results"),
+        (("seeds.json",), "seeds.json holds no results"),
         (("one.json", "--picture", "t.png", "--markdown", "t.md"), "nothing to draw"),
     ],
 )
@@ -1014,7 +1023,11 @@ def test_bad_tables(
     Path("empty").mkdir()
     other = copy.deepcopy(RESULTS[0])
     other["scores"]["opis"] = 0.5
-    files = {"bad": "{", "list": "[3]", "good": RESULTS, "other": other, "one": RESULTS[0]}
+    files: dict[str, Any] = {"bad": "{", "list": "[3]", "good": RESULTS, "other": other, "one": RESULTS[0]}
+    files["strange"] = {**RESULTS[0], "scores": {**RESULTS[0]["scores"], "opis": "high"}}
+    files["nothing"] = {**RESULTS[0], "identity": []}
+    files["parts"] = {name: value for name, value in RESULTS[0].items() if name != "test"}
+    files["seeds"] = {**RESULTS[0], "identity": {"tcm": None}}
     for name, content in files.items():
         Path(f"{name}.json").write_text(content if isinstance(content, str) else json.dumps(content))
     before = sorted(tmp_path.rglob("*"))
@@ -1032,3 +1045,33 @@ def test_drawing_by_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
             draw(bad)
         assert left.value.code == 2
         assert message in capsys.readouterr().err
+
+
+def test_the_table_survives_terminal_and_caption(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Characters that are none, and escape sequences in captions and results: written, and harmless on the page."""
+    results = copy.deepcopy(RESULTS)
+    for one in results:
+        one["identity"]["dataset"] = "cub\x1b[2J"
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    arguments = ["--table", tmp_path / "results.json", "--caption", "Käse \udcff \x1b[31m"]
+    main([str(a) for a in (*arguments, "--markdown", tmp_path / "t.md", "--json", tmp_path / "t.json")])
+    printed = capsys.readouterr().out
+    assert "\x1b" not in printed and "cub\\x1b[2J" in printed and "Käse \\udcff" in printed
+    assert "Käse \\udcff" in (tmp_path / "t.md").read_text(encoding="utf-8")
+    assert json.loads((tmp_path / "t.json").read_text()) == results
+
+
+def test_the_folder_of_runs_is_looked_at_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Before the data set, which is not there."""
+    (tmp_path / "file").write_text("")
+    call = [
+        "--dataset",
+        "folder",
+        "--root",
+        str(tmp_path / "none"),
+        "--base",
+        "smoothap",
+        "--out",
+        str(tmp_path / "file"),
+    ]
+    assert "cannot write into" in refuse(capsys, call)

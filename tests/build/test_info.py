@@ -11,8 +11,8 @@ import torch
 
 import tcm_fused
 import tcm_fused.loss
-from tcm_fused.backends import choice
 from tcm_fused.__main__ import main
+from tcm_fused.backends import choice
 
 
 @pytest.fixture(scope="module")

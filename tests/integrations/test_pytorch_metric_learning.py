@@ -486,5 +486,21 @@ def test_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in sys.modules if name.split(".")[0] == "pytorch_metric_learning"]:
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.delitem(sys.modules, adapter.__name__)
-    with pytest.raises(ImportError, match=r"pip install pytorch-metric-learning, or 'tcm_fused\[pytorch-metric"):
+    with pytest.raises(ImportError, match=r"pip install pytorch-metric-learning$"):
         __import__(adapter.__name__)
+
+
+@pytest.mark.parametrize("replaced", ["CrossBatchMemory", "ThresholdConsistentMarginLoss"])
+def test_in_the_place_of_the_librarys_classes(replaced: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """People put ours where code that they do not own looks for the library's: neither loops nor is refused."""
+    ours = {"CrossBatchMemory": CrossBatchMemory, "ThresholdConsistentMarginLoss": ThresholdConsistentMarginLoss}
+    theirs = losses.ThresholdConsistentMarginLoss()
+    monkeypatch.setattr(losses, replaced, ours[replaced])
+    memory = losses.CrossBatchMemory if replaced == "CrossBatchMemory" else CrossBatchMemory
+    loss = losses.ThresholdConsistentMarginLoss() if replaced != "CrossBatchMemory" else ThresholdConsistentMarginLoss()
+    assert memory.supported_losses().count("ThresholdConsistentMarginLoss") == 1
+    x, y = torch.eye(4)[[0, 0, 1, 1]], torch.tensor([0, 0, 1, 1])
+    assert memory(loss, embedding_size=4)(x, y).isfinite()
+    assert memory(losses.TripletMarginLoss(), embedding_size=4)(x, y).isfinite()
+    with pytest.raises(TypeError, match="ignores ref_emb"):
+        memory(theirs, embedding_size=4)

@@ -322,3 +322,15 @@ def test_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, adapter.__name__)
     with pytest.raises(ImportError, match=r"pip install 'sentence-transformers\[train\]'"):
         __import__(adapter.__name__)
+
+
+def test_classes_of_the_library_that_were_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A function or another class in the place of a loss changes nothing about those that were made before."""
+    model = tiny_bert.encoder(tmp_path)
+    matryoshka = losses.MatryoshkaLoss(model, losses.MultipleNegativesRankingLoss(model), matryoshka_dims=[4])
+    similar = losses.ContrastiveLoss(model)
+    for name in ("MatryoshkaLoss", "AdaptiveLayerLoss", "ContrastiveLoss", "OnlineContrastiveLoss"):
+        monkeypatch.setattr(losses, name, lambda *arguments: None)
+    with pytest.raises(TypeError, match="put WithTCM inside"):
+        WithTCM(matryoshka)
+    assert WithTCM(similar)._labels_tell_similar_pairs()

@@ -23,7 +23,7 @@ from support.crowd import Crowd, compare_crowd, poison_freed_memory
 from support.oracle import check, check_sides, oracle_of, run, run_sides, similarity_error, tensor_core_drift, two
 from torch import Tensor
 
-from benchmarks.gate import check_opis
+from benchmarks.speed.gate import check_opis
 from tcm_fused import TCMLoss, opis, tcm_loss
 from tcm_fused.backends import choice
 from tcm_fused.backends.operators import OPERATORS

@@ -173,6 +173,25 @@ def test_non_finite(bad: float, penalties: bool, rectangular: bool) -> None:
                 assert not grad[..., labels < 0, :].any()
 
 
+@pytest.mark.parametrize("penalties", [False, True])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_margins_and_weights_that_are_not_finite(bad: float, penalties: bool) -> None:
+    """On the device nobody looks at them before: NaN as well, but for rows that take no part."""
+    rng = np.random.default_rng(3)
+    x, y = rng.standard_normal((150, 20)).astype(np.float32), rng.integers(3, size=150)
+    y[::7] = -1
+    numbers = [((bad, 0.1), (1.0, 1.0)), ((0.9, bad), (1.0, 1.0))]
+    if not penalties:
+        numbers += [((0.9, 0.1), (bad, 1.0)), ((-2.0, 2.0), (1.0, bad))]
+    for margin, weight in numbers:
+        problem = LossProblem(x, y, margin=margin, weight=weight)
+        result = problem.run(replace(OLDER, on_device=True), penalties=penalties)
+        assert np.isnan(result.violation).all()
+        assert np.isnan(result.loss)
+        assert np.isnan(result.grad_x[..., y >= 0, :]).all()
+        assert not result.grad_x[..., y < 0, :].any()
+
+
 @pytest.mark.parametrize(("n", "m"), [(0, None), (1, None), (0, 5), (5, 0), (0, 0)])
 def test_no_pairs(n: int, m: int | None) -> None:
     rng = np.random.default_rng(2)

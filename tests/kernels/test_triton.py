@@ -585,7 +585,7 @@ def test_panels(n: int, m: int | None) -> None:
 def _padded(rows: int) -> Any:
     """Embeddings that have nothing but their size."""
     embedding = triton_loss.Embeddings.__new__(triton_loss.Embeddings)
-    embedding.norm = torch.empty(rows, device="meta")
+    embedding.norm = torch.empty((2, rows), device="meta")
     return embedding
 
 

@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 import torch
 from support.batches import batch
+from support.oracle import two
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from tcm_fused import CrossBatchMemory, TCMLoss, tcm_loss
+from tcm_fused.backends.operators import OPERATORS
 from tcm_fused.reference import tcm_reference
 
 NAMES = ("margin_plus", "margin_minus", "lambda_plus", "lambda_minus")
@@ -124,6 +126,33 @@ def test_a_default_device_does_not_matter(backend: str) -> None:
         assert torch.equal(tcm_loss(x, y, **{**options, "margin_minus": 0.53125 - 0.03125}), expected)
     finally:
         torch.set_default_device(None)
+
+
+@pytest.mark.parametrize("number", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("name", ["cpu", "torch", "triton"])
+def test_numbers_that_are_not_finite_where_nobody_looks(name: str, number: float) -> None:
+    """On a device, and in compiled code: loss, penalties and gradients are NaN, but those of rows that take no part."""
+    x, y = batch(40, 5, 4)
+    y[::7] = -1
+    operators = OPERATORS[name]
+    for margins, weights in (
+        ((number, 0.1), (1, 1)),
+        ((0.9, number), (1, 1)),
+        ((0.9, 0.1), (number, 1)),
+        ((-5, 5), (1, number)),
+    ):
+        loss, grad, _, penalty, _ = operators.loss(
+            x, y, None, None, None, two(*margins), two(*weights), False, False, True, False
+        )
+        assert loss.isnan()
+        results = [grad]
+        if number in margins:
+            penalty, sides, _, _ = operators.penalties(x, y, None, None, None, two(*margins), False, False, True, False)
+            assert penalty.isnan().all()
+            results.append(sides)
+        for result in results:
+            assert result[..., y >= 0, :].isnan().all()
+            assert not result[..., y < 0, :].any()
 
 
 # Compiled: 20 values, against eager.

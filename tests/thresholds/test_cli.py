@@ -16,7 +16,8 @@ import torch
 
 from tcm_fused import calibrate, opis, suggest_margins
 from tcm_fused.__main__ import main
-from tcm_fused.thresholds.files import load, write_whole
+from tcm_fused.thresholds.files import load
+from tcm_fused.thresholds.outputs import write_whole
 from tcm_fused.thresholds.plots import plot_pareto, plot_similarities, plot_utility
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -205,7 +206,7 @@ def test_errors_of_work_have_no_traceback(
     def fail(*arguments: Any, **options: Any) -> None:
         raise error
 
-    monkeypatch.setattr("tcm_fused.__main__.opis", fail)
+    monkeypatch.setattr("tcm_fused.thresholds.command_line.opis", fail)
     assert (str(error) or "MemoryError") in refuse(capsys, "opis", files / "both.npz")
 
 
@@ -224,7 +225,7 @@ def test_calibrate(files: Path, data: tuple[Any, Any], tmp_path: Path, capsys: p
     printed = run(capsys, "calibrate", files / "both.npz", "--far", "0.01", "--json", out, "--plot", picture)
     expected = calibrate(*data, far=0.01)
     assert json.loads(out.read_text()) == expected.to_dict()
-    assert f"{expected.threshold.similarity:.5f}" in printed
+    assert f" {expected.threshold.similarity!r} " in printed
     assert "equal error" in printed
     assert "fewer than one pair" in printed
     assert "<svg" in picture.read_text()
@@ -250,7 +251,7 @@ def test_margins(files: Path, data: tuple[Any, Any], tmp_path: Path, capsys: pyt
     )
     expected = suggest_margins(*data, far=0.05, frr=0.3)
     assert json.loads(out.read_text()) == expected.to_dict()
-    assert f"TCMLoss(margin_plus={expected.margin_plus:.8f}, margin_minus={expected.margin_minus:.8f})" in printed
+    assert f"TCMLoss(margin_plus={expected.margin_plus!r}, margin_minus={expected.margin_minus!r})" in printed
     assert f"{expected.count_plus:,} positive pairs" in printed
     assert picture.read_bytes().startswith(PNG)
 
@@ -354,11 +355,13 @@ def test_unreadable_files(
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_parquet_without_pyarrow(
+def test_tables_without_pyarrow(
     files: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    assert "tcm_fused[files]" in refuse(capsys, "opis", files / "x.parquet", files / "y.npy")
+    for name in ("x.parquet", "x.csv"):
+        said = refuse(capsys, "opis", files / name, files / "y.npy")
+        assert "need pyarrow: pip install pyarrow\n" in said
 
 
 @pytest.mark.parametrize(
@@ -420,7 +423,7 @@ def test_without_matplotlib(
     monkeypatch.delitem(sys.modules, "tcm_fused.thresholds.plots")
     for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
         monkeypatch.setitem(sys.modules, name, None)
-    assert "tcm_fused[plots]" in refuse(capsys, "opis", files / "both.npz", "--plot", tmp_path / "out.png")
+    assert "pip install matplotlib" in refuse(capsys, "opis", files / "both.npz", "--plot", tmp_path / "out.png")
 
 
 def test_nothing_is_written_half(tmp_path: Path) -> None:

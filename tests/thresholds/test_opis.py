@@ -5,6 +5,7 @@ import importlib
 import json
 import math
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -565,6 +566,120 @@ def test_suggest_margins_mines_what_it_says(backend: str) -> None:
     json.dumps(found.to_dict(), allow_nan=False)
 
 
+# Bounds that the data cannot tell, and margins that cross.
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda x, y: calibrate(x, y, far=1e-6),
+            r"far=1e-06 is finer than the data: one of .* negative pairs .*above the most similar negative.*1,000,000",
+        ),
+        (
+            lambda x, y: calibrate(x, y, frr=1e-5),
+            r"frr=1e-05 is finer than the data: one of .* positive pairs .*below the least similar pos.* 100,000 pos",
+        ),
+        (lambda x, y: suggest_margins(x, y, far=1e-6, frr=0.9), "far=1e-06 is finer .*no negative is mined"),
+        (lambda x, y: suggest_margins(x, y, far=0.9, frr=1e-6), "frr=1e-06 is finer .*no positive is mined"),
+        (lambda x, y: opis(x, y, far_range=(1e-6, 0.1)), r"far_range=\(1e-06, 0.1\) begins at a rate that .* negative"),
+        (lambda x, y: opis(x, y, frr_range=(1e-6, 0.1)), r"frr_range=\(1e-06, 0.1\) begins at a rate that .* positive"),
+    ],
+)
+def test_bounds_finer_than_the_data(call: Callable[..., Any], message: str) -> None:
+    """One warning, which names the bound and how many pairs it needs, shown once for each place by Python's filter."""
+    x, y = clustered(n=200)
+    with pytest.warns(UserWarning, match=message) as caught:
+        call(x, y)
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.resetwarnings()
+        warnings.simplefilter("default")
+        for _ in range(3):
+            call(x, y)
+    assert len(shown) == 1
+
+
+@pytest.mark.filterwarnings("error")
+def test_bounds_that_the_data_can_tell() -> None:
+    """Down to one pair: no warning. Of the rates that nobody asked for the result says which are too fine."""
+    x, y = clustered(n=200)
+    positives, negatives = calibrate(x, y, far=0.1).pairs
+    found = calibrate(x, y, far=1.0001 / negatives)
+    assert found.threshold.far == pytest.approx(1 / negatives)
+    assert calibrate(x, y, frr=1.0001 / positives).threshold.frr == pytest.approx(1 / positives)
+    opis(x, y, far_range=(1.0001 / negatives, 0.1))
+    assert [at.finer for at in found.tar_at_far] == [at.bound * negatives < 1 for at in found.tar_at_far]
+    assert found.tar_at_far[0].finer
+    assert not found.tar_at_far[-1].finer
+    assert found.report().count("fewer than one pair") == sum(at.finer for at in found.tar_at_far)
+
+
+def test_margins_that_cross() -> None:
+    """Of a model that tells nothing apart the shares give margins the wrong way round: said once, and what helps."""
+    x, y = batches.batch(300, 8, 12, torch.float32, seed=5)
+    with pytest.warns(UserWarning, match="margin_plus=.* below margin_minus=.*larger shares") as caught:
+        found = suggest_margins(x, y, far=0.01, frr=0.01)
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+    assert found.margin_plus < found.margin_minus
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = suggest_margins(x, y, far=0.6, frr=0.7)
+    assert found.margin_plus > found.margin_minus
+
+
+# Results in sentences.
+
+
+@pytest.mark.filterwarnings("ignore:far=.*margin_plus")
+def test_results_in_ten_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the figures that matter, and the names of classes as a terminal may have them."""
+    x, y = clustered(n=400, classes=30)
+    bad = "\x1b[2J\n" * 90
+    labels = [f"{bad}{c}" for c in y.tolist()]
+    results: dict[str, Any] = {
+        "opis": opis(x, labels),
+        "thresholds": opis(x, y, thresholds=[0.5, 1.0], epsilon=0.125),
+        "calibrate": calibrate(x, labels, far=0.01),
+        "margins": suggest_margins(x, labels, far=0.01, frr=0.1),
+    }
+    for result in results.values():
+        for text in (repr(result), str(result), f"{result}"):
+            assert len(text.splitlines()) <= 10
+            assert max(map(len, text.splitlines())) <= 160
+            assert "\x1b" not in text
+        assert text.isascii()
+    found = results["opis"]
+    text = str(found)
+    for part in (f"{found.opis:.4g}", f"10%-OPIS       {found.eps_opis:.4g}", f"{100 * found.recall_at_1:.2f} %", "30"):
+        assert part in text
+    assert r"class \x1b[2J\n" in text
+    assert "12.5%-OPIS" in str(results["thresholds"])
+    at = results["calibrate"].threshold
+    assert repr(at.similarity) in str(results["calibrate"])
+    assert repr(at.distance) in results["calibrate"].report()
+    margins = results["margins"]
+    assert f"TCMLoss(margin_plus={margins.margin_plus!r}, margin_minus={margins.margin_minus!r})" in str(margins)
+    assert results["opis"].report(worst=4).count("samples)") == 4
+    for part in (found.histogram, found.curves, found.worst(1)[0], at, results["calibrate"].tar_at_far[0]):
+        assert len(repr(part).splitlines()) == 1
+
+
+def test_a_printed_threshold_decides_as_it_did() -> None:
+    """Copied from the page it accepts the same pairs, as similarity and as distance."""
+    x, y = (t.double() for t in clustered(n=150))
+    unit = torch.nn.functional.normalize(x)
+    s = (unit @ unit.T).numpy()[np.triu_indices(150, 1)]
+    for far in (0.3, 0.05, 0.01):
+        found = calibrate(x, y.long(), far=far)
+        line = next(line for line in str(found).splitlines() if line.startswith("threshold"))
+        similarity, distance = map(float, line.split()[1:3])
+        assert np.array_equal(s >= similarity, s >= found.threshold.similarity)
+        assert np.array_equal(np.sqrt(2 - 2 * s) <= distance, s >= found.threshold.similarity)
+
+
 # Bad input.
 
 GOOD = (torch.eye(4), torch.tensor([0, 0, 1, 1]))
@@ -596,8 +711,8 @@ def test_bad_sets(call: str, x: Tensor, y: Tensor, message: str) -> None:
 
 @pytest.mark.parametrize("call", CALLS)
 def test_bad_types(call: str) -> None:
-    with pytest.raises(TypeError, match=r"embeddings must be a torch.Tensor or a NumPy array, got list"):
-        CALLS[call]([[1.0]], GOOD[1])
+    with pytest.raises(TypeError, match=r"embeddings must be a tensor, an array, .*, got dict"):
+        CALLS[call]({"x": [1.0]}, GOOD[1])
     with pytest.raises(TypeError, match="labels must have an integer dtype"):
         CALLS[call](GOOD[0], GOOD[1].float())
     with pytest.raises(ValueError, match="backend='gpu' is not known"):
@@ -726,7 +841,7 @@ def test_progress(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monkey
     assert opis(x, y, progress=True).opis == opis(x, y).opis
     assert "pairs: 100%" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "tqdm", None)
-    with pytest.raises(ImportError, match=r"tcm_fused\[progress\]"):
+    with pytest.raises(ImportError, match=r"pip install tqdm$"):
         opis(x, y, progress=True)
 
 

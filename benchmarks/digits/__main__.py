@@ -31,8 +31,7 @@ from tqdm import tqdm
 
 from benchmarks import comparison
 from benchmarks.comparison import Experiment, Scores
-from benchmarks.retrieval.losses import ArcFace
-from benchmarks.training import (
+from benchmarks.digits.training import (
     SEEN,
     Split,
     Trained,
@@ -47,8 +46,10 @@ from benchmarks.training import (
     train,
     turned,
 )
+from benchmarks.retrieval.losses import ArcFace
 from tcm_fused import __version__, opis
-from tcm_fused.thresholds.files import write_whole
+from tcm_fused.thresholds.outputs import check_folder, check_outputs, write_whole
+from tcm_fused.thresholds.terminal import Parser, printable, run
 
 WIDTH = 16  # of the embeddings
 NETWORKS: dict[str, Callable[[], nn.Module]] = {"MLP": partial(make_mlp, WIDTH), "CNN": partial(make_cnn, WIDTH)}
@@ -240,7 +241,7 @@ def as_json(
 
 def main(arguments: Sequence[str] | None = None, tcm: Sequence[TCM] = TCM_GRID) -> None:
     """Choose, measure, print, write."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m benchmarks.digits",
         description="OPIS and recall@1 of digits unseen in training: three base losses on two networks, without and "
         "with TCM. Margins, weight and steps are chosen on the training digits first.",
@@ -254,7 +255,14 @@ def main(arguments: Sequence[str] | None = None, tcm: Sequence[TCM] = TCM_GRID) 
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder, made if missing")
     parser.add_argument("--steps", type=positive, nargs="+", default=STEPS, help="numbers of steps to choose from")
     options = parser.parse_args(arguments)
+    run(parser, parser.prog, lambda: _work(options, tcm))
+
+
+def _work(options: argparse.Namespace, tcm: Sequence[TCM]) -> None:
+    check_folder(options.out)
     options.out.mkdir(parents=True, exist_ok=True)
+    outputs = {suffix: options.out / f"digits.{suffix}" for suffix in ("md", "json", "png")}
+    check_outputs(outputs.values())
     chosen = choose(options.steps, tcm, options.processes)
     experiments = measure(chosen, options.seeds, options.processes)
     text = "\n".join(
@@ -265,13 +273,15 @@ def main(arguments: Sequence[str] | None = None, tcm: Sequence[TCM] = TCM_GRID) 
             choice_table(chosen),
         ]
     )
-    print(text)
     content = json.dumps(as_json(chosen, experiments, options.steps, tcm), indent=1)
-    picture = comparison.draw(experiments, f"Digits unseen in training, {options.seeds} seed(s), {WIDTH} dimensions")
-    write_whole(options.out / "digits.md", lambda path: path.write_text(text))
-    write_whole(options.out / "digits.json", lambda path: path.write_text(content + "\n"))
-    write_whole(options.out / "digits.png", lambda path: picture.savefig(path, dpi=150, format="png"))
-    print("Written:", *(str(options.out / f"digits.{suffix}") for suffix in ("md", "json", "png")))
+    picture = comparison.draw(
+        experiments, f"Digits unseen in training, {options.seeds} seed{'s' * (options.seeds > 1)}, {WIDTH} dimensions"
+    )
+    write_whole(outputs["md"], lambda path: path.write_text(text, encoding="utf-8"))
+    write_whole(outputs["json"], lambda path: path.write_text(content + "\n", encoding="utf-8"))
+    write_whole(outputs["png"], lambda path: picture.savefig(path, dpi=150, format="png"))
+    print(text)
+    print("Written:", *map(printable, outputs.values()))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,9 @@
-"""`python -m benchmarks.gpu_speed RESULT.json`: time and memory of loss and gradient on one GPU, beside what it can do.
+"""`python -m benchmarks.speed.gpu_speed RESULT.json`: time and memory of the loss on one GPU, beside its limits.
 
 A figure is a ratio taken in one run: to the time that the flops of a case take at the rate of this card's own 16-bit
 matrix product (the floor), or to a peer that alternates with it. Nothing is measured before the loss is found right.
 """
 
-import argparse
 import json
 import statistics
 import sys
@@ -19,12 +18,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.gate import DENSITIES, check_fused, check_opis
-from benchmarks.peers import PEERS, forward_backward, make_batch, make_classes
-from benchmarks.report import Goal, at_least, at_most, goal_table
+from benchmarks.speed.gate import DENSITIES, check_fused, check_opis
+from benchmarks.speed.peers import PEERS, forward_backward, make_batch, make_classes
+from benchmarks.speed.report import Goal, at_least, at_most, goal_table
 from tcm_fused import opis, tcm_loss
 from tcm_fused.reference import tcm_reference
 from tcm_fused.thresholds.opis import OPISResult
+from tcm_fused.thresholds.outputs import check_outputs, write_whole
+from tcm_fused.thresholds.terminal import Parser, take_any_text
 
 Step = Callable[[], object]
 Figures = dict[str, dict[str, Any]]  # name of a case -> what was measured
@@ -367,17 +368,23 @@ def run(clock: Clock, backend: str, chosen: dict[str, Case], seconds: float) -> 
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_speed", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m benchmarks.speed.gpu_speed", description=__doc__.splitlines()[0])
     parser.add_argument("result", type=Path, help="the JSON file to write")
     parser.add_argument("--backend", default="cuda", help="of tcm_loss; 'cuda' unless given")
     parser.add_argument("--seconds", type=float, default=220, help="how many all of it may take")
     arguments = parser.parse_args()
+    take_any_text()
+    try:
+        check_outputs([arguments.result])
+    except ValueError as error:
+        parser.error(str(error))
     clock = Clock("cpu" if arguments.backend == "cpu" else "cuda")
     if clock.gpu and not torch.cuda.is_available():
         print("no GPU: torch.cuda.is_available() is False", file=sys.stderr)
         return 2
     measured = run(clock, arguments.backend, cases(), arguments.seconds - 25)  # so long a case may take
-    arguments.result.write_text(json.dumps(measured, indent=1) + "\n")
+    content = json.dumps(measured, indent=1) + "\n"
+    write_whole(arguments.result, lambda part: part.write_text(content, encoding="utf-8"))
     flops = measured["ceilings"]["flops"]
     print(
         f"\n16-bit product {flops / 1e12:.0f} TFLOP/s, copy {measured['ceilings']['bytes_per_second'] / 1e12:.2f} TB/s"

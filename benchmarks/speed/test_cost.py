@@ -19,8 +19,8 @@ import torch
 from pytorch_metric_learning.losses import ArcFaceLoss
 from torch import Tensor, nn
 
-from benchmarks.peers import PEERS, forward_backward, make_batch
-from benchmarks.test_speed import Steps, _measure, _short
+from benchmarks.speed.peers import PEERS, forward_backward, make_batch
+from benchmarks.speed.test_speed import Steps, measure, short
 
 D = 512
 WIDTH, HIDDEN, BLOCKS = 1024, 2048, 2
@@ -82,10 +82,10 @@ def test_cost(benchmark: Any, n: int) -> None:
     needed = {name: size * n**2 for name, size in BYTES_A_PAIR.items()}
     left_out = [name for name, size in needed.items() if size > psutil.virtual_memory().available]
     parts = {name: step for name, step in steps(64 if benchmark.disabled else n).items() if name not in left_out}
-    _measure(benchmark, parts, runs=RUNS.get(n, 5), once=ONCE.get(n, ()), warm_up=steps(WARM_UP))
+    measure(benchmark, parts, runs=RUNS.get(n, 5), once=ONCE.get(n, ()), warm_up=steps(WARM_UP))
     benchmark.extra_info.update(n=n, d=D, classes=CLASSES)
     benchmark.extra_info["left_out"] = {name: f"needs about {needed[name] / 1e9:.0f} GB" for name in left_out}
     if not benchmark.disabled:
         median = {name: reading["median"] for name, reading in benchmark.extra_info["seconds"].items()}
         rest = median.pop("network") + median.pop("base loss")
-        benchmark.extra_info["share"] = {name: _short(time / (rest + time)) for name, time in median.items()}
+        benchmark.extra_info["share"] = {name: short(time / (rest + time)) for name, time in median.items()}

@@ -10,7 +10,7 @@ import pytest
 import pytorch_metric_learning
 import torch
 
-from benchmarks.gate import DENSITIES, check_fused
+from benchmarks.speed.gate import DENSITIES, check_fused
 from tcm_fused import __version__, tcm_loss
 from tcm_fused.backends import choice
 

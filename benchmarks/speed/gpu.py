@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks/results"
 TOTAL = 580  # seconds for all stages together
 SHOWN = 4000  # characters of a stage's output that are kept
@@ -65,7 +65,7 @@ def stages(facts: dict[str, Any], speed: Path) -> list[Stage]:
     # Every tensor is an allocation of its own, so that memcheck sees where it ends.
     separate = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     sanitizer = ("compute-sanitizer", "--error-exitcode=9", "--print-limit=20", "--tool")
-    speed_command = (python, "-m", "benchmarks.gpu_speed", str(speed), "--seconds", "SECONDS")
+    speed_command = (python, "-m", "benchmarks.speed.gpu_speed", str(speed), "--seconds", "SECONDS")
     return [
         Stage("build", 120, (python, "setup.py", "build_ext", "--inplace"), build),
         # Not in Triton's interpreter, where torch.compile's kernels would run too.
@@ -166,10 +166,10 @@ def _output(*command: str) -> str:
 
 def write(target: Path, result: dict[str, Any]) -> None:
     """The whole file or none of it."""
+    from tcm_fused.thresholds.outputs import write_whole  # only here, where it is known that there is a torch
+
     target.parent.mkdir(parents=True, exist_ok=True)
-    draft = target.with_suffix(".tmp")
-    draft.write_text(json.dumps(result, indent=1) + "\n")
-    draft.replace(target)
+    write_whole(target, lambda part: part.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8"))
 
 
 def run(chosen: list[Stage], facts: dict[str, Any], target: Path, speed: Path, seconds: float = TOTAL) -> bool:
@@ -191,7 +191,7 @@ def run(chosen: list[Stage], facts: dict[str, Any], target: Path, speed: Path, s
 
 
 def main() -> int:
-    argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.splitlines()[0]).parse_args()
+    argparse.ArgumentParser(prog="python -m benchmarks.speed.gpu", description=__doc__.splitlines()[0]).parse_args()
     facts = device_facts()
     name = re.sub(r"[^a-z0-9]+", "-", facts["device"].lower()).strip("-")
     speed = ROOT / "build" / "gpu_speed.json"

@@ -2,7 +2,7 @@
 
 Every test times `tcm_fused` through pytest-benchmark and its peers in alternation with it, in one process; what the
 peers took, the ratios of the medians, and peak memory go into `extra_info`. Nothing is asserted about time: goals are
-reported beside the figures by `benchmarks.report`. `--benchmark-disable` runs everything once on small batches.
+reported beside the figures by `benchmarks.speed.report`. `--benchmark-disable` runs everything once on small batches.
 """
 
 import statistics
@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.gate import DENSITIES
-from benchmarks.peers import PEERS, eager_tcm, forward_backward, make_batch, peak_extra_bytes
+from benchmarks.speed.gate import DENSITIES
+from benchmarks.speed.peers import PEERS, eager_tcm, forward_backward, make_batch, peak_extra_bytes
 from tcm_fused import tcm_loss
 
 Steps = dict[str, Callable[[], object]]
@@ -31,7 +31,7 @@ def test_density(benchmark: Any, hard: str) -> None:
     """From no hard pair to all."""
     x, labels = _batch(benchmark, 8192, 512, hard)
     steps = _steps(x, labels, "tcm_fused", "eager", "torch.compile") | {"product": _product(x)}
-    _measure(benchmark, steps)
+    measure(benchmark, steps)
 
 
 @pytest.mark.benchmark(group="small")
@@ -40,7 +40,7 @@ def test_small(benchmark: Any, n: int) -> None:
     """Batches that fit on one device without any trick: overheads count."""
     x, labels = _batch(benchmark, n, 128, "few")
     steps = _steps(x, labels, "tcm_fused", "eager", "torch.compile") | {"product": _product(x)}
-    _measure(benchmark, steps, runs=51)
+    measure(benchmark, steps, runs=51)
 
 
 @pytest.mark.benchmark(group="library")
@@ -52,7 +52,7 @@ def test_library(benchmark: Any, n: int) -> None:
     steps = _steps(x, labels, *PEERS)
     # 20 s a run, and the smaller batch has warmed it up
     warm_up = {name: step for name, step in steps.items() if name != "pytorch-metric-learning"} if few else steps
-    _measure(benchmark, steps, runs=10 if few else 5, peers_every=5 if few else 1, warm_up=warm_up)
+    measure(benchmark, steps, runs=10 if few else 5, peers_every=5 if few else 1, warm_up=warm_up)
     _measure_memory(benchmark, x, labels, *PEERS)
 
 
@@ -62,7 +62,7 @@ def test_growth(benchmark: Any, n: int) -> None:
     """Time goes with N^2, memory with N. Eager comes along as far as it can, in two runs of each size."""
     x, labels = _batch(benchmark, n, 128, "few")
     peers = ("tcm_fused", "eager") if n <= EAGER_UP_TO else ("tcm_fused",)
-    _measure(benchmark, _steps(x, labels, *peers), peers_every=3)
+    measure(benchmark, _steps(x, labels, *peers), peers_every=3)
     _measure_memory(benchmark, x, labels, *peers)
 
 
@@ -71,7 +71,7 @@ def test_growth(benchmark: Any, n: int) -> None:
 def test_memory_of_dense_pairs(benchmark: Any, hard: str) -> None:
     """The largest batch of the growth with many hard pairs, once: memory may not depend on how many there are."""
     x, labels = _batch(benchmark, GROWTH[-1], 128, hard)
-    _measure(benchmark, _steps(x, labels, "tcm_fused"), runs=1)
+    measure(benchmark, _steps(x, labels, "tcm_fused"), runs=1)
     _measure_memory(benchmark, x, labels, "tcm_fused")
 
 
@@ -80,7 +80,7 @@ def test_memory_of_dense_pairs(benchmark: Any, hard: str) -> None:
 def test_width(benchmark: Any, d: int) -> None:
     """From narrow embeddings, where looking at pairs costs most, to wide ones, where the product does."""
     x, labels = _batch(benchmark, 4096, d, "few")
-    _measure(benchmark, _steps(x, labels, "tcm_fused", "eager") | {"product": _product(x)})
+    measure(benchmark, _steps(x, labels, "tcm_fused", "eager") | {"product": _product(x)})
 
 
 @pytest.mark.benchmark(group="reference set")
@@ -96,7 +96,7 @@ def test_reference_set(benchmark: Any, hard: str) -> None:
         "eager": partial(forward_backward, eager_tcm, *sets),
         "product": _product(x[:n], x[n:]),
     }
-    _measure(benchmark, steps)
+    measure(benchmark, steps)
     benchmark.extra_info.update(n=n, m=m)
 
 
@@ -122,7 +122,7 @@ def _product(x: Tensor, ref_x: Tensor | None = None) -> Callable[[], object]:
     return partial(torch.mm, x_hat, ref_hat.T, out=torch.empty(len(x_hat), len(ref_hat)))
 
 
-def _measure(
+def measure(
     benchmark: Any,
     steps: Steps,
     runs: int = 5,
@@ -160,15 +160,15 @@ def _measure(
     ours = benchmark.stats.stats.data
     readings: dict[str, Callable[[list[float]], float]] = {"median": statistics.median, "fastest": min, "slowest": max}
     benchmark.extra_info["seconds"] = {
-        name: {reading: _short(read(times)) for reading, read in readings.items()} | {"runs": len(times)}
+        name: {reading: short(read(times)) for reading, read in readings.items()} | {"runs": len(times)}
         for name, times in {"tcm_fused": ours, **seconds}.items()
     }
     benchmark.extra_info["ratio"] = {
-        name: _short(statistics.median(ours) / statistics.median(times)) for name, times in seconds.items()
+        name: short(statistics.median(ours) / statistics.median(times)) for name, times in seconds.items()
     }
 
 
-def _short(value: float) -> float:
+def short(value: float) -> float:
     """Four digits, as many as a time is good for."""
     return float(f"{value:.4g}")
 

@@ -1,14 +1,17 @@
-"""`python -m benchmarks.report RESULT.json`: the goals and figures of one run as Markdown, and its drawings.
+"""`python -m benchmarks.speed.report RESULT.json`: the goals and figures of one run as Markdown, and its drawings.
 
-Reads what `pytest benchmarks --benchmark-json=RESULT.json` wrote; the drawings go beside it, named after it.
+Reads what `pytest benchmarks/speed --benchmark-json=RESULT.json` wrote; the drawings go beside it, named after it.
 """
 
-import argparse
 import json
 import math
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from tcm_fused.thresholds.outputs import check_outputs
+from tcm_fused.thresholds.terminal import Parser, printable, run
 
 Infos = dict[str, dict[str, Any]]  # name of a benchmark -> what it recorded in `extra_info`
 
@@ -149,9 +152,7 @@ def time_table(infos: Infos) -> str:
         seconds, peaks = info.get("seconds", {}), info.get("peak_bytes", {})
         times = [_time(seconds[name]) if name in seconds else "" for name in columns]
         memory = ", ".join(_memory(peaks[name]) for name in columns if name in peaks)
-        lines.append(
-            f"| {n} | {m} | {info['d']} | {info['hard_negatives'] / (n * m):.2g} | {' | '.join(times)} | {memory} |"
-        )
+        lines.append(f"| {n} | {m} | {info['d']} | {info['hard']} | {' | '.join(times)} | {memory} |")
     return "\n".join(lines)
 
 
@@ -208,29 +209,51 @@ def hardware(machine: dict[str, Any]) -> str:
     )
 
 
-def main() -> None:
-    from benchmarks.figures import draw_cost, draw_growth, draw_speed  # the table alone needs no matplotlib
+def read(path: Path) -> dict[str, Any]:
+    """What pytest-benchmark wrote. ValueError: the file is not that; the message names it."""
+    try:
+        result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        for benchmark in result["benchmarks"]:
+            dict(benchmark["extra_info"])
+        hardware(result["machine_info"])
+        return result
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, LookupError, TypeError) as error:
+        raise ValueError(f"{path} holds no results of `make bench`: {error!r}") from error
 
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__.splitlines()[0])
-    parser.add_argument("result", type=Path, help="what pytest-benchmark wrote")
-    path = parser.parse_args().result
-    result = json.loads(path.read_text())
+
+def report(path: Path) -> None:
+    """Print the tables of a run and draw its pictures beside it."""
+    from benchmarks.speed.figures import draw_cost, draw_growth, draw_speed  # the table alone needs no matplotlib
+
+    result = read(path)
     infos: Infos = {benchmark["name"]: benchmark["extra_info"] for benchmark in result["benchmarks"]}
     machine = result["machine_info"]
+    pictures = {"speed": draw_speed, "growth": draw_growth}
+    if _cost_infos(infos):
+        pictures["cost"] = draw_cost
+    targets = {name: path.with_name(f"{path.stem}_{name}.png") for name in pictures}
+    check_outputs(targets.values(), [path])
     commit = result["commit_info"]["id"][:12]
     print(f"{hardware(machine)}; load before the run {machine['load_before']:g}; commit {commit}")
     print("\nLoss and gradient, median of alternating runs in one process.\n")
     print(goal_table(goals(infos)), time_table(infos), sep="\n\n")
     if _opis_infos(infos):
         print("\nOPIS: the whole result, beside the symmetric similarity product alone.\n", opis_table(infos), sep="\n")
-    pictures = {"speed": draw_speed, "growth": draw_growth}
     if _cost_infos(infos):
         print("\nA training step: time of its parts, and the share of TCM.\n", cost_table(infos), sep="\n")
-        pictures["cost"] = draw_cost
     for name, draw in pictures.items():
-        target = path.with_name(f"{path.stem}_{name}.png")
-        draw(infos, hardware(machine), target)
-        print(f"\ndrew {target}")
+        draw(infos, hardware(machine), targets[name])
+        print(f"\ndrew {printable(targets[name])}")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run it; exit code 2 and a message on stderr for bad input."""
+    parser = Parser(prog="python -m benchmarks.speed.report", description=__doc__.splitlines()[0])
+    parser.add_argument("result", type=Path, help="what pytest-benchmark wrote")
+    options = parser.parse_args(arguments)
+    run(parser, parser.prog, lambda: report(options.result))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.peers import MARGIN_MINUS, MARGIN_PLUS, PEERS, forward_backward, make_batch, make_classes
+from benchmarks.speed.peers import MARGIN_MINUS, MARGIN_PLUS, PEERS, forward_backward, make_batch, make_classes
 from tcm_fused import OPISResult
 from tcm_fused.reference import tcm_reference
 

@@ -191,10 +191,10 @@ def peak_extra_bytes(fn: Callable[[], object], warm_up: Callable[[], object] | N
     and a small eager step.
     """
     child = subprocess.run(
-        [sys.executable, "-c", "from benchmarks.peers import _measure_peak; _measure_peak()"],
+        [sys.executable, "-c", "from benchmarks.speed.peers import measure_own_peak; measure_own_peak()"],
         input=pickle.dumps((warm_up or _small_steps, fn)),
         stdout=subprocess.PIPE,
-        cwd=Path(__file__).resolve().parent.parent,
+        cwd=Path(__file__).resolve().parents[2],
         check=True,
     )
     return int(child.stdout.split()[-1])
@@ -206,7 +206,7 @@ def _small_steps() -> None:
         forward_backward(PEERS[name], x, labels)
 
 
-def _measure_peak() -> None:
+def measure_own_peak() -> None:
     """The child of `peak_extra_bytes`: callables in through stdin, bytes out through stdout."""
     warm_up, fn = pickle.load(sys.stdin.buffer)
     warm_up()

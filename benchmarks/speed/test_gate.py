@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.gate import DENSITIES, check_fused, check_opis, check_peer
-from benchmarks.peers import PEERS
+from benchmarks.speed.gate import DENSITIES, check_fused, check_opis, check_peer
+from benchmarks.speed.peers import PEERS
 from tcm_fused import opis, tcm_loss
 
 

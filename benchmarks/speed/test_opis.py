@@ -1,7 +1,7 @@
 """Time and peak memory of OPIS, fp32, in ratio to the symmetric similarity product alone and to blocked PyTorch.
 
-Every test times `opis` in alternation with its peers, as `benchmarks.test_speed` does for the loss. Every figure is
-taken of the whole result: rates of each class at 101 thresholds of a range that is not known before, and recall@1.
+Every test times `opis` in alternation with its peers, as test_speed.py does for the loss. Every figure is taken of
+the whole result: rates of each class at 101 thresholds of a range that is not known before, and recall@1.
 """
 
 from functools import partial
@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from benchmarks.gate import check_opis
-from benchmarks.peers import make_classes, peak_extra_bytes, symmetric_product
-from benchmarks.test_speed import Steps, _measure
+from benchmarks.speed.gate import check_opis
+from benchmarks.speed.peers import make_classes, peak_extra_bytes, symmetric_product
+from benchmarks.speed.test_speed import Steps, measure
 from tcm_fused import opis
 
 D = 512
@@ -34,7 +34,7 @@ def test_opis(benchmark: Any, n: int) -> None:
     if n <= BLOCKED_UP_TO:
         steps["blocked PyTorch"] = partial(opis, x, labels, backend="torch")
     large = n > BLOCKED_UP_TO
-    _measure(benchmark, steps, runs=3 if large else 7, peers_every=1 if large else 2)
+    measure(benchmark, steps, runs=3 if large else 7, peers_every=1 if large else 2)
     small = make_classes(2048, D)
     benchmark.extra_info.update(n=n, d=D, classes=int(labels.max()) + 1, embedding_bytes=x.nbytes)
     benchmark.extra_info["peak_bytes"] = {

@@ -1,0 +1,1 @@
+"""Training on handwritten digits with and without TCM; `python -m benchmarks.digits`."""
