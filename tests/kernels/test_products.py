@@ -1,6 +1,7 @@
 """The products of the CPU kernels are exact to float32, whatever the process has allowed its libraries."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -20,8 +21,9 @@ def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.fixture(params=["highest", "medium", "bf16", "tf32", "bf16 everywhere"])
 def allowed(request: pytest.FixtureRequest) -> Iterator[None]:
     """A setting of the process that allows less than float32."""
-    matmul, every = torch.backends.mkldnn.matmul, torch.backends
-    before = [(owner, owner.fp32_precision) for owner in (every, torch.backends.cuda.matmul, matmul)]
+    every: Any = torch.backends
+    matmul = every.mkldnn.matmul
+    before = [(owner, owner.fp32_precision) for owner in (every, every.cuda.matmul, matmul)]
     if request.param in ("highest", "medium"):
         torch.set_float32_matmul_precision(request.param)
     else:
