@@ -24,7 +24,6 @@ except ImportError:  # tests marked `cuda` do without
     pass
 else:
     settings.register_profile("tcm_fused", deadline=None, derandomize=False, print_blob=True)
-    settings.register_profile("quick", settings.get_profile("tcm_fused"), max_examples=10)
     settings.load_profile("tcm_fused")
 
 
@@ -47,8 +46,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if config.getoption("--quick"):
-        settings.load_profile("quick")
     config.addinivalue_line("markers", "slow: takes a minute or more; leave out with -m 'not slow'")
     config.addinivalue_line("markers", "cuda: runs kernels on a GPU; skipped, with the reason, where they cannot run")
 

@@ -274,9 +274,8 @@ def _work(options: argparse.Namespace, tcm: Sequence[TCM]) -> None:
         ]
     )
     content = json.dumps(as_json(chosen, experiments, options.steps, tcm), indent=1)
-    picture = comparison.draw(
-        experiments, f"Digits unseen in training, {options.seeds} seed{'s' * (options.seeds > 1)}, {WIDTH} dimensions"
-    )
+    seeds = f"{options.seeds} seed{'s' * (options.seeds > 1)}"
+    picture = comparison.draw(experiments, f"Digits unseen in training, {seeds}, {WIDTH} dimensions")
     write_whole(outputs["md"], lambda path: path.write_text(text, encoding="utf-8"))
     write_whole(outputs["json"], lambda path: path.write_text(content + "\n", encoding="utf-8"))
     write_whole(outputs["png"], lambda path: picture.savefig(path, dpi=150, format="png"))

@@ -204,9 +204,8 @@ def test_gradients_asked_for(row_offset: int | None, grad_x: bool, grad_ref: boo
 def test_gradients_of_the_penalties(grad_x: bool, grad_ref: bool) -> None:
     """Either's own, also where the other has no hard pair."""
     sets = (*batch(40, 9, 5), *batch(70, 9, 5, seed=1))
-    options: dict[str, Any]
-    for options in ({"margin_minus": 0.2}, {"margin_plus": -2.0}, {"margin_minus": 2.0}):
-        options.update(grad_x=grad_x, grad_ref=grad_ref)
+    for margin in ({"margin_minus": 0.2}, {"margin_plus": -2.0}, {"margin_minus": 2.0}):
+        options: dict[str, Any] = {**margin, "grad_x": grad_x, "grad_ref": grad_ref}
         check_sides("triton", *sets, **options)
 
 

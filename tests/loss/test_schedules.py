@@ -28,7 +28,7 @@ def dynamo() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def sets(rectangular: bool) -> tuple[Tensor, ...]:
+def sets(rectangular: bool) -> Any:  # a tuple of tensors, as positional arguments
     x, y = batch(40, 5, 4, torch.float64)
     if not rectangular:
         return x.requires_grad_(), y
@@ -50,14 +50,14 @@ def test_tensors_are_their_values(backend: str, dtype: torch.dtype, name: str, r
     """Loss and gradients to the bit, of any real dtype; those that are no integers are rounded as the dtype rounds."""
     given = sets(rectangular)
     values = (1, 0, 2, 3) if dtype == torch.int32 else VALUES
-    tensors = dict(zip(NAMES, (torch.tensor(value, dtype=dtype) for value in values), strict=True))
-    numbers = {key: value.item() for key, value in tensors.items()}
-    expected = loss_and_gradients(tcm_loss(*given, **numbers, **OPTIONS[name], backend=backend), given)
+    tensors: dict[str, Any] = dict(zip(NAMES, (torch.tensor(value, dtype=dtype) for value in values), strict=True))
+    numbers: dict[str, Any] = {key: value.item() for key, value in tensors.items()}
+    expected = loss_and_gradients(tcm_loss(*given, **{**numbers, **OPTIONS[name], "backend": backend}), given)
     for mixed in (tensors, {**numbers, "margin_plus": tensors["margin_plus"]}, {**tensors, "lambda_minus": values[3]}):
         exact = {**mixed, "lambda_minus": mixed["lambda_minus"]}
         if exact["lambda_minus"] is values[3]:
             exact["lambda_minus"] = numbers["lambda_minus"]
-        found = loss_and_gradients(tcm_loss(*given, **exact, **OPTIONS[name], backend=backend), given)
+        found = loss_and_gradients(tcm_loss(*given, **{**exact, **OPTIONS[name], "backend": backend}), given)
         assert all(map(torch.equal, found, expected))
 
 
@@ -65,14 +65,14 @@ def test_tensors_are_their_values(backend: str, dtype: torch.dtype, name: str, r
 def test_tensors_with_groups(backend: str, group_pairs: str) -> None:
     x, y = batch(40, 5, 4, torch.float64)
     call: dict[str, Any] = {"groups": torch.arange(40) % 3, "group_pairs": group_pairs, "backend": backend}
-    numbers = dict(zip(NAMES, VALUES, strict=True))
-    tensors = {key: torch.tensor(value, dtype=torch.float64) for key, value in numbers.items()}
+    numbers: dict[str, Any] = dict(zip(NAMES, VALUES, strict=True))
+    tensors: dict[str, Any] = {key: torch.tensor(value, dtype=torch.float64) for key, value in numbers.items()}
     assert torch.equal(tcm_loss(x, y, **tensors, **call), tcm_loss(x, y, **numbers, **call))
 
 
 def test_tensors_in_the_module_and_the_memory(backend: str) -> None:
-    numbers = dict(zip(NAMES, VALUES, strict=True))
-    tensors = {key: torch.tensor(value, dtype=torch.float64) for key, value in numbers.items()}
+    numbers: dict[str, Any] = dict(zip(NAMES, VALUES, strict=True))
+    tensors: dict[str, Any] = {key: torch.tensor(value, dtype=torch.float64) for key, value in numbers.items()}
     x, y = batch(40, 5, 4, torch.float64)
     assert torch.equal(TCMLoss(**tensors, backend=backend)(x, y), TCMLoss(**numbers, backend=backend)(x, y))
     first, second = (CrossBatchMemory(TCMLoss(**options, backend=backend), 64) for options in (numbers, tensors))
@@ -82,8 +82,8 @@ def test_tensors_in_the_module_and_the_memory(backend: str) -> None:
 
 def test_the_reference_takes_them() -> None:
     given = sets(True)
-    numbers = dict(zip(NAMES, VALUES, strict=True))
-    tensors = {key: torch.tensor(value, dtype=torch.float64) for key, value in numbers.items()}
+    numbers: dict[str, Any] = dict(zip(NAMES, VALUES, strict=True))
+    tensors: dict[str, Any] = {key: torch.tensor(value, dtype=torch.float64) for key, value in numbers.items()}
     assert torch.equal(tcm_reference(*given, **tensors)[0], tcm_reference(*given, **numbers)[0])
     x, y = batch(9, 3, 2)
     assert tcm_reference(x, y, lambda_plus=torch.tensor(1.0, dtype=torch.float64))[0].dtype == torch.float32
