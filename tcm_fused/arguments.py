@@ -6,6 +6,7 @@ import sys
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -86,6 +87,7 @@ def _check_value(name: str, value: Any, least: float = -math.inf) -> None:
     """A margin or weight: a number or a 0-d tensor. The value of a tensor is looked at if that waits for no device."""
     if type(value) is float and max(least, -_LARGEST) <= value <= _LARGEST:  # most are: the rest takes its time
         return
+    value = _as_traced(value)
     if not isinstance(value, Tensor):
         check_number(name, value, least, besides="; a 0-d tensor of a number will do as well")
         return
@@ -103,6 +105,11 @@ def _check_value(name: str, value: Any, least: float = -math.inf) -> None:
         check_number(name, value.item(), least)
 
 
+def _as_traced(value: Any) -> Any:
+    """A NumPy number, such as one of `np.linspace`, as a tensor where torch.compile traces it: as an array, there."""
+    return torch.as_tensor(value) if torch.compiler.is_compiling() and isinstance(value, np.ndarray) else value
+
+
 def _is_known(value: Any) -> bool:
     """Whether the value of a number or tensor is on the host."""
     if type(value) is float or not isinstance(value, Tensor):
@@ -110,18 +117,27 @@ def _is_known(value: Any) -> bool:
     return value.device.type == "cpu" and type(value) in (Tensor, Parameter)
 
 
+<<<<<<< HEAD
 def _sides(x: Tensor, plus: float | Tensor, minus: float | Tensor, names: tuple[str, str]) -> Tensor:
+=======
+def _sides(x: Tensor, **given: float | Tensor) -> Tensor:
+>>>>>>> refs/heads/first2
     """[2] float64 of two values (float32 on MPS, which has no other): on the CPU, or on the device of `x`.
 
     Known numbers stay on the CPU, where the operators read them at the call. Those that only a device knows are put
     together there, and so is all under torch.compile: nothing waits for a device, and no graph has a part on the CPU.
     """
+<<<<<<< HEAD
     dtype = wide_dtype(x.device)
     if not torch.compiler.is_compiling() and _is_known(plus) and _is_known(minus):
         # Under a mode (of fake tensors, say) it is one of the mode's own tensors, which is of no use elsewhere.
         make = _on_cpu.__wrapped__ if torch._C._len_torch_dispatch_stack() else _on_cpu
         return make(float(plus), float(minus), dtype)
     for name, value in zip(names, (plus, minus), strict=True):
+=======
+    values = {name: _as_traced(value) for name, value in given.items()}
+    for name, value in values.items():
+>>>>>>> refs/heads/first2
         if isinstance(value, Tensor) and value.device != x.device and value.device.type != "cpu":
             raise ValueError(
                 f"{name} is on {value.device}, embeddings on {x.device}; a tensor must be on the CPU or on their device"
