@@ -117,27 +117,19 @@ def _is_known(value: Any) -> bool:
     return value.device.type == "cpu" and type(value) in (Tensor, Parameter)
 
 
-<<<<<<< HEAD
 def _sides(x: Tensor, plus: float | Tensor, minus: float | Tensor, names: tuple[str, str]) -> Tensor:
-=======
-def _sides(x: Tensor, **given: float | Tensor) -> Tensor:
->>>>>>> refs/heads/first2
     """[2] float64 of two values (float32 on MPS, which has no other): on the CPU, or on the device of `x`.
 
     Known numbers stay on the CPU, where the operators read them at the call. Those that only a device knows are put
     together there, and so is all under torch.compile: nothing waits for a device, and no graph has a part on the CPU.
     """
-<<<<<<< HEAD
     dtype = wide_dtype(x.device)
     if not torch.compiler.is_compiling() and _is_known(plus) and _is_known(minus):
         # Under a mode (of fake tensors, say) it is one of the mode's own tensors, which is of no use elsewhere.
         make = _on_cpu.__wrapped__ if torch._C._len_torch_dispatch_stack() else _on_cpu
         return make(float(plus), float(minus), dtype)
+    plus, minus = _as_traced(plus), _as_traced(minus)
     for name, value in zip(names, (plus, minus), strict=True):
-=======
-    values = {name: _as_traced(value) for name, value in given.items()}
-    for name, value in values.items():
->>>>>>> refs/heads/first2
         if isinstance(value, Tensor) and value.device != x.device and value.device.type != "cpu":
             raise ValueError(
                 f"{name} is on {value.device}, embeddings on {x.device}; a tensor must be on the CPU or on their device"
