@@ -312,7 +312,7 @@ def test_unknown_wishes(setup: Any, monkeypatch: pytest.MonkeyPatch, name: str) 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
     """A copy of the project in which an extension was built, and once a module that is no more."""
-    ignored = shutil.ignore_patterns(".*", "build", "out", "dist", "*.egg-info", "__pycache__", "emulator")
+    ignored = shutil.ignore_patterns(".*", "build", "out", "dist", "*.egg-info", "__pycache__")
     shutil.copytree(ROOT, tmp_path / "tree", ignore=ignored)
     stale = tmp_path / "tree/build/lib/tcm_fused/opis.py"
     stale.parent.mkdir(parents=True)
