@@ -824,7 +824,7 @@ def test_choice_of_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
         choice.choose_counter("triton", "cuda", torch.float32)
     monkeypatch.setattr(warn, "TOLD", set())
     monkeypatch.setattr(choice, "why_unavailable", lambda backend: "a reason")
-    with pytest.warns(UserWarning, match="slower PyTorch fallback on 'cuda': a reason"):
+    with pytest.warns(UserWarning, match="slower PyTorch fallback on 'cuda': cuda: a reason"):
         assert choice.choose_counter("auto", "cuda", torch.float32) is blocked
 
 
