@@ -92,17 +92,16 @@ class Calibration:
         return worst_classes(self, lowest(-values, k), values)
 
     def __repr__(self) -> str:
-        worst = "; ".join(map(str, self.worst(2)))
-        return "\n".join([*self._operations(), *self._spread(), f"{'most false rejects':22} {worst}"])
+        return "\n".join([*self._operations(), *self._spread(), f"{'most false rejects':22} {self.worst(1)[0]}"])
 
     def report(self, worst: int = 5) -> str:
         """The result in sentences and tables, with that many of the classes with the most false rejects; `print` shows
         the first two tables."""
         lines = [*self._operations(), "", *self._spread(), "", "classes with the most false rejects:"]
         lines += [f"{'':14} {item}" for item in self.worst(worst)]
-        lines += ["", f"{'false accepts at most':22}{'true accepts':>14}{'similarity':>20}"]
+        lines += ["", f"{'false accepts at most':22}{'true accepts':>14}{'similarity':>22}"]
         for at in self.tar_at_far:
-            text = f"{'no threshold':>14}" if math.isnan(at.tar) else f"{100 * at.tar:12.2f} %{at.similarity!r:>20}"
+            text = f"{'no threshold':>14}" if math.isnan(at.tar) else f"{100 * at.tar:12.2f} %{at.similarity!r:>22}"
             lines.append(f"{at.bound:<22.0e}{text}{'   fewer than one pair' if at.finer else ''}")
         return "\n".join(lines)
 
@@ -111,7 +110,7 @@ class Calibration:
         lines = [
             f"{self.pairs[0]:,} positive and {self.pairs[1]:,} negative pairs, {len(self.class_ids):,} classes "
             f"({self.left_out:,} more of one sample left out)",
-            f"{'':22}{'similarity':>20}{'distance':>20}{'false accepts':>16}{'false rejects':>16}",
+            f"{'':22}{'similarity':>22}{'distance':>22}{'false accepts':>16}{'false rejects':>16}",
         ]
         for name, at in (
             ("threshold", self.threshold),
@@ -119,7 +118,7 @@ class Calibration:
             ("best utility", self.best_utility),
         ):
             rates = f"{100 * at.far:14.4g} %{100 * at.frr:14.4g} %"
-            lines.append(f"{name:22}{at.similarity!r:>20}{at.distance!r:>20}{rates}")
+            lines.append(f"{name:22}{at.similarity!r:>22}{at.distance!r:>22}{rates}")
         return lines
 
     def _spread(self) -> list[str]:

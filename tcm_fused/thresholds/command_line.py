@@ -17,7 +17,7 @@ from tcm_fused.thresholds.calibration import calibrate, suggest_margins
 from tcm_fused.thresholds.files import SUFFIXES, Labelled, load
 from tcm_fused.thresholds.opis import opis
 from tcm_fused.thresholds.outputs import check_outputs, check_picture, write_whole
-from tcm_fused.thresholds.rates import Worst
+from tcm_fused.thresholds.rates import percent
 from tcm_fused.thresholds.terminal import printable
 
 _LONG = 20_000  # rows from which on a bar is shown
@@ -141,25 +141,8 @@ def _add_opis_options(command: argparse.ArgumentParser) -> None:
 def _opis(arguments: argparse.Namespace) -> None:
     data, embeddings, labels = _read(arguments)
     result = opis(embeddings, labels, **_opis_options(arguments), **_progress(data))
-    written = _write(arguments, result, data)
-    percent = f"{100 * arguments.epsilon:g}%"
-    print(f"{_rows(data)}, {len(result.class_ids):,} classes ({result.left_out:,} more of one sample left out)")
-    print(f"{'OPIS':14} {result.opis:.4g}")
-    print(f"{percent + '-OPIS':14} {result.eps_opis:.4g}")
-    print(f"{'recall@1':14} {100 * result.recall_at_1:.2f} %")
-    print(
-        f"{'range':14} similarity {_exact(result.similarity.min())} to {_exact(result.similarity.max())} "
-        f"(distance {_exact(result.distance.min())} to {_exact(result.distance.max())}), "
-        f"{len(result.thresholds)} thresholds"
-    )
-    print(
-        f"{'false accepts':14} {100 * result.far.min():.3g} % to {100 * result.far.max():.3g} % of all negative pairs"
-    )
-    print(
-        f"{'false rejects':14} {100 * result.frr.min():.3g} % to {100 * result.frr.max():.3g} % of all positive pairs"
-    )
-    print(f"{'utility':14} mean of all classes {result.class_utility.mean():.4f}; the lowest:")
-    _print_worst(result.worst(arguments.worst), data)
+    written = _write(arguments, result)
+    print(f"{_rows(data)}, {result.report(arguments.worst)}")
     print("".join(written), end="")
 
 
@@ -173,28 +156,8 @@ def _calibrate(arguments: argparse.Namespace) -> None:
         backend=arguments.backend,
         **_progress(data),
     )
-    written = _write(arguments, found, data)
-    print(f"{_rows(data)}; {found.pairs[0]:,} positive and {found.pairs[1]:,} negative pairs")
-    print(f"\n{'':22}{'similarity':>22}{'distance':>22}{'false accepts':>16}{'false rejects':>16}")
-    for name, at in (
-        ("threshold", found.threshold),
-        ("equal error", found.equal_error),
-        ("best utility", found.best_utility),
-    ):
-        threshold = f"{_exact(at.similarity):>22}{_exact(at.distance):>22}"
-        print(f"{name:22}{threshold}{100 * at.far:14.4g} %{100 * at.frr:14.4g} %")
-    print(f"\n{'at the threshold':22}{'mean':>12}{'spread':>12}{'lowest':>12}{'highest':>12}")
-    for name, text in (("far", "class's false accepts"), ("frr", "class's false rejects")):
-        spread = found.spread()[name]
-        print(f"{text:22}" + "".join(f"{100 * spread[k]:10.4g} %" for k in ("mean", "std", "min", "max")))
-    print("\nclasses with the most false rejects:")
-    _print_worst(found.worst(arguments.worst), data)
-    print(f"\n{'false accepts at most':22}{'true accepts':>14}{'similarity':>22}")
-    for at_far in found.tar_at_far:
-        known = at_far.tar == at_far.tar  # not NaN
-        text = f"{100 * at_far.tar:12.2f} %{_exact(at_far.similarity):>22}" if known else f"{'no threshold':>14}"
-        few = "   fewer than one pair" if at_far.bound * found.pairs[1] < 1 else ""
-        print(f"{at_far.bound:<22.0e}{text}{few}")
+    written = _write(arguments, found)
+    print(f"{_rows(data)}; {found.report(arguments.worst)}")
     print("".join(written), end="")
 
 
@@ -208,13 +171,8 @@ def _margins(arguments: argparse.Namespace) -> None:
         backend=arguments.backend,
         **_progress(data),
     )
-    written = _write(arguments, found, data)
-    plus, minus = _exact(found.margin_plus), _exact(found.margin_minus)
-    print(f"{'margin_plus':14} {plus}")
-    print(f"{'':14} {found.count_plus:,} positive pairs lie below it, {100 * found.share_plus:.3g} % of all")
-    print(f"{'margin_minus':14} {minus}")
-    print(f"{'':14} {found.count_minus:,} negative pairs reach it, {100 * found.share_minus:.3g} % of all")
-    print(f"TCMLoss(margin_plus={plus}, margin_minus={minus})")
+    written = _write(arguments, found)
+    print(found.report())
     print("".join(written), end="")
 
 
@@ -235,12 +193,11 @@ def _compare(arguments: argparse.Namespace) -> None:
     if arguments.plot:
         from tcm_fused.thresholds.plots import plot_pareto
 
-        # Matplotlib takes text between dollars for mathematics.
-        axes = plot_pareto({printable(name).replace("$", r"\$"): result for name, result in results.items()})
+        axes = plot_pareto({printable(name): result for name, result in results.items()})
         written.append(_save_picture(arguments.plot, axes))
     width = max(len(printable(name)) for name in (*results, "model"))
-    percent = f"{100 * arguments.epsilon:g}%-OPIS"
-    print(f"{'model':{width}}{'OPIS':>12}{percent:>12}{'recall@1':>12}{'utility':>12}")
+    worst = f"{percent(arguments.epsilon)}-OPIS"
+    print(f"{'model':{width}}{'OPIS':>12}{worst:>12}{'recall@1':>12}{'utility':>12}")
     for name, result in sorted(results.items(), key=lambda item: item[1].opis):
         scores = f"{result.opis:12.4g}{result.eps_opis:12.4g}{100 * result.recall_at_1:10.2f} %"
         print(f"{printable(name):{width}}{scores}{result.class_utility.mean():12.4f}")
@@ -276,12 +233,15 @@ def _read(arguments: argparse.Namespace) -> tuple[Labelled, Any, Any]:
 
 
 def _placed(arguments: argparse.Namespace, data: Labelled) -> tuple[Any, Any]:
-    """Embeddings and labels on the device that was asked for."""
+    """Embeddings on the device that was asked for, and labels with their names, if they have some."""
+    labels = data.labels if data.names is None else data.names[data.labels]
     if arguments.device == "cpu":
-        return data.embeddings, data.labels
+        return data.embeddings, labels
     if not torch.cuda.is_available():
         raise ValueError("--device cuda: torch sees no GPU (torch.cuda.is_available() is False); leave it out")
-    return torch.tensor(data.embeddings, device="cuda"), torch.tensor(data.labels, device="cuda")
+    return torch.tensor(data.embeddings, device="cuda"), labels if data.names is not None else torch.tensor(
+        labels, device="cuda"
+    )
 
 
 def _progress(data: Labelled) -> dict[str, Any]:
@@ -291,32 +251,18 @@ def _progress(data: Labelled) -> dict[str, Any]:
     }
 
 
-def _exact(number: float) -> str:
-    """All digits of a threshold or margin: typed again it decides alike, on similarities in float32 as in float64."""
-    return repr(float(number))
-
-
 def _rows(data: Labelled) -> str:
     return f"{len(data.embeddings):,} rows of {data.embeddings.shape[1]} columns"
 
 
-def _print_worst(worst: list[Worst], data: Labelled) -> None:
-    for item in worst:
-        name = item.class_id if data.names is None else data.names[item.class_id]
-        print(f"{'':14} class {printable(name)} ({item.size:,} samples): {item.value:.4f}")
-
-
-def _write(arguments: argparse.Namespace, result: Any, data: Labelled) -> list[str]:
+def _write(arguments: argparse.Namespace, result: Any) -> list[str]:
     """The files that were asked for; returns lines that say so, for the end of the page.
 
     Before the page, which a reader may cut short, such as `| head`.
     """
     written = []
     if arguments.json:
-        content = result.to_dict()
-        if data.names is not None and "class_ids" in content:
-            content["class_names"] = [str(data.names[c]) for c in content["class_ids"]]
-        written.append(_write_json(arguments.json, content))
+        written.append(_write_json(arguments.json, result.to_dict()))
     if arguments.plot:
         written.append(_save_picture(arguments.plot, result.plot()))
     return written

@@ -10,6 +10,7 @@ import numpy as np
 from tcm_fused.thresholds import arrays, csv_files, tables
 from tcm_fused.thresholds.csv_files import Csv
 from tcm_fused.thresholds.rates import Array
+from tcm_fused.thresholds.sets import as_labels
 
 SUFFIXES = (".npy", ".npz", ".csv", ".parquet")
 
@@ -106,22 +107,15 @@ def _settled(embeddings: Path, x: Array | Csv, labels: Path, y: Array | Csv) -> 
 
 
 def _classes(path: Path, y: Array) -> tuple[Array, Array | None]:
-    """Integer labels, or text, truth values and dates as numbers from 0 on with the names that they stand for."""
-    if y.dtype.kind == "M":
-        if np.isnat(y).any():
-            raise ValueError(f"{path} has no label in row {int(np.isnat(y).argmax()) + 1}")
-        y = np.datetime_as_string(y)
-    elif y.dtype.kind == "b":
-        y = y.astype(str)
-    elif y.dtype.kind == "S":
-        y = np.char.decode(y, "utf-8", "backslashreplace")
-    elif y.dtype.kind == "f":
-        whole = (np.abs(y) < 2.0 ** (np.finfo(y.dtype).nmant + 1)) & (y == np.rint(y))  # each stands for one integer
-        y = y.astype(np.int64) if whole.all() else y
-    if y.dtype.kind == "U":
-        names, y = np.unique(y, return_inverse=True)
-        return y, names
-    if y.dtype.kind not in "iu":
-        why = "; floats must be whole, finite and small enough to be exact" if y.dtype.kind == "f" else ""
-        raise ValueError(f"{path} must hold integer or text labels, got {y.dtype}{why}")
-    return y.astype(y.dtype.newbyteorder("="), copy=False), None
+    """Labels as `opis` takes them: integers, or text, truth values and dates as numbers from 0 on with their names."""
+    missing = np.isnat(y) if y.dtype.kind == "M" else np.isnan(y) if y.dtype.kind == "f" else np.zeros(1, dtype=bool)
+    if missing.any():
+        raise ValueError(
+            f"{path} has no label in row {int(missing.argmax()) + 1}; it must hold integer or text labels, and floats "
+            "must be whole, finite and small enough to be exact"
+        )
+    try:
+        found = as_labels(str(path), y)
+    except TypeError as error:
+        raise ValueError(str(error)) from error
+    return found.y.numpy(), found.names

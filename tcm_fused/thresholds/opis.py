@@ -100,8 +100,7 @@ class OPISResult:
             f"{self.opis:.4g}",
             f"{self.eps_opis:.4g}",
             f"{100 * self.recall_at_1:.2f} %",
-            f"similarity {self.similarity.min():.4f} to {self.similarity.max():.4f} (distance "
-            f"{self.distance.min():.4f} to {self.distance.max():.4f}), {len(self.thresholds)} thresholds",
+            f"similarity {_ends(self.similarity)} (distance {_ends(self.distance)}), {len(self.thresholds)} thresholds",
             f"{100 * self.far.min():.3g} % to {100 * self.far.max():.3g} % of all negative pairs",
             f"{100 * self.frr.min():.3g} % to {100 * self.frr.max():.3g} % of all positive pairs",
         )
@@ -119,6 +118,11 @@ class OPISResult:
         from tcm_fused.thresholds.plots import plot_utility
 
         return plot_utility(self, axes)
+
+
+def _ends(thresholds: Array) -> str:
+    """To all their digits: typed again they decide alike."""
+    return f"{float(thresholds.min())!r} to {float(thresholds.max())!r}"
 
 
 def opis(

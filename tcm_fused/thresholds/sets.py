@@ -15,6 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tcm_fused.thresholds.terminal import printable
+
 Array = NDArray[Any]
 
 _TRUTH: Array = np.array(["False", "True"], dtype=object)
@@ -90,8 +92,8 @@ def as_labels(name: str, value: Any) -> Labels:
 
 def shown(name: str) -> str:
     """A class's name as a terminal may have it: on one line, without control characters, and not too long."""
-    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
-    return text if len(text) <= 40 else text[:37] + "..."
+    text = printable(name)
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _array(name: str, value: Any, wanted: str) -> Any:
