@@ -1,6 +1,7 @@
 """Outputs: files that are whole or not there at all, and checks, before any work, that they can be written."""
 
 import errno
+import fcntl
 import os
 import re
 import secrets
@@ -159,10 +160,18 @@ def _check_writable(path: Path) -> None:
         raise ValueError(f"cannot write {path}: it is a folder")
     if old is not None and stat.S_ISSOCK(old.st_mode):
         raise ValueError(f"cannot write {path}: it is a socket")
-    if old is not None and _descriptor(path) is None and not os.access(path, os.W_OK):
+    if old is not None and not _takes_content(path):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     if _is_replaced(path, old):
         _try_folder(target.parent)
+
+
+def _takes_content(path: Path) -> bool:
+    """Whether what is there may be written to; of an open descriptor, such as that of /dev/stdin, as it was opened."""
+    descriptor = _descriptor(path)
+    if descriptor is None:
+        return os.access(path, os.W_OK)
+    return fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDONLY
 
 
 def _try_folder(folder: Path) -> None:

@@ -172,6 +172,16 @@ print("after")
     assert (tmp_path / "out").read_text() == "before\nnew\nafter\n"
 
 
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="names of open files as Linux has them")
+def test_a_descriptor_that_is_open_for_reading(tmp_path: Path) -> None:
+    """Such as /dev/stdin: said before the work."""
+    (tmp_path / "file").write_text("old")
+    with (tmp_path / "file").open() as stream, pytest.raises(ValueError, match=r"cannot write .*Permission denied"):
+        check_outputs([Path(f"/proc/self/fd/{stream.fileno()}")])
+    with (tmp_path / "file").open("r+") as stream:
+        check_outputs([Path(f"/proc/self/fd/{stream.fileno()}")])
+
+
 def test_process_substitution(tmp_path: Path, both: Path) -> None:
     command = f"{sys.executable} -m tcm_fused opis {both} --json >(cat > {tmp_path}/got.json)"
     subprocess.run(["bash", "-c", f"{command}; wait $!"], check=True, capture_output=True)
