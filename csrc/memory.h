@@ -1,5 +1,5 @@
 // Want of memory as an exception. Two libraries below would end the process: OpenMP when it cannot start a thread, oneDNN
-// when there is no room for the code that it generates. So what they need is asked for first, and given back.
+// when there is no room for the code that it generates. So we ask for as much first, and give it back.
 #pragma once
 
 #include <cstdlib>
@@ -49,7 +49,7 @@ inline void require_threads(int threads) {
     pthread_attr_destroy(&attributes);
     return size;
   }();
-  rlimit limit;  // what else could refuse a stack, of which no page is there yet?
+  rlimit limit;  // nothing else could refuse a stack, of which no page is there yet
   if (getrlimit(RLIMIT_AS, &limit) != 0 || limit.rlim_cur != RLIM_INFINITY)
     require_memory(threads * (stack + kEach), "threads; torch.set_num_threads sets fewer");
 #endif

@@ -1,4 +1,4 @@
-// The Python module tcm_fused._C: importing it registers the operators; it tells what was built.
+// The Python module tcm_fused._C: importing it registers the operators; it has the facts of the build.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

@@ -1,5 +1,5 @@
-// The contract between operators and kernels, the same on every device: which pairs there are, what a problem is and
-// what a kernel writes. It knows nothing of torch, nor of a device.
+// The contract between operators and kernels, the same on every device: which pairs there are, the arguments of a
+// kernel and its results. It knows nothing of torch, nor of a device.
 //
 // A pair (i, j) of a row and a column is positive if y_i == y_j, negative if not; it is left out if a label is negative
 // or if j == row_offset + i. With s_ij = x^_i . x^_j its violation is margin[kPlus] - s_ij if it is positive and

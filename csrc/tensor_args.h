@@ -104,7 +104,7 @@ struct LossArguments {
     if (weights) sides("weights", *weights);
   }
 
-  // What the kernel reads, of contiguous tensors.
+  // The kernel's arguments, of contiguous tensors.
   template <class element>
   Problem<element> problem() const {
     auto data = [](const Tensor& t) { return static_cast<const element*>(t.const_data_ptr()); };
@@ -239,7 +239,7 @@ struct CountArguments {
                     name, ": progress must be two int64, contiguous and on the CPU");
   }
 
-  // What the kernel reads, of contiguous tensors.
+  // The kernel's arguments, of contiguous tensors.
   template <class real>
   CountProblem<real> problem() const {
     return {

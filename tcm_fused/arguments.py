@@ -6,6 +6,7 @@ import sys
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -86,6 +87,7 @@ def _check_value(name: str, value: Any, least: float = -math.inf) -> None:
     """A margin or weight: a number or a 0-d tensor. The value of a tensor is looked at if that waits for no device."""
     if type(value) is float and max(least, -_LARGEST) <= value <= _LARGEST:  # most are: the rest takes its time
         return
+    value = _as_traced(value)
     if not isinstance(value, Tensor):
         check_number(name, value, least, besides="; a 0-d tensor of a number will do as well")
         return
@@ -101,6 +103,11 @@ def _check_value(name: str, value: Any, least: float = -math.inf) -> None:
         )
     if _is_known(value) and not torch.compiler.is_compiling():
         check_number(name, value.item(), least)
+
+
+def _as_traced(value: Any) -> Any:
+    """A NumPy number, such as one of `np.linspace`, as a tensor where torch.compile traces it: as an array, there."""
+    return torch.as_tensor(value) if torch.compiler.is_compiling() and isinstance(value, np.ndarray) else value
 
 
 def _is_known(value: Any) -> bool:
@@ -121,6 +128,7 @@ def _sides(x: Tensor, plus: float | Tensor, minus: float | Tensor, names: tuple[
         # Under a mode (of fake tensors, say) it is one of the mode's own tensors, which is of no use elsewhere.
         make = _on_cpu.__wrapped__ if torch._C._len_torch_dispatch_stack() else _on_cpu
         return make(float(plus), float(minus), dtype)
+    plus, minus = _as_traced(plus), _as_traced(minus)
     for name, value in zip(names, (plus, minus), strict=True):
         if isinstance(value, Tensor) and value.device != x.device and value.device.type != "cpu":
             raise ValueError(

@@ -121,7 +121,7 @@ class CountWalk {
     if (error) std::rethrow_exception(error);
   }
 
-  // Before threads are at work, so that what `Host` needs beside is all that they may lack.
+  // Before threads are at work, so that they can lack memory only for the needs of `Host`.
   void allocate(Scratch& w) {
     w.s.allocate(int64_t{rows_.tile} * rows_.tile);
     for (int side : {kPlus, kMinus}) w.count[side].allocate(p_.cells()), w.best[side].allocate(rows_.size);
@@ -175,7 +175,7 @@ class CountWalk {
     }
   }
 
-  // w.s = the tile's similarities, on the diagonal only what is above it.
+  // w.s = the tile's similarities, on the diagonal only those above it.
   void multiply(int64_t i, int64_t j, Scratch& w) {
     int64_t m = rows_.rows(i), n = rows_.rows(j), strip = i == j ? kStrip : m;
     for (int64_t row = 0; row < m; row += strip) {

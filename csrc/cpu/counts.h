@@ -7,7 +7,7 @@
 
 namespace tcm::cpu {
 
-// Throws std::invalid_argument if a row is not finite, what the host throws, and std::bad_alloc.
+// Throws std::invalid_argument if a row is not finite, std::bad_alloc, and whatever the host throws.
 template <class real>
 void counts(const CountProblem<real>& problem, const CountResult<real>& result, const Host<real>& host, Isa isa);
 

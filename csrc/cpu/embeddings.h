@@ -22,7 +22,7 @@
 
 namespace tcm::cpu {
 
-constexpr int kStrip = 128;  // rows of one product on the diagonal, which stops short of what lies below it
+constexpr int kStrip = 128;  // rows of one product on the diagonal, which stops short of the part below it
 
 constexpr size_t kHugePage = 2 << 20;
 

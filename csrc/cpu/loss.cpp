@@ -40,7 +40,7 @@ struct EmbeddingSums : Embeddings<real> {
   Array<real> panel_sum;  // [panels, d] sum of x^ over each panel
   bool wants_gradient = false;
   Array<real> sum[2];            // [panels * tile, d] masked or weighted sums over hard positives, hard negatives
-  Array<real> shared[2];         // [panels, d] what every row of a panel gets besides, but for those set apart
+  Array<real> shared[2];         // [panels, d] added to the sums of every row of a panel, but of those set apart
   std::vector<char> apart[2];    // [size] rows set apart
   std::vector<char> touched[2];  // [panels] whether sum or shared are more than zero
   std::unique_ptr<std::atomic<int64_t>[]> turn;  // [groups] see `Turn`
@@ -186,7 +186,7 @@ class LossWalk {
     if (error_) std::rethrow_exception(error_);
   }
 
-  // Before threads are at work, so that what `Host` needs beside is all that they may lack.
+  // Before threads are at work, so that they can lack memory only for the needs of `Host`.
   void allocate(Scratch& scratch) {
     int64_t tile = rows_.tile;
     scratch.s.allocate(kGroup * kGroup * tile * tile);
@@ -209,7 +209,7 @@ class LossWalk {
     for (int k = 0; k < size; ++k) scan(tiles[k]);
 
     row_turn.turn = &rows_.turn[a], column_turn.turn = &columns().turn[b];
-    // In the symmetric form the column group's turn is some row group's as well, gradient or not.
+    // In the symmetric form rows and columns share their turns, whether a gradient is wanted or not.
     bool takes_column_turn = symmetric_ ? !diagonal : columns().wants_gradient;
     wait(row_turn);
     if (takes_column_turn) wait(column_turn);
@@ -220,7 +220,7 @@ class LossWalk {
   }
 
   // Similarities of a group: sorted rows from the first tile's first to `end_i`, columns likewise. On the diagonal strips
-  // stop short of what lies below it.
+  // stop short of the part below it.
   void multiply(const Tile& first, int64_t end_i, int64_t end_j, bool diagonal) {
     int64_t begin_i = rows_.begin(first.i), begin_j = columns().begin(first.j),
             strip = diagonal ? kStrip : end_i - begin_i;

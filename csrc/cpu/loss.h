@@ -7,7 +7,7 @@
 
 namespace tcm::cpu {
 
-// Throws what the host throws, and std::bad_alloc. The bits of the result depend on the problem, on
+// Throws std::bad_alloc, and whatever the host throws. The bits of the result depend on the problem, on
 // host.threads and on the instruction set, on nothing else.
 template <class real>
 void loss(const Problem<real>& problem, const Result<real>& result, const Host<real>& host, Isa isa);

@@ -1,4 +1,4 @@
-// The host's part of the counts: everything in stream order, and no launch depends on what another has found.
+// The host's part of the counts: everything in stream order, and no launch depends on the results of another.
 // 1. Prologue (prologue.cuh): rows sorted by class, x^ as two halves for each element, sums of x^ over tiles of rows.
 // 2. prepare_counts, centre_window: zeros, tables, and where the window of hot cells begins.
 // 3. similarity: all tiles above the diagonal in one launch, with `CountVisitor` as visitor.

@@ -117,8 +117,8 @@ struct CountVisitor {
     add(count[kMinus] + (1 << bits) - to_place + place, kCarry);
   }
 
-  // The pairs of one side among the similarities that the workers hold: 16 at a time, s [i], which then make room for
-  // the next. So the code is there once, in place of four times, and fits the instruction cache.
+  // The pairs of one side among the similarities that the workers hold, 16 at a time: always those in s[0], into which
+  // the next are moved. So the code is there once, not four times, and fits the instruction cache.
   template <Held kHeld>
   __device__ __forceinline__ void look(Memory& memory, float (&s)[4][4][4], const Look& at) const {
     const int thread = afresh(worker<kHeld>()), lane = thread % 32, warp = thread / 32, g = lane / 4, t = lane % 4;
@@ -204,7 +204,7 @@ struct CountVisitor {
   static __device__ __forceinline__ void raise(uint32_t* best, float value) {
     if (value == -INFINITY) return;
     const uint32_t key = key_of(value);
-    if (load_relaxed(best) < key) atomicMax(best, key);  // it only grows: what is read may be old
+    if (load_relaxed(best) < key) atomicMax(best, key);  // it only grows, so that an old value does no harm
   }
 
   // Takes 32 pairs at a time from the end of the warp's queue, while more than `keep` are there.

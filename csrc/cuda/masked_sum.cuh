@@ -51,7 +51,7 @@ struct MaskedSumMemory {
     } stage;
     float sum[kTile * kPitch];
   };
-  float shared_sum[2][kSlice];     // what full tiles add, by halves of the list
+  float shared_sum[2][kSlice];     // the sum over full tiles, by halves of the list
   uint32_t queue[kWarps][kQueue];  // own row and source row of a pair
   uint16_t item[3][kRectangle];    // tiles by class, in order: see `Owner`
   int before[3][kWarps], size[3];  // how many in each warp; how many in all
@@ -359,7 +359,7 @@ __device__ __forceinline__ void add_masked(const Work& w, const Rectangle& recta
   __syncthreads();
   const Owner& owner = memory.owner;
 
-  // 1. What there is to add.
+  // 1. The lists of tiles to add.
   classify(w, rectangle, owner, memory);
   if (memory.size[kMixed] + memory.size[kFew] + memory.size[kFull] == 0) return;
 

@@ -29,8 +29,8 @@ void check(cudaError_t error, const char* what) {
   STD_TORCH_CHECK(error == cudaSuccess, "tcm_fused: ", what, ": ", cudaGetErrorString(error));
 }
 
-// What the code that runs on a device of compute capability `sm` (80, 90, 100...) was compiled for: the latest
-// architecture not above it; 0: none. TCM_FUSED_SM lowers it: so the paths for older GPUs are tested on a newer one.
+// The architecture whose code a device of compute capability `sm` (80, 90, 100...) runs: the latest not above it; 0:
+// none. TCM_FUSED_SM lowers it: so the paths for older GPUs are tested on a newer one.
 int built_for(int sm) {
   int best = 0;
   std::istringstream names(TCM_CUDA_ARCHITECTURES);  // "sm_80 sm_90a compute_100"

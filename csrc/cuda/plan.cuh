@@ -62,12 +62,12 @@ inline unsigned blocks(int64_t size, int64_t each) {
 // Enqueues the prologue (prologue.cuh): sorted labels and x^, and the sums over tiles where wanted.
 cudaError_t prologue(const Work& w, Type type, bool sums, const Tuning& tuning, cudaStream_t stream);
 
-// Starts `kernel` on `stream`; what went wrong, or cudaSuccess.
+// Starts `kernel` on `stream`; the error, or cudaSuccess.
 template <class... Parameters>
 cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
                    Parameters... arguments) {
   const void* function = reinterpret_cast<const void*>(kernel);
-  if (shared_bytes > 48 << 10) {  // more than that only by leave: as much as there is, whoever launches it next
+  if (shared_bytes > 48 << 10) {  // more needs leave: ask for all there is, for later launches too
     int device = 0, most = 0;
     cudaError_t error = cudaGetDevice(&device);
     if (error == cudaSuccess) error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);

@@ -40,7 +40,7 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
-// x itself, but the compiler does not know: what follows from it is computed where it is used, not once and for all in
+// x itself, hidden from the compiler: values that depend on it are computed anew where they are used, and do not keep
 // registers that a loop needs.
 __device__ __forceinline__ int afresh(int x) {
   asm volatile("" : "+r"(x));

@@ -73,7 +73,7 @@ __device__ __forceinline__ void work_steps(const Work& w, const Rectangle& recta
   Ring<Visitor::kRing> ring;
   TileOrder<2> order(w, rectangle);
   for (bool more = order.find(); more; more = order.next()) {
-    if constexpr (Visitor::kMoves) {  // or ptxas serialises the products (C7515), though the first reads none of it
+    if constexpr (Visitor::kMoves) {  // never read, but without it ptxas serialises the products (C7515)
 #pragma unroll
       for (int k = 0; k < 128; ++k) s[k] = 0;
     }

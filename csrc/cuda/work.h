@@ -47,7 +47,7 @@ struct Embeddings {
   Half* unit;          // [parts, tiles * kTile, width] x^, high and low part; 0 where there is no row
   float* tile_sum;     // [tiles, width] sum of x^ over a tile
   float* sum[2];       // [tiles * kTile, width] G+ and G-; null: no gradient wanted
-  uint8_t* touched;    // [2, tiles, slices] whether a tile of G has been written; what has not been is zero
+  uint8_t* touched;    // [2, tiles, slices] whether a tile of G has been written; else it is zero
   float* grad;         // [gradients, n, d] output, or null
 };
 

@@ -231,10 +231,11 @@ def run(
     loss = None if weights is None else new((), torch.float32)
     w = new((2, 2) if weights is None else (2,), torch.float32)
     checks = (rows.norm[1].sum(), columns.norm[1].sum())  # NaN if a row is not finite
+    # More than 512 at a time spill on sm_80.
     kernels.totals[(1,)](
         walk.penalty, walk.count, *checks, loss, penalty, count, w,
         None if weights is None else on_device(weights, x.device), margins, walk.penalty.shape[1],
-        BLOCK=1024,
+        BLOCK=512,
     )  # fmt: skip
     none = x.new_empty(0, dtype=torch.float32)
     return (

@@ -251,11 +251,12 @@ def _header_of_numbers(first: list[str], others: Any) -> tuple[bool, ...]:
 
 
 def _may_name_columns(names: Array, others: Any) -> bool:
-    """Whether they are like the names that pandas gives to columns, or years, or frequencies, and unlike the rows."""
+    """Whether they are like the names that pandas gives to columns, or years, or wavelengths, and unlike the rows."""
     types = import_pyarrow(".csv").types
     steps = np.diff(names)
-    if len(names) > 2 and bool((steps > 0).all()) and bool(np.allclose(steps, steps[0], rtol=1e-6, atol=0)):
-        return True
+    in_order = len(names) > 2 and bool((steps > 0).all() or (steps < 0).all())
+    if in_order and (len(names) > 5 or bool(np.allclose(steps, steps[0], rtol=1e-6, atol=0))):
+        return True  # of six components of an embedding, one in 360 are in order
     whole = bool(np.isfinite(names).all() and (names == np.rint(names)).all())
     whole_rows = others is not None and all(types.is_integer(kind) for kind in others.schema.types)
     return whole and len(np.unique(names)) == len(names) and (len(names) > 2 or not whole_rows)

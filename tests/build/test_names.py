@@ -142,12 +142,8 @@ def test_nobody_is_sent_to_a_package_that_is_not_ours() -> None:
     assert sent.search("pip install matplotlib, or 'tcm_fused[plots]'")
     assert sent.search("pip install --upgrade tcm-fused")
     assert not sent.search("pip install --no-build-isolation -e .")
-    files = [
-        *ROOT.glob("*.py"),
-        *ROOT.glob("tcm_fused/**/*.py"),
-        *ROOT.glob("benchmarks/**/*.py"),
-        *ROOT.glob("csrc/**/*"),
-    ]
+    patterns = ("*.py", "*.md", "docs/*.md", "tcm_fused/**/*.py", "benchmarks/**/*.py", "csrc/**/*")
+    files = [path for pattern in patterns for path in ROOT.glob(pattern)]
     found = {
         str(path): sent.findall(text) for path in files if path.is_file() and sent.search(text := path.read_text())
     }

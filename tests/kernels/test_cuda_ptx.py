@@ -71,7 +71,7 @@ wanted = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=60)
+@settings(max_examples=100)
 @given(problem=problems(), knobs=knobs, options=wanted)
 def test_random_batches(problem: LossProblem, knobs: Knobs, options: dict[str, Any]) -> None:
     """Every form, geometry, format and architecture, in few and in many rectangles, in every order of warps."""

@@ -167,6 +167,7 @@ KINDS: dict[str, Callable[[float], Any]] = {
     "number": float,
     "float32": torch.tensor,
     "float64": lambda s: torch.tensor(s, dtype=torch.float64),
+    "NumPy": np.float64,
 }
 
 
@@ -217,7 +218,7 @@ def assert_never_stale(
 
 
 @pytest.mark.usefixtures("dynamo")
-@pytest.mark.parametrize("kind", ["number", "float32"])
+@pytest.mark.parametrize("kind", ["number", "float32", "NumPy"])
 def test_a_compiled_module_whose_attributes_change(backend: str, kind: str) -> None:
     given = sets(False)
     criterion = TCMLoss(backend=backend, margin_minus=0.1)

@@ -249,6 +249,8 @@ def test_long_integers(tmp_path: Path) -> None:
         range(1, D + 1),
         range(2010, 2010 + D),
         [0.5 * k for k in range(D)],
+        [400.13, 402.5, 404.9, 411.2, 417.0, 420.75, 423.1, 430.6],
+        [4000 - 1.93 * k for k in range(D)],
         [7, 3, 100, 2, 9, 1, 5, 4],
         ["", *range(1, D)],
         [f"{k}.0" for k in range(D)],
