@@ -4,6 +4,7 @@ import argparse
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -43,6 +44,8 @@ def take_any_text() -> None:
 def run(parser: argparse.ArgumentParser, name: str, work: Callable[[], None], interrupted: str = "interrupted") -> None:
     """Do the work of a command; exit code 2 and a message on stderr for bad input, no traceback for a reader that left.
 
+    Warnings are lines on stderr with the command's name, since there is no line of a program that they are about.
+
     Args:
         parser: ends the process.
         name: of the command, for messages.
@@ -50,6 +53,8 @@ def run(parser: argparse.ArgumentParser, name: str, work: Callable[[], None], in
         interrupted: said after SIGINT, with exit code 130.
     """
     take_any_text()
+    as_before = warnings.formatwarning
+    warnings.formatwarning = lambda message, *_, **__: f"{name}: warning: {printable_lines(message)}\n"
     try:
         work()
         sys.stdout.flush()
@@ -63,3 +68,5 @@ def run(parser: argparse.ArgumentParser, name: str, work: Callable[[], None], in
         if "Original Traceback" in message:  # from a process that loads data: its last line is the error
             message = message.strip().splitlines()[-1]
         parser.exit(2, f"{name}: error: {message}\n")
+    finally:
+        warnings.formatwarning = as_before

@@ -244,3 +244,18 @@ def test_printed_margins_and_ranges(tmp_path: Path, capsys: pytest.CaptureFixtur
     result = opis(x, Y)
     ends = [array[k] for array in (result.similarity, result.distance) for k in (array.argmin(), array.argmax())]
     assert [float(number) for number in re.findall(r"-?\d\.\d+(?:e-\d+)?", line)] == ends
+
+
+def test_warnings_are_lines_with_the_name_of_the_command(tmp_path: Path) -> None:
+    """Bounds finer than the data and margins that cross, as in the calls; no line of our own program beside them."""
+    data = str(save_set(tmp_path / "set.npz"))
+    for command, message in (
+        (["calibrate", data, "--far", "1e-6"], "far=1e-06 is finer than the data"),
+        (["margins", data, "--far", "0.01", "--frr", "0.01"], "give margin_plus="),
+        (["opis", data, "--far", "1e-6", "0.5"], "begins at a rate that"),
+    ):
+        done = subprocess.run([sys.executable, "-m", "tcm_fused", *command], capture_output=True, text=True)
+        assert done.returncode == 0
+        lines = done.stderr.splitlines()
+        assert all(line.startswith(f"python -m tcm_fused {command[0]}: warning: ") for line in lines)
+        assert sum(message in line for line in lines) == 1
