@@ -319,7 +319,7 @@ class Walk:
         self.config, self.processors, self.parts = config, processors, parts
         # |s| is below 2, so that a margin beyond decides as 2 does; its share of the penalties is added at the end, in
         # fp64, since the sum of a tile could overflow.
-        self.margins = margins.clamp(-2, 2).float()
+        self.margins = margins.new_empty(2, dtype=torch.float32).copy_(margins.clamp(-2, 2))
         self.rows, self.columns, self.symmetric = rows, columns, symmetric
         self.d = rows.unit.shape[1]
         self.masked = rows.g is not None or columns.g is not None
