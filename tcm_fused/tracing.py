@@ -15,7 +15,7 @@ def constant_when_compiled(function: F) -> F:
 
     As `torch.compiler.assume_constant_result`, which imports the compiler first: a second, and Triton.
     """
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]  # a function has no such attribute declared
+    vars(function)["_dynamo_marked_constant"] = True
     return function
 
 
@@ -32,9 +32,8 @@ def eager_when_compiled(reason: str) -> Callable[[F], F]:
                 return torch.compiler.disable(function, reason=reason)(*arguments, **keywords)
             return function(*arguments, **keywords)
 
-        # The compiler looks for these on a function; mypy knows no attributes of functions.
-        eager._torchdynamo_disable = True  # type: ignore[attr-defined]
-        eager._torchdynamo_disable_msg = reason  # type: ignore[attr-defined]
+        # The compiler looks for these on a function. By name, since types know no attributes of functions.
+        vars(eager).update(_torchdynamo_disable=True, _torchdynamo_disable_msg=reason)
         return cast(F, eager)
 
     return decorate

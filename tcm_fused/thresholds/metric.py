@@ -20,7 +20,7 @@ try:
 except Exception as error:  # RuntimeError too: it imports torchvision, which may not be that of this torch
     _why_no_torchmetrics = error
 
-    class Metric:  # type: ignore[no-redef]
+    class Metric:  # type: ignore[no-redef]  # the other one is torchmetrics', which is not there
         """In its place, so that `OPIS` can be named, documented and looked for without torchmetrics, but not made."""
 
         def __new__(cls, *_: Any, **__: Any) -> Any:

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -225,4 +226,5 @@ def test_one_legend_and_titles_within_their_axes() -> None:
     assert len(figure.legends) == 1
     for axes in figure.axes:
         assert "10%-OPIS" in demo.one_line(axes)
-        assert axes._left_title.get_window_extent().x1 <= axes.get_window_extent().x1  # type: ignore[attr-defined]
+        drawn: Any = axes  # the object of the left title has no public name
+        assert drawn._left_title.get_window_extent().x1 <= axes.get_window_extent().x1

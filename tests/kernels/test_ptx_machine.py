@@ -7,6 +7,7 @@ import ctypes
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -160,9 +161,9 @@ def test_faults_are_told(name: str, machine: Machine, tmp_path: Path) -> None:
 def test_blocks_are_not_ordered(machine: Machine, tmp_path: Path) -> None:
     """Each writes its own, or all by atomics; else it is a race, in whatever order they come."""
     body = "mov.u32 %r5, %ctaid.x; mul.wide.u32 %rd5, %r5, {}; add.s64 %rd5, %rd1, %rd5; st.global.u32 [%rd5], %r1;"
-    alone = {"threads": 1, "blocks": (8, 1, 1)}
-    assert launch(machine, tmp_path, body.format(4), **alone).reports == ""  # type: ignore[arg-type]
-    assert "two blocks of threads write one byte" in launch(machine, tmp_path, body.format(0), **alone).reports  # type: ignore[arg-type]
+    alone: dict[str, Any] = {"threads": 1, "blocks": (8, 1, 1)}
+    assert launch(machine, tmp_path, body.format(4), **alone).reports == ""
+    assert "two blocks of threads write one byte" in launch(machine, tmp_path, body.format(0), **alone).reports
 
 
 @pytest.mark.parametrize(

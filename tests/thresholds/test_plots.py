@@ -50,7 +50,8 @@ def inside(figure: Figure, axes: Axes) -> None:
     """All text of the axes is on the figure: title, labels, legend, names."""
     page = figure.bbox
     legend = axes.get_legend()
-    parts: list[Any] = [axes.title, axes._left_title, axes.xaxis.label, axes.yaxis.label, legend, *axes.texts]  # type: ignore[attr-defined]
+    drawn: Any = axes  # the object of the left title has no public name
+    parts: list[Any] = [axes.title, drawn._left_title, axes.xaxis.label, axes.yaxis.label, legend, *axes.texts]
     for part in parts:
         if part is None or (hasattr(part, "get_text") and not part.get_text()):
             continue
