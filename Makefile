@@ -15,7 +15,7 @@ demo: $(VENV)/built
 test: lint
 	$(RUN) -m pytest
 
-# Under two minutes: definition, loss on each backend, errors, and something of each room.
+# Under a minute: definition, loss on each backend, errors, and something of each room.
 quick: $(VENV)/built
 	$(RUN) -m pytest --quick $(addprefix tests/, loss/test_oracle.py loss/test_loss.py loss/test_errors.py \
 		kernels/test_triton.py::test_every_kind_of_tile kernels/test_triton.py::test_no_pairs kernels/test_ptxas.py \
