@@ -22,6 +22,14 @@ struct Host {
   // c [m, d] += a [m, n] b [n, d], m and n multiples of 64. Called by several threads at once.
   std::function<void(const real* a, int64_t m, int64_t n, const real* b, int64_t d, real* c)> add_product;
 
+  // s [m, n] = a [m, k] b, exactly, with b [k / 4, n, 4], for n = 64 and k a multiple of 64, a and b aligned to 64 bytes;
+  // null where the processor has nothing faster than float32 for it. Called by several threads at once; each calls
+  // `release_code_product` when it has done.
+  std::function<void(const uint8_t* a, int64_t m, const int8_t* b, int64_t n, int64_t k, int32_t* s, int64_t stride)>
+      code_product;
+  std::function<void()> release_code_product = [] {};
+  bool always_codes = false;  // use codes even where they are not expected to pay: for tests
+
   void parallel(int64_t size, const std::function<void(int64_t begin, int64_t end)>& body) const {
     if (threads == 1) return body(0, size);
     parallel_for(size, body);

@@ -13,6 +13,7 @@
 #include <tuple>
 #include <vector>
 
+#include "codes.h"
 #include "embeddings.h"
 
 // How the loss is found:
@@ -20,6 +21,8 @@
 //    range of columns, and away from the diagonal a tile needs no look at labels.
 // 2. Cut both into panels of `tile` rows. Each pair of panels (the upper triangle where rows are columns) is a tile
 //    of similarities: a matrix product, made for a group of panels at once. Count its hard pairs, sum their penalties.
+//    Where the processor multiplies bytes faster, a tile's codes come first (codes.h): they decide nearly all pairs, and
+//    the few that are in question are decided one by one, or else the tile is multiplied after all.
 // 3. Add the masked sums M X^ to the panels' gradients: nothing for an empty tile; pair by pair for few hard
 //    pairs; by table look-up for many; and where few are not hard, the panel's column sum less those. A row that
 //    differs from its tile in that takes its own hard pairs: no row's gradient is a small difference of large sums.
@@ -33,11 +36,17 @@ namespace {
 constexpr int kGroup = 2;          // panels on each side of one matrix product
 constexpr int kDensePairs = 8;     // pairs of a dense sum that cost as much as one of a sparse sum (measured: 7)
 constexpr int kWeightedPairs = 4;  // the same where pairs have weights (measured: 4)
+constexpr int kLeastCoded = 512;   // rows and columns from which codes pay
+constexpr int kCodedPairs =
+    16;  // of this many pairs of a tile one at most is decided by itself, else a product is faster
 
 // Rows or columns with the sums of their gradient.
 template <class real>
 struct EmbeddingSums : Embeddings<real> {
-  Array<real> panel_sum;  // [panels, d] sum of x^ over each panel
+  Codes codes;               // allocated where they decide
+  Array<real> panel_sum;     // [panels, d] sum of x^ over each panel
+  Array<double> exact_sum;   // the same in float64, with codes
+  std::vector<double> norm;  // [panels] sum of |x^|^2 over each panel, with codes
   bool wants_gradient = false;
   Array<real> sum[2];            // [panels * tile, d] masked or weighted sums over hard positives, hard negatives
   Array<real> shared[2];         // [panels, d] added to the sums of every row of a panel, but of those set apart
@@ -55,6 +64,12 @@ struct Turn {
   int64_t mine, next;
 };
 
+// How far a product of unit vectors may be off. Sums are made in steps of 256 numbers, and then of steps.
+template <class real>
+real rounding(int64_t d) {
+  return static_cast<real>(std::min<int64_t>(d, 256) + d / 256 + 8) * std::numeric_limits<real>::epsilon() / 2;
+}
+
 // Sets bits [from, to) of a row of a mask.
 void range_mask(int from, int to, uint64_t* bits) {
   for (int word = 0; word < kWords; ++word) {
@@ -69,7 +84,12 @@ template <class real>
 class LossWalk {
  public:
   LossWalk(const Problem<real>& problem, const Result<real>& result, const Host<real>& host, Isa isa)
-      : p_(problem), result_(result), host_(host), loops_(pair_loops<real>(isa)), symmetric_(problem.symmetric) {}
+      : p_(problem),
+        result_(result),
+        host_(host),
+        loops_(pair_loops<real>(isa)),
+        symmetric_(problem.symmetric),
+        near_(rounding<real>(problem.d)) {}
 
   void run() {
     int64_t longest = std::max(p_.n, symmetric_ ? 0 : p_.m);
@@ -79,9 +99,10 @@ class LossWalk {
     if (!symmetric_) prepare(other_, p_.ref_x, p_.ref_y, p_.m, tile, result_.grad_ref != nullptr);
     if (rows_.finite && columns().finite) {
       match();
+      if (codes_pay()) encode();
       tiles();
     }
-    columns().transposed.reset();  // before the gradient takes its place
+    columns().forget_transposed();  // before the gradient takes its place
     finish();
   }
 
@@ -89,8 +110,9 @@ class LossWalk {
   struct Tile {  // similarities of row panel i and column panel j
     int64_t i, j;
     int m, n;
-    real* s;  // [m, n], rows `stride` apart
+    real* s;  // [m, n], rows `stride` apart; of a tile that its codes decided, those of hard pairs
     int stride;
+    uint64_t* hard[2];  // [kTile, kWords] the hard pairs of a tile that its codes decided; else null
     Penalty penalty[2];
     std::array<bool, kTile> any[2];  // whether a row has hard pairs
   };
@@ -100,13 +122,18 @@ class LossWalk {
     uint64_t mask[kTile * kWords] = {}, transposed[kTile * kWords] = {};  // words past the tile stay 0
     uint64_t missing[kTile * kWords], hard[kTile * kWords];               // see add_most
     Array<real> weight, transposed_weight;                                // [tile, tile] see make_weights
+    Array<int32_t> code_product;                                          // [tile, tile]
+    // See decide(): pairs that may be hard, and those that surely are.
+    uint64_t possible[2][kTile * kWords], sure[2][kTile * kWords];
+    uint64_t decided[kGroup * kGroup][2][kTile * kWords];
   };
 
   EmbeddingSums<real>& columns() { return symmetric_ ? rows_ : other_; }
+  const EmbeddingSums<real>& columns() const { return symmetric_ ? rows_ : other_; }
 
   // Step 1.
   void prepare(EmbeddingSums<real>& e, const real* x, const int64_t* y, int64_t n, int tile, bool wants_gradient) {
-    e.sort(y, n, p_.d, tile, host_.transposed && &e == &columns());
+    e.sort(y, n, p_.d, tile);
     e.panel_sum.allocate(e.panels * e.d);
     e.wants_gradient = wants_gradient;
     e.turn.reset(new std::atomic<int64_t>[e.groups()]);
@@ -182,6 +209,7 @@ class LossWalk {
           if (!error_) error_ = std::current_exception();
           failed_ = true;
         }
+      if (by_codes_) host_.release_code_product();
     });
     if (error_) std::rethrow_exception(error_);
   }
@@ -191,6 +219,7 @@ class LossWalk {
     int64_t tile = rows_.tile;
     scratch.s.allocate(kGroup * kGroup * tile * tile);
     if (p_.squared) scratch.weight.allocate(tile * tile), scratch.transposed_weight.allocate(tile * tile);
+    if (by_codes_) scratch.code_product.allocate(tile * tile);
   }
 
   // The tiles of row group `a` and column group `b`; on the diagonal only those above it.
@@ -202,11 +231,15 @@ class LossWalk {
     for (int64_t i = kGroup * a; i < end_i; ++i)
       for (int64_t j = diagonal ? i : kGroup * b; j < end_j; ++j) {
         real* s = scratch.s.get() + (i - kGroup * a) * rows_.tile * stride + (j - kGroup * b) * rows_.tile;
-        tiles[size++] = {i, j, rows_.rows(i), columns().rows(j), s, stride, {}};
+        tiles[size++] = {i, j, rows_.rows(i), columns().rows(j), s, stride, {}, {}};
       }
-    multiply(tiles[0], rows_.begin(end_i - 1) + rows_.rows(end_i - 1),
-             columns().begin(end_j - 1) + columns().rows(end_j - 1), diagonal);
-    for (int k = 0; k < size; ++k) scan(tiles[k]);
+    if (!by_codes_) multiply(tiles[0], end_i, end_j, diagonal);
+    for (int k = 0; k < size; ++k) {
+      Tile& t = tiles[k];
+      if (by_codes_ && decide(t, scratch.decided[k], scratch)) continue;
+      if (by_codes_) multiply(t, t.i + 1, t.j + 1, symmetric_ && t.i == t.j);
+      scan(t);
+    }
 
     row_turn.turn = &rows_.turn[a], column_turn.turn = &columns().turn[b];
     // In the symmetric form rows and columns share their turns, whether a gradient is wanted or not.
@@ -219,16 +252,203 @@ class LossWalk {
     if (takes_column_turn) column_turn.turn->store(column_turn.next, std::memory_order_release);
   }
 
-  // Similarities of a group: sorted rows from the first tile's first to `end_i`, columns likewise. On the diagonal strips
-  // stop short of the part below it.
-  void multiply(const Tile& first, int64_t end_i, int64_t end_j, bool diagonal) {
-    int64_t begin_i = rows_.begin(first.i), begin_j = columns().begin(first.j),
+  // Similarities of the row panels from the first tile's to `last_i`, without it, and of such column panels. On the
+  // diagonal strips stop short of the part below it.
+  void multiply(const Tile& first, int64_t last_i, int64_t last_j, bool diagonal) {
+    int64_t begin_i = rows_.begin(first.i), end_i = rows_.begin(last_i - 1) + rows_.rows(last_i - 1),
+            begin_j = columns().begin(first.j), end_j = columns().begin(last_j - 1) + columns().rows(last_j - 1),
             strip = diagonal ? kStrip : end_i - begin_i;
     for (int64_t i = begin_i; i < end_i; i += strip) {
       int64_t j = diagonal ? begin_j + i - begin_i : begin_j;
       real* s = first.s + (i - begin_i) * first.stride - begin_j;
-      similarities(host_, rows_, i, std::min(i + strip, end_i), columns(), j, end_j, s, first.stride);
+      similarities(host_, loops_, rows_, i, std::min(i + strip, end_i), columns(), j, end_j, s, first.stride);
     }
+  }
+
+  // Whether codes are there and are expected to save time: a look at few pairs, the same ones at every call.
+  bool codes_pay() const {
+    if (!host_.code_product || p_.d >= kMostWidth || rows_.size == 0 || columns().size == 0) return false;
+    if (host_.always_codes) return true;
+    constexpr int64_t kTiles = 32, kPairs = 16, kFew = 2;
+    if (std::min(rows_.size, columns().size) < kLeastCoded) return false;
+    int64_t all = rows_.panels * columns().panels, tiles = std::min(kTiles, all), dear = 0;
+    for (int64_t t = 0; t < tiles; ++t) {
+      int64_t i = t * all / tiles / columns().panels, j = t * all / tiles % columns().panels;
+      int64_t possible = 0, unsure = 0;
+      for (int64_t k = 0; k < kPairs; ++k) {
+        int64_t row = rows_.begin(i) + (2 * k + 1) * rows_.rows(i) / (2 * kPairs);
+        int64_t column = columns().begin(j) + (10 * k + 5) % (2 * kPairs) * columns().rows(j) / (2 * kPairs);
+        double s = similarity(row, column), error = 2.0 / 127;
+        bool positive = rows_.label[row] == columns().label[column];
+        double violation = positive ? margin(kPlus) - s : s - margin(kMinus);
+        possible += violation >= -error, unsure += positive || violation < error;
+      }
+      dear += possible > kFew && unsure > kFew;
+    }
+    return 2 * dear <= tiles;
+  }
+
+  void encode() {
+    by_codes_ = true;
+    encode(rows_);
+    if (!symmetric_) encode(other_);
+  }
+
+  void encode(EmbeddingSums<real>& e) {
+    e.codes.allocate(e), e.exact_sum.allocate(e.panels * e.d), e.norm.resize(e.panels);
+    host_.parallel(e.panels, [&](int64_t from, int64_t to) {
+      for (int64_t panel = from; panel < to; ++panel) {
+        e.codes.load(loops_, e, panel);
+        double* sum = e.exact_sum.get() + panel * e.d;
+        const real* unit = e.unit_at(panel);
+        for (int k = 0; k < e.rows(panel); ++k, unit += e.d) {
+          for (int64_t c = 0; c < e.d; ++c) sum[c] += unit[c];
+          e.norm[panel] += loops_.squares(unit, e.d);
+        }
+      }
+    });
+  }
+
+  // The similarity of a sorted row and column by which a pair near its margin is decided, wherever it is met.
+  real similarity(int64_t row, int64_t column) const {
+    return static_cast<real>(loops_.dot(rows_.unit.get() + row * p_.d, columns().unit.get() + column * p_.d, p_.d));
+  }
+
+  // Finds a tile's hard pairs and the sum of their penalties by codes. False, and nothing is found, if too many pairs are
+  // in question.
+  bool decide(Tile& t, uint64_t (*hard)[kTile * kWords], Scratch& scratch) {
+    multiply_codes(t, scratch);
+    int64_t most = std::max<int64_t>(t.m * t.n / kCodedPairs, 1), possible[2] = {}, sure[2] = {}, pairs = 0;
+    for (int row = 0; row < t.m; ++row) {
+      auto [start, a, b] = segments(t, row);
+      decide_row(t, row, scratch, possible, sure);
+      pairs += t.n - start;
+      for (int side : {kPlus, kMinus})
+        if (possible[side] > most && (p_.squared || pairs - sure[side] > most)) return false;
+    }
+    for (int side : {kPlus, kMinus}) {
+      t.hard[side] = hard[side];
+      if (possible[side] <= most) {
+        take_possible(t, side, possible[side] > 0, scratch);
+      } else {
+        take_sure(t, side, scratch);
+      }
+    }
+    return true;
+  }
+
+  void multiply_codes(const Tile& t, Scratch& scratch) {
+    const Codes &a = rows_.codes, &b = columns().codes;
+    const uint8_t* left = a.left.get() + rows_.begin(t.i) * a.width;
+    for (int64_t j = 0; j < t.n; j += kCodeBlock)
+      host_.code_product(left, rows_.tile, b.right.get() + (columns().begin(t.j) + j) * b.width, kCodeBlock, a.width,
+                         scratch.code_product.get() + j, rows_.tile);
+  }
+
+  // scratch.possible and sure of one row, and their numbers.
+  void decide_row(const Tile& t, int row, Scratch& scratch, int64_t* possible, int64_t* sure) const {
+    const Codes &a = rows_.codes, &b = columns().codes;
+    const Codes::Panel& panel = b.panel[t.j];
+    int64_t i = rows_.begin(t.i) + row, begin = columns().begin(t.j);
+    int words = (t.n + 63) / 64;
+    const int32_t* product = scratch.code_product.get() + row * rows_.tile;
+    CodeColumns column{b.scale.get() + begin, b.error.get() + begin, b.shift.get() + begin};
+    float scale = a.scale.get()[i], error = a.error.get()[i];
+    // Sets `bits` to the pairs whose similarity may reach the margin, or with sign = -1 surely exceeds it.
+    auto reach = [&](int side, float sign, uint64_t* bits) {
+      float base = sign * (error + kCodeSlack);
+      loops_.code_mask(product, column, words, {scale, sign * (1 + error), static_cast<float>(margin(side)) - base},
+                       bits);
+    };
+    auto [start, first, last] = segments(t, row);
+    uint64_t all[kWords], positive[kWords];
+    range_mask(start, t.n, all), range_mask(first, last, positive);
+    if (int64_t own = own_.empty() ? -1 : own_[i] - begin; 0 <= own && own < t.n) {
+      all[own / 64] &= ~(uint64_t{1} << own % 64), positive[own / 64] &= all[own / 64];
+    }
+    uint64_t *may[2], *must[2];
+    for (int side : {kPlus, kMinus})
+      may[side] = scratch.possible[side] + row * kWords, must[side] = scratch.sure[side] + row * kWords,
+      std::fill_n(may[side], kWords, 0), std::fill_n(must[side], kWords, 0);
+
+    int32_t least, most;
+    loops_.code_range(product, column.shift, 64 * words, &least, &most);
+    double bound = error + (1.0 + error) * panel.error + kCodeSlack, m = margin(kMinus);
+    double high = scale * (most > 0 ? panel.most_scale : panel.least_scale) * most;
+    double low = scale * (least > 0 ? panel.least_scale : panel.most_scale) * least;
+    if (high + bound >= m) {
+      if (low - bound >= m) {
+        std::copy_n(all, kWords, may[kMinus]), std::copy_n(all, kWords, must[kMinus]);
+      } else {
+        reach(kMinus, 1, may[kMinus]), reach(kMinus, -1, must[kMinus]);
+      }
+    }
+    if (first < last) reach(kPlus, 1, must[kPlus]), reach(kPlus, -1, may[kPlus]);
+    for (int word = 0; word < kWords; ++word) {
+      may[kMinus][word] &= all[word] & ~positive[word], must[kMinus][word] &= all[word] & ~positive[word];
+      may[kPlus][word] = positive[word] & ~may[kPlus][word], must[kPlus][word] = positive[word] & ~must[kPlus][word];
+      for (int side : {kPlus, kMinus})
+        possible[side] += __builtin_popcountll(may[side][word]), sure[side] += __builtin_popcountll(must[side][word]);
+    }
+  }
+
+  // Decides every possible pair of one side by its similarity.
+  void take_possible(Tile& t, int side, bool any, Scratch& scratch) const {
+    if (!any) return;
+    uint64_t* hard = t.hard[side];
+    std::fill_n(hard, rows_.tile * kWords, 0);
+    for_bits(scratch.possible[side], t.m, [&](int row, int column) {
+      real s = similarity(rows_.begin(t.i) + row, columns().begin(t.j) + column);
+      double violation = violation_of(side, s);
+      if (!(violation >= 0)) return;
+      hard[row * kWords + column / 64] |= uint64_t{1} << column % 64;
+      t.s[row * t.stride + column] = s;
+      add(t.penalty[side], {1, p_.squared ? violation * violation : violation});
+    });
+  }
+
+  // The same where most pairs of the tile are surely hard: from the sum of all similarities those of the others go off.
+  void take_sure(Tile& t, int side, Scratch& scratch) const {
+    bool diagonal = symmetric_ && t.i == t.j;
+    const double *a = rows_.exact_sum.get() + t.i * p_.d, *b = columns().exact_sum.get() + t.j * p_.d;
+    double sum = 0;
+    for (int64_t k = 0; k < p_.d; ++k) sum += a[k] * b[k];
+    if (diagonal) sum = (sum - rows_.norm[t.i]) / 2;
+    uint64_t *hard = t.hard[side], *others = scratch.possible[side];
+    const uint64_t* sure = scratch.sure[side];
+    std::fill_n(hard, rows_.tile * kWords, 0), std::copy_n(sure, t.m * kWords, hard);
+    int64_t count = 0;
+    for (int row = 0; row < t.m; ++row) {
+      uint64_t all[kWords];
+      range_mask(std::get<0>(segments(t, row)), t.n, all);
+      for (int word = 0; word < kWords; ++word)
+        count += __builtin_popcountll(sure[row * kWords + word]), all[word] &= ~sure[row * kWords + word];
+      for_bits(all, 1, [&](int, int column) {
+        real s = similarity(rows_.begin(t.i) + row, columns().begin(t.j) + column);
+        uint64_t bit = uint64_t{1} << column % 64;
+        if (others[row * kWords + column / 64] & bit && violation_of(side, s) >= 0) {
+          hard[row * kWords + column / 64] |= bit, ++count;
+        } else {
+          sum -= s;
+        }
+      });
+    }
+    double m = margin(side);
+    t.penalty[side] = {count, side == kPlus ? m * count - sum : sum - m * count};
+  }
+
+  // body(row, column) for each bit of `bits` [m, kWords].
+  template <class Body>
+  static void for_bits(const uint64_t* bits, int m, const Body& body) {
+    for (int row = 0; row < m; ++row)
+      for (int word = 0; word < kWords; ++word)
+        for (uint64_t rest = bits[row * kWords + word]; rest; rest &= rest - 1)
+          body(row, 64 * word + __builtin_ctzll(rest));
+  }
+
+  double violation_of(int side, real s) const {
+    double above = static_cast<double>(s) - margin(side);
+    return side == kPlus ? -above : above;
   }
 
   // Counts a tile's hard pairs and sums their penalties.
@@ -239,12 +459,21 @@ class LossWalk {
       int64_t own = own_.empty() ? -1 : own_[rows_.begin(t.i) + row] - columns().begin(t.j);
       if (0 <= own && own < t.n) s[own] = std::numeric_limits<real>::quiet_NaN();  // never hard
       auto [start, a, b] = segments(t, row);
+      settle(t, row, start, a, kMinus), settle(t, row, a, b, kPlus), settle(t, row, b, t.n, kMinus);
       Penalty plus = scan_row(s + a, b - a, margin(kPlus), -1);
       Penalty minus = scan_row(s + start, a - start, margin(kMinus), 1);
       add(minus, scan_row(s + b, t.n - b, margin(kMinus), 1));
       t.any[kPlus][row] = plus.count > 0, t.any[kMinus][row] = minus.count > 0;
       add(t.penalty[kPlus], plus), add(t.penalty[kMinus], minus);
     }
+  }
+
+  // Replaces similarities within rounding of a margin, in columns [from, to) of a row, by those that decide.
+  void settle(const Tile& t, int row, int from, int to, int side) const {
+    real *s = t.s + row * t.stride, m = margin(side);
+    if (std::is_same_v<real, double> || !loops_.is_near(s + from, to - from, m, near_)) return;
+    for (int j = from; j < to; ++j)
+      if (std::abs(s[j] - m) <= near_) s[j] = similarity(rows_.begin(t.i) + row, columns().begin(t.j) + j);
   }
 
   // Step 3.
@@ -325,8 +554,12 @@ class LossWalk {
   // scratch.mask [kTile, kWords]: the tile's hard pairs of one side, or with `inverted` all its other pairs.
   void make_mask(const Tile& t, int side, bool inverted, Scratch& scratch) {
     uint64_t all[kWords], positive[kWords], *mask = scratch.mask;
-    std::fill_n(mask, rows_.tile * kWords, 0);
-    for (int row = 0; row < t.m; ++row) {
+    if (t.hard[side]) {
+      std::copy_n(t.hard[side], rows_.tile * kWords, mask);
+    } else {
+      std::fill_n(mask, rows_.tile * kWords, 0);
+    }
+    for (int row = 0; !t.hard[side] && row < t.m; ++row) {
       if (!t.any[side][row]) continue;
       uint64_t* bits = mask + row * kWords;
       auto [start, a, b] = segments(t, row);
@@ -359,7 +592,11 @@ class LossWalk {
     int tile = rows_.tile;
     real *weight = scratch.weight.get(), *transposed = scratch.transposed_weight.get();
     std::fill_n(weight, tile * tile, real{0});
-    for (int row = 0; row < t.m; ++row) {
+    if (t.hard[side])
+      for_bits(t.hard[side], t.m, [&](int row, int j) {
+        weight[row * tile + j] = static_cast<real>(2 * violation_of(side, t.s[row * t.stride + j]));
+      });
+    for (int row = 0; !t.hard[side] && row < t.m; ++row) {
       if (!t.any[side][row]) continue;
       const real* s = t.s + row * t.stride;
       auto weigh = [&](int from, int to) {
@@ -460,7 +697,8 @@ class LossWalk {
   const Result<real>& result_;
   const Host<real>& host_;
   const PairLoops<real>& loops_;
-  bool symmetric_;
+  bool symmetric_, by_codes_ = false;
+  real near_;  // how far a similarity may be off by rounding
   EmbeddingSums<real> rows_, other_;
   std::vector<int64_t> first_, last_, own_;  // [rows] see match(); own_ is empty if no row is among the columns
   std::vector<Penalty> panel_penalty_;       // [row panels, 2]

@@ -1,6 +1,7 @@
 #include "pair_loops.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <limits>
 
@@ -192,6 +193,72 @@ TCM_INLINE void transposed(const real* x, int64_t n, int64_t d, real* out) {
 }
 
 template <class real>
+TCM_INLINE double dot_product(const real* x, const real* y, int64_t d) {
+  double sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t k = 0; k < d; ++k) sum += static_cast<double>(x[k]) * y[k];
+  return sum;
+}
+
+template <class real>
+TCM_INLINE bool any_near(const real* s, int n, real margin, real window) {
+  int found = 0;
+#pragma omp simd reduction(| : found)
+  for (int j = 0; j < n; ++j) found |= std::abs(s[j] - margin) <= window;
+  return found != 0;
+}
+
+template <class real>
+TCM_INLINE double encoded(const real* x, int64_t d, uint8_t* code, float* scale, int32_t* shift) {
+  real peak = 0;
+#pragma omp simd reduction(max : peak)
+  for (int64_t k = 0; k < d; ++k) peak = std::max(peak, std::abs(x[k]));
+  float a = static_cast<float>(peak) / 127, inverse = 1 / a;
+  if (!(a > 0 && inverse < std::numeric_limits<float>::infinity())) a = inverse = 0;  // too small to be divided by
+  double rest = 0;
+  int32_t sum = 0;
+#pragma omp simd reduction(+ : rest, sum)
+  for (int64_t k = 0; k < d; ++k) {
+    float rounded = static_cast<float>(x[k]) * inverse + 128.5f;  // within [1, 256): rounded down next
+    int32_t c = std::clamp(static_cast<int32_t>(rounded), 1, 255);
+    double r = x[k] - static_cast<double>(a) * (c - 128);
+    code[k] = static_cast<uint8_t>(c), sum += c - 128, rest += r * r;
+  }
+  *scale = a, *shift = 128 * sum;
+  return std::sqrt(rest);
+}
+
+TCM_INLINE void range_of_codes(const int32_t* product, const int32_t* shift, int n, int32_t* least, int32_t* most) {
+  int32_t low = std::numeric_limits<int32_t>::max(), high = std::numeric_limits<int32_t>::min();
+#pragma omp simd reduction(min : low) reduction(max : high)
+  for (int j = 0; j < n; ++j) {
+    int32_t q = product[j] - shift[j];
+    low = std::min(low, q), high = std::max(high, q);
+  }
+  *least = low, *most = high;
+}
+
+TCM_INLINE void mask_codes(const int32_t* product, const CodeColumns& c, int words, const CodeRow& row,
+                           uint64_t* bits) {
+  for (int word = 0; word < words; ++word) {
+    uint32_t half[2];
+    for (int h = 0; h < 2; ++h) {
+      uint32_t found = 0;
+      int begin = 64 * word + 32 * h;
+      const int32_t *p = product + begin, *shift = c.shift + begin;
+      const float *scale = c.scale + begin, *error = c.error + begin;
+#pragma omp simd reduction(| : found)
+      for (int j = 0; j < 32; ++j) {
+        float s = row.scale * (scale[j] * static_cast<float>(p[j] - shift[j]));
+        found |= s + row.slope * error[j] >= row.from ? uint32_t{1} << j : 0;
+      }
+      half[h] = found;
+    }
+    bits[word] = half[0] | static_cast<uint64_t>(half[1]) << 32;
+  }
+}
+
+template <class real>
 TCM_INLINE double sum_of_squares(const real* x, int64_t d) {
   double sum = 0;
 #pragma omp simd reduction(+ : sum)
@@ -249,14 +316,30 @@ TCM_INLINE void projected(const RowSums<real>& sums, const real* unit, int64_t d
       dense_sum<real, width>(bits, m, n, x, d, weight, g);                                                             \
     }                                                                                                                  \
     target static void transpose(const real* x, int64_t n, int64_t d, real* out) { transposed(x, n, d, out); }         \
+    target static double dot(const real* x, const real* y, int64_t d) { return dot_product(x, y, d); }                 \
+    target static bool is_near(const real* s, int n, real margin, real window) {                                       \
+      return any_near(s, n, margin, window);                                                                           \
+    }                                                                                                                  \
+    target static double encode(const real* x, int64_t d, uint8_t* code, float* scale, int32_t* shift) {               \
+      return encoded(x, d, code, scale, shift);                                                                        \
+    }                                                                                                                  \
+    target static void code_range(const int32_t* product, const int32_t* shift, int n, int32_t* least,                 \
+                                  int32_t* most) {                                                                     \
+      range_of_codes(product, shift, n, least, most);                                                                  \
+    }                                                                                                                  \
+    target static void code_mask(const int32_t* product, const CodeColumns& columns, int words, const CodeRow& row,    \
+                                 uint64_t* bits) {                                                                     \
+      mask_codes(product, columns, words, row, bits);                                                                  \
+    }                                                                                                                  \
     target static double squares(const real* x, int64_t d) { return sum_of_squares(x, d); }                            \
     target static void scale(const real* x, int64_t d, double factor, real* out) { scaled(x, d, factor, out); }        \
     target static void gradient_row(const RowSums<real>& sums, const real* unit, int64_t d, real w_plus, real w_minus, \
                                     double inverse, real* out) {                                                       \
       projected(sums, unit, d, w_plus, w_minus, inverse, out);                                                         \
     }                                                                                                                  \
-    static constexpr PairLoops<real> kLoops{scan_row,  scan_squared, cell_row,  mask_row, sparse, dense,               \
-                                            weigh_row, weighted,     transpose, squares,  scale,  gradient_row};       \
+    static constexpr PairLoops<real> kLoops{scan_row,   scan_squared, cell_row,  mask_row, sparse,      dense,         \
+                                            weigh_row,  weighted,     transpose, dot,      is_near,     encode,        \
+                                            code_range, code_mask,    squares,   scale,    gradient_row};              \
   };
 
 TCM_PAIR_LOOPS(Baseline, 16, )
