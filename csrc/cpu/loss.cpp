@@ -269,23 +269,36 @@ class LossWalk {
   bool codes_pay() const {
     if (!host_.code_product || p_.d >= kMostWidth || rows_.size == 0 || columns().size == 0) return false;
     if (host_.always_codes) return true;
-    constexpr int64_t kTiles = 32, kPairs = 16, kFew = 2;
     if (std::min(rows_.size, columns().size) < kLeastCoded) return false;
-    int64_t all = rows_.panels * columns().panels, tiles = std::min(kTiles, all), dear = 0;
+    int64_t all = rows_.panels * columns().panels, tiles = std::clamp<int64_t>(all / 8, 1, 32), dear = 0;
     for (int64_t t = 0; t < tiles; ++t) {
-      int64_t i = t * all / tiles / columns().panels, j = t * all / tiles % columns().panels;
-      int64_t possible = 0, unsure = 0;
-      for (int64_t k = 0; k < kPairs; ++k) {
-        int64_t row = rows_.begin(i) + (2 * k + 1) * rows_.rows(i) / (2 * kPairs);
-        int64_t column = columns().begin(j) + (10 * k + 5) % (2 * kPairs) * columns().rows(j) / (2 * kPairs);
-        double s = similarity(row, column), error = 2.0 / 127;
-        bool positive = rows_.label[row] == columns().label[column];
-        double violation = positive ? margin(kPlus) - s : s - margin(kMinus);
-        possible += violation >= -error, unsure += positive || violation < error;
-      }
-      dear += possible > kFew && unsure > kFew;
+      int64_t tile = (2 * t + 1) * all / (2 * tiles);
+      dear += is_dear(tile / columns().panels, tile % columns().panels);
     }
     return 2 * dear <= tiles;
+  }
+
+  // Whether codes will leave too much of the tile in question, by a sample of its pairs.
+  bool is_dear(int64_t panel_i, int64_t panel_j) const {
+    constexpr int kPairs = 32, kStep = 5;  // a row and a column in each 32nd of their panels
+    int possible = 0, unsure = 0;
+    for (int k = 0; k < kPairs; ++k) {
+      int64_t i = rows_.begin(panel_i) + (2 * k + 1) * rows_.rows(panel_i) / (2 * kPairs);
+      int64_t j = columns().begin(panel_j) + (2 * (kStep * k % kPairs) + 1) * columns().rows(panel_j) / (2 * kPairs);
+      int side = rows_.label[i] == columns().label[j] ? kPlus : kMinus;
+      double violation = violation_of(side, similarity(i, j, side)),
+             error = code_error(rows_, i) + code_error(columns(), j);
+      possible += violation >= -error, unsure += side == kPlus || violation < error;
+    }
+    return std::min(possible, unsure) * kCodedPairs > kPairs;
+  }
+
+  // About the error of the codes of a row, for a guess.
+  static double code_error(const EmbeddingSums<real>& e, int64_t row) {
+    const real* unit = e.unit.get() + row * e.d;
+    real peak = 0;
+    for (int64_t k = 0; k < e.d; ++k) peak = std::max(peak, std::abs(unit[k]));
+    return peak / 127 * std::sqrt(e.d / 12.0);
   }
 
   void encode() {
@@ -309,9 +322,12 @@ class LossWalk {
     });
   }
 
-  // The similarity of a sorted row and column by which a pair near its margin is decided, wherever it is met.
-  real similarity(int64_t row, int64_t column) const {
-    return static_cast<real>(loops_.dot(rows_.unit.get() + row * p_.d, columns().unit.get() + column * p_.d, p_.d));
+  // The similarity of a sorted row and column. Within rounding of the margin it is that in float64, rounded: wherever the
+  // pair is met, in whatever product and by whichever rank, it is decided alike.
+  real similarity(int64_t row, int64_t column, int side) const {
+    const real *x = rows_.unit.get() + row * p_.d, *y = columns().unit.get() + column * p_.d;
+    real s = loops_.dot(x, y, p_.d);
+    return std::abs(s - margin(side)) > near_ ? s : static_cast<real>(loops_.exact_dot(x, y, p_.d));
   }
 
   // Finds a tile's hard pairs and the sum of their penalties by codes. False, and nothing is found, if too many pairs are
@@ -337,11 +353,13 @@ class LossWalk {
     return true;
   }
 
+  // scratch.code_product; on the diagonal not all of the part below it.
   void multiply_codes(const Tile& t, Scratch& scratch) {
     const Codes &a = rows_.codes, &b = columns().codes;
-    const uint8_t* left = a.left.get() + rows_.begin(t.i) * a.width;
-    for (int64_t j = 0; j < t.n; j += kCodeBlock)
-      host_.code_product(left, rows_.tile, b.right.get() + (columns().begin(t.j) + j) * b.width, kCodeBlock, a.width,
+    bool diagonal = symmetric_ && t.i == t.j;
+    for (int j = 0; j < t.n; j += kCodeBlock)
+      host_.code_product(a.left.get() + rows_.begin(t.i) * a.width, diagonal ? j + kCodeBlock : rows_.tile,
+                         b.right.get() + (columns().begin(t.j) + j) * b.width, kCodeBlock, a.width,
                          scratch.code_product.get() + j, rows_.tile);
   }
 
@@ -360,22 +378,23 @@ class LossWalk {
       loops_.code_mask(product, column, words, {scale, sign * (1 + error), static_cast<float>(margin(side)) - base},
                        bits);
     };
-    auto [start, first, last] = segments(t, row);
-    uint64_t all[kWords], positive[kWords];
-    range_mask(start, t.n, all), range_mask(first, last, positive);
-    if (int64_t own = own_.empty() ? -1 : own_[i] - begin; 0 <= own && own < t.n) {
-      all[own / 64] &= ~(uint64_t{1} << own % 64), positive[own / 64] &= all[own / 64];
-    }
     uint64_t *may[2], *must[2];
-    for (int side : {kPlus, kMinus})
-      may[side] = scratch.possible[side] + row * kWords, must[side] = scratch.sure[side] + row * kWords,
+    for (int side : {kPlus, kMinus}) {
+      may[side] = scratch.possible[side] + row * kWords, must[side] = scratch.sure[side] + row * kWords;
       std::fill_n(may[side], kWords, 0), std::fill_n(must[side], kWords, 0);
-
+    }
+    auto [start, first, last] = segments(t, row);
     int32_t least, most;
     loops_.code_range(product, column.shift, 64 * words, &least, &most);
     double bound = error + (1.0 + error) * panel.error + kCodeSlack, m = margin(kMinus);
     double high = scale * (most > 0 ? panel.most_scale : panel.least_scale) * most;
     double low = scale * (least > 0 ? panel.least_scale : panel.most_scale) * least;
+    if (high + bound < m && first == last) return;  // most rows
+    uint64_t all[kWords], positive[kWords];
+    range_mask(start, t.n, all), range_mask(first, last, positive);
+    if (int64_t own = own_.empty() ? -1 : own_[i] - begin; 0 <= own && own < t.n) {
+      all[own / 64] &= ~(uint64_t{1} << own % 64), positive[own / 64] &= all[own / 64];
+    }
     if (high + bound >= m) {
       if (low - bound >= m) {
         std::copy_n(all, kWords, may[kMinus]), std::copy_n(all, kWords, must[kMinus]);
@@ -398,7 +417,7 @@ class LossWalk {
     uint64_t* hard = t.hard[side];
     std::fill_n(hard, rows_.tile * kWords, 0);
     for_bits(scratch.possible[side], t.m, [&](int row, int column) {
-      real s = similarity(rows_.begin(t.i) + row, columns().begin(t.j) + column);
+      real s = similarity(rows_.begin(t.i) + row, columns().begin(t.j) + column, side);
       double violation = violation_of(side, s);
       if (!(violation >= 0)) return;
       hard[row * kWords + column / 64] |= uint64_t{1} << column % 64;
@@ -424,7 +443,7 @@ class LossWalk {
       for (int word = 0; word < kWords; ++word)
         count += __builtin_popcountll(sure[row * kWords + word]), all[word] &= ~sure[row * kWords + word];
       for_bits(all, 1, [&](int, int column) {
-        real s = similarity(rows_.begin(t.i) + row, columns().begin(t.j) + column);
+        real s = similarity(rows_.begin(t.i) + row, columns().begin(t.j) + column, side);
         uint64_t bit = uint64_t{1} << column % 64;
         if (others[row * kWords + column / 64] & bit && violation_of(side, s) >= 0) {
           hard[row * kWords + column / 64] |= bit, ++count;
@@ -468,12 +487,12 @@ class LossWalk {
     }
   }
 
-  // Replaces similarities within rounding of a margin, in columns [from, to) of a row, by those that decide.
+  // Replaces similarities of columns [from, to) of a row that lie within rounding of the margin.
   void settle(const Tile& t, int row, int from, int to, int side) const {
     real *s = t.s + row * t.stride, m = margin(side);
     if (std::is_same_v<real, double> || !loops_.is_near(s + from, to - from, m, near_)) return;
     for (int j = from; j < to; ++j)
-      if (std::abs(s[j] - m) <= near_) s[j] = similarity(rows_.begin(t.i) + row, columns().begin(t.j) + j);
+      if (std::abs(s[j] - m) <= near_) s[j] = similarity(rows_.begin(t.i) + row, columns().begin(t.j) + j, side);
   }
 
   // Step 3.

@@ -192,8 +192,26 @@ TCM_INLINE void transposed(const real* x, int64_t n, int64_t d, real* out) {
       for (int r = 0; r < kBlock; ++r) out[k * n + i + r] = x[(i + r) * d + k];
 }
 
+template <class real, int kWidth>
+TCM_INLINE real dot_product(const real* x, const real* y, int64_t d) {
+  using C = Chunk<real, kWidth>;
+  C sum{};
+  for (int64_t c = 0; c < d; c += C::kSize) {
+    int size = static_cast<int>(std::min<int64_t>(C::kSize, d - c));
+    C a = load<C>(x + c, size), b = load<C>(y + c, size);
+#pragma GCC unroll 8
+    for (int k = 0; k < C::kVectors; ++k) sum.v[k] += a.v[k] * b.v[k];
+  }
+  for (int step = C::kVectors / 2; step; step /= 2)
+    for (int k = 0; k < step; ++k) sum.v[k] += sum.v[k + step];
+  real parts[C::kSize / C::kVectors], total = 0;
+  std::memcpy(parts, &sum.v[0], sizeof(parts));
+  for (real part : parts) total += part;
+  return total;
+}
+
 template <class real>
-TCM_INLINE double dot_product(const real* x, const real* y, int64_t d) {
+TCM_INLINE double exact_dot_product(const real* x, const real* y, int64_t d) {
   double sum = 0;
 #pragma omp simd reduction(+ : sum)
   for (int64_t k = 0; k < d; ++k) sum += static_cast<double>(x[k]) * y[k];
@@ -316,7 +334,8 @@ TCM_INLINE void projected(const RowSums<real>& sums, const real* unit, int64_t d
       dense_sum<real, width>(bits, m, n, x, d, weight, g);                                                             \
     }                                                                                                                  \
     target static void transpose(const real* x, int64_t n, int64_t d, real* out) { transposed(x, n, d, out); }         \
-    target static double dot(const real* x, const real* y, int64_t d) { return dot_product(x, y, d); }                 \
+    target static double exact_dot(const real* x, const real* y, int64_t d) { return exact_dot_product(x, y, d); }     \
+    target static real dot(const real* x, const real* y, int64_t d) { return dot_product<real, width>(x, y, d); }      \
     target static bool is_near(const real* s, int n, real margin, real window) {                                       \
       return any_near(s, n, margin, window);                                                                           \
     }                                                                                                                  \
@@ -337,9 +356,9 @@ TCM_INLINE void projected(const RowSums<real>& sums, const real* unit, int64_t d
                                     double inverse, real* out) {                                                       \
       projected(sums, unit, d, w_plus, w_minus, inverse, out);                                                         \
     }                                                                                                                  \
-    static constexpr PairLoops<real> kLoops{scan_row,   scan_squared, cell_row,  mask_row, sparse,      dense,         \
-                                            weigh_row,  weighted,     transpose, dot,      is_near,     encode,        \
-                                            code_range, code_mask,    squares,   scale,    gradient_row};              \
+    static constexpr PairLoops<real> kLoops{scan_row,  scan_squared, cell_row,  mask_row,  sparse, dense,              \
+                                            weigh_row, weighted,     transpose, exact_dot, dot,    is_near,            \
+                                            encode,    code_range,   code_mask, squares,   scale,  gradient_row};      \
   };
 
 TCM_PAIR_LOOPS(Baseline, 16, )

@@ -52,7 +52,9 @@ struct PairLoops {
   // out [d, n] = x [n, d] transposed, n a multiple of 16.
   void (*transpose)(const real* x, int64_t n, int64_t d, real* out);
   // x . y, of d numbers, in float64: the same for (y, x).
-  double (*dot)(const real* x, const real* y, int64_t d);
+  double (*exact_dot)(const real* x, const real* y, int64_t d);
+  // The same as far as `real` goes.
+  real (*dot)(const real* x, const real* y, int64_t d);
   // Whether any of s [n] lies within `window` of the margin.
   bool (*is_near)(const real* s, int n, real margin, real window);
   // code [d] = round(x / scale) + 128 with scale = max |x| / 127, and shift = 128 times the sum of the codes less 128;
