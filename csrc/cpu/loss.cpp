@@ -48,14 +48,32 @@ struct EmbeddingSums : Embeddings<real> {
   Array<double> exact_sum;   // the same in float64, with codes
   std::vector<double> norm;  // [panels] sum of |x^|^2 over each panel, with codes
   bool wants_gradient = false;
-  Array<real> sum[2];            // [panels * tile, d] masked or weighted sums over hard positives, hard negatives
-  Array<real> shared[2];         // [panels, d] added to the sums of every row of a panel, but of those set apart
-  std::vector<char> apart[2];    // [size] rows set apart
-  std::vector<char> touched[2];  // [panels] whether sum or shared are more than zero
+  // The gradient's few terms [panels]: see `term`. A panel with more has them in `sum`.
+  std::vector<std::vector<uint64_t>> terms;
+  Array<real> sum[2];          // [panels * tile, d] masked or weighted sums over hard positives, hard negatives
+  Array<real> shared[2];       // [panels, d] added to the sums of every row of a panel, but of those set apart
+  std::vector<char> apart[2];  // [size] rows set apart
+  std::vector<char> summed[2], shares[2];        // [panels] whether `sum`, `shared` are more than zero
   std::unique_ptr<std::atomic<int64_t>[]> turn;  // [groups] see `Turn`
 
   int64_t groups() const { return (this->panels + kGroup - 1) / kGroup; }
   int64_t group_end(int64_t group) const { return std::min(this->panels, kGroup * (group + 1)); }  // its last panel + 1
+};
+
+// One term of a row's gradient, in the order of which they are added up: + or, with `lacks`, - the unit row `column` of the
+// other side, for the row's panel.
+struct Term {
+  int row, side;
+  bool lacks;
+  int64_t column;
+
+  uint64_t code() const {
+    return static_cast<uint64_t>(row) << 50 | static_cast<uint64_t>(2 * side + lacks) << 48 | column;
+  }
+  static Term of(uint64_t code) {
+    return {static_cast<int>(code >> 50), static_cast<int>(code >> 49 & 1), (code >> 48 & 1) != 0,
+            static_cast<int64_t>(code & ((uint64_t{1} << 48) - 1))};
+  }
 };
 
 // A group's sums are added to in a fixed order: whoever has a sum for it waits until the turn is its own.
@@ -139,8 +157,9 @@ class LossWalk {
     e.turn.reset(new std::atomic<int64_t>[e.groups()]);
     for (int64_t group = 0; group < e.groups(); ++group) e.turn[group] = 0;
     for (int side : {kPlus, kMinus}) {
-      e.touched[side].resize(e.panels);
+      e.summed[side].resize(e.panels), e.shares[side].resize(e.panels);
       if (!wants_gradient) continue;
+      e.terms.resize(e.panels);
       e.sum[side].allocate(e.panels * e.tile * e.d), e.shared[side].allocate(e.panels * e.d),
           e.apart[side].resize(e.size);
     }
@@ -527,15 +546,56 @@ class LossWalk {
   void add_masked(EmbeddingSums<real>& to, int64_t i, const EmbeddingSums<real>& from, int64_t j, int side, bool most,
                   int64_t listed, const uint64_t* mask, Scratch& scratch) {
     int m = to.rows(i), n = from.rows(j);
-    real* sum = to.sum[side].get() + to.begin(i) * p_.d;
-    to.touched[side][i] = 1;
     if (most) {
       add_most(to, i, from, j, side, listed > 0 ? mask : nullptr, scratch);
     } else if (kDensePairs * listed < m * n) {
-      loops_.sparse_sum(mask, m, from.unit_at(j), p_.d, 1, sum);
+      add_pairs(to, i, from, j, side, false, mask);
     } else {
-      loops_.dense_sum(mask, m, n, from.unit_at(j), p_.d, 1, sum);
+      to.summed[side][i] = 1;
+      loops_.dense_sum(mask, m, n, from.unit_at(j), p_.d, 1, to.sum[side].get() + to.begin(i) * p_.d);
     }
+  }
+
+  // The same pair by pair; with `lacks` they are subtracted. Few are kept as terms: they need less memory than sums.
+  void add_pairs(EmbeddingSums<real>& to, int64_t i, const EmbeddingSums<real>& from, int64_t j, int side, bool lacks,
+                 const uint64_t* mask) {
+    std::vector<uint64_t>& terms = to.terms[i];
+    size_t room = to.tile * p_.d / 16, count = 0;  // an eighth of the panel's own memory
+    for (int k = 0; k < to.rows(i) * kWords; ++k) count += mask[k] ? __builtin_popcountll(mask[k]) : 0;
+    if (terms.size() + count > room) sum_terms(to, i, from);
+    if (count > room) {
+      to.summed[side][i] = 1;
+      loops_.sparse_sum(mask, to.rows(i), from.unit_at(j), p_.d, lacks ? -1 : 1,
+                        to.sum[side].get() + to.begin(i) * p_.d);
+      return;
+    }
+    for_bits(mask, to.rows(i),
+             [&](int row, int column) { terms.push_back(Term{row, side, lacks, from.begin(j) + column}.code()); });
+  }
+
+  // Moves a panel's terms into its sums.
+  void sum_terms(EmbeddingSums<real>& to, int64_t i, const EmbeddingSums<real>& from) const {
+    std::vector<uint64_t>& terms = to.terms[i];
+    std::sort(terms.begin(), terms.end());
+    const uint64_t *term = terms.data(), *end = term + terms.size();
+    while (term < end) {
+      Term first = Term::of(*term);
+      to.summed[first.side][i] = 1;
+      term = add_terms(term, end, from, to.sum[first.side].get() + (to.begin(i) + first.row) * p_.d);
+    }
+    std::vector<uint64_t>().swap(terms);
+  }
+
+  // Adds the first of the terms, and those after it that differ from it in the column alone, to g [d]; where they end.
+  const uint64_t* add_terms(const uint64_t* term, const uint64_t* end, const EmbeddingSums<real>& from, real* g) const {
+    constexpr int kMost = 64;
+    int64_t list[kMost];
+    Term first = Term::of(*term);
+    int length = 0;
+    for (; term < end && length < kMost && *term >> 48 == first.code() >> 48; ++term)
+      list[length++] = Term::of(*term).column;
+    loops_.row_sum(list, length, from.unit.get(), p_.d, first.lacks ? -1 : 1, g);
+    return term;
   }
 
   // The same where M is nearly full: the panel's column sum for all rows at once, less the pairs that M lacks (null:
@@ -561,13 +621,13 @@ class LossWalk {
         continue;
       }
       if (!apart) add_row(shared, sum + row * p_.d);
-      apart = 1;
+      apart = 1, to.summed[side][i] = 1;
       for (int word = 0; word < kWords; ++word) hard[word] = all[word] & ~missing[word], missing[word] = 0;
     }
-    add_row(panel_sum, shared);
+    add_row(panel_sum, shared), to.shares[side][i] = 1;
     if (!lacks) return;
-    loops_.sparse_sum(scratch.missing, m, from.unit_at(j), p_.d, -1, sum);
-    loops_.sparse_sum(scratch.hard, m, from.unit_at(j), p_.d, 1, sum);
+    add_pairs(to, i, from, j, side, true, scratch.missing);
+    add_pairs(to, i, from, j, side, false, scratch.hard);
   }
 
   // scratch.mask [kTile, kWords]: the tile's hard pairs of one side, or with `inverted` all its other pairs.
@@ -635,7 +695,7 @@ class LossWalk {
                     int64_t count, const real* weight) {
     int m = to.rows(i), n = from.rows(j), tile = to.tile;
     real* sum = to.sum[side].get() + to.begin(i) * p_.d;
-    to.touched[side][i] = 1;
+    to.summed[side][i] = 1;
     if (kWeightedPairs * count < m * n) {
       loops_.weighted_sum(weight, m, tile, from.unit_at(j), p_.d, sum);
     } else {
@@ -676,39 +736,60 @@ class LossWalk {
     std::vector<std::array<double, 2>> weights{{both_orders * weight[kPlus], both_orders * weight[kMinus]}};
     if (result_.gradients() == 2) weights = {{one, 0}, {0, one}};
     for (size_t k = 0; k < weights.size(); ++k) {
-      if (result_.grad_x) write_gradient(rows_, p_.y, p_.n, weights[k], result_.grad_x + k * p_.n * p_.d);
-      if (result_.grad_ref) write_gradient(columns(), p_.ref_y, p_.m, weights[k], result_.grad_ref + k * p_.m * p_.d);
+      if (result_.grad_x) write_gradient(rows_, columns(), p_.y, p_.n, weights[k], result_.grad_x + k * p_.n * p_.d);
+      if (result_.grad_ref)
+        write_gradient(columns(), rows_, p_.ref_y, p_.m, weights[k], result_.grad_ref + k * p_.m * p_.d);
     }
   }
 
   // grad [n, d]: (g - (g . x^) x^) / max(|x|, kEps) with g = w- G- - w+ G+, in the order of the input.
-  void write_gradient(EmbeddingSums<real>& e, const int64_t* y, int64_t n, std::array<double, 2> weight, real* grad) {
+  void write_gradient(EmbeddingSums<real>& e, const EmbeddingSums<real>& from, const int64_t* y, int64_t n,
+                      std::array<double, 2> weight, real* grad) {
     use_huge_pages(grad, n * e.d * sizeof(real));
     for (int64_t i = 0; i < n; ++i)
       if (y[i] < 0) std::fill_n(grad + i * e.d, e.d, real{0});
     bool finite = !std::isnan(weight[kPlus] + weight[kMinus]);
+    if (!finite) {
+      for (int64_t i : e.order) std::fill_n(grad + i * e.d, e.d, std::numeric_limits<real>::quiet_NaN());
+      return;
+    }
     real w_plus = static_cast<real>(weight[kPlus]), w_minus = static_cast<real>(weight[kMinus]);
-    std::vector<real> zeros(e.d);
-    host_.parallel(e.panels, [&](int64_t from, int64_t to) {
-      for (int64_t panel = from; panel < to; ++panel) {
-        // A side that was not touched is not read: its memory does not exist yet.
-        auto reads = [&](int side) { return weight[side] != 0 && e.touched[side][panel]; };
-        for (int64_t k = e.begin(panel); k < e.begin(panel) + e.rows(panel); ++k) {
-          real* out = grad + e.order[k] * e.d;
-          if (!finite || !(reads(kPlus) || reads(kMinus))) {
-            std::fill_n(out, e.d, finite ? real{0} : std::numeric_limits<real>::quiet_NaN());
-            continue;
+    std::vector<real> zeros(e.d), rows(2 * e.d * host_.threads);
+    host_.parallel(host_.threads, [&](int64_t worker, int64_t last) {
+      for (; worker < last; ++worker)
+        for (int64_t panel = worker; panel < e.panels; panel += host_.threads) {
+          std::vector<uint64_t>& terms = e.terms[panel];
+          std::sort(terms.begin(), terms.end());
+          const uint64_t *term = terms.data(), *end = term + terms.size();
+          for (int row = 0; row < e.rows(panel); ++row) {
+            int64_t k = e.begin(panel) + row;
+            const real *own[2] = {zeros.data(), zeros.data()}, *shared[2] = {zeros.data(), zeros.data()};
+            bool any = false;
+            for (int side : {kPlus, kMinus}) {
+              // Memory that was not written to is not read: it does not exist yet.
+              if (e.summed[side][panel]) any = true, own[side] = e.sum[side].get() + k * e.d;
+              if (e.shares[side][panel] && !e.apart[side][k])
+                any = true, shared[side] = e.shared[side].get() + panel * e.d;
+              if (auto is_own =
+                      [&] { return term < end && Term::of(*term).row == row && Term::of(*term).side == side; };
+                  is_own()) {
+                real* sum = rows.data() + (2 * worker + side) * e.d;
+                std::copy_n(own[side], e.d, sum);
+                while (is_own()) term = add_terms(term, end, from, sum);
+                any = true, own[side] = sum;
+              }
+            }
+            real* out = grad + e.order[k] * e.d;
+            if (!any) {
+              std::fill_n(out, e.d, real{0});
+              continue;
+            }
+            RowSums<real> sums{own[kPlus], shared[kPlus], own[kMinus], shared[kMinus]};
+            bool constant_norm = e.inverse[k] >= 1 / kEps;  // below kEps the divisor does not depend on x
+            loops_.gradient_row(sums, constant_norm ? nullptr : e.unit.get() + k * e.d, e.d, w_plus, w_minus,
+                                e.inverse[k], out);
           }
-          auto own = [&](int side) { return reads(side) ? e.sum[side].get() + k * e.d : zeros.data(); };
-          auto shared = [&](int side) {
-            return reads(side) && !e.apart[side][k] ? e.shared[side].get() + panel * e.d : zeros.data();
-          };
-          RowSums<real> sums{own(kPlus), shared(kPlus), own(kMinus), shared(kMinus)};
-          bool constant_norm = e.inverse[k] >= 1 / kEps;  // below kEps the divisor does not depend on x
-          loops_.gradient_row(sums, constant_norm ? nullptr : e.unit.get() + k * e.d, e.d, w_plus, w_minus,
-                              e.inverse[k], out);
         }
-      }
     });
   }
 

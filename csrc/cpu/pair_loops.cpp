@@ -112,19 +112,24 @@ TCM_INLINE void mask(const real* s, int words, real margin, real sign, uint64_t*
 }
 
 template <class real, int kWidth>
-TCM_INLINE void sparse_sum(const uint64_t* bits, int m, const real* x, int64_t d, real weight, real* g) {
+TCM_INLINE void sum_of_rows(const int64_t* list, int length, const real* x, int64_t d, real weight, real* g) {
   using C = Chunk<real, kWidth>;
+  for (int64_t c = 0; length > 0 && c < d; c += C::kSize) {
+    int size = static_cast<int>(std::min<int64_t>(C::kSize, d - c));
+    C sum = load<C>(x + list[0] * d + c, size);
+    for (int k = 1; k < length; ++k) add(sum, load<C>(x + list[k] * d + c, size));
+    add_to(g + c, size, weight, sum);
+  }
+}
+
+template <class real, int kWidth>
+TCM_INLINE void sparse_sum(const uint64_t* bits, int m, const real* x, int64_t d, real weight, real* g) {
   for (int i = 0; i < m; ++i, bits += kWords) {
-    int list[kTile], length = 0;
+    int64_t list[kTile];
+    int length = 0;
     for (int word = 0; word < kWords; ++word)
       for (uint64_t rest = bits[word]; rest; rest &= rest - 1) list[length++] = 64 * word + __builtin_ctzll(rest);
-    if (length == 0) continue;
-    for (int64_t c = 0; c < d; c += C::kSize) {
-      int size = static_cast<int>(std::min<int64_t>(C::kSize, d - c));
-      C sum = load<C>(x + list[0] * d + c, size);
-      for (int k = 1; k < length; ++k) add(sum, load<C>(x + list[k] * d + c, size));
-      add_to(g + i * d + c, size, weight, sum);
-    }
+    sum_of_rows<real, kWidth>(list, length, x, d, weight, g + i * d);
   }
 }
 
@@ -327,6 +332,9 @@ TCM_INLINE void projected(const RowSums<real>& sums, const real* unit, int64_t d
     target static void mask_row(const real* s, int words, real margin, real sign, uint64_t* bits) {                    \
       mask(s, words, margin, sign, bits);                                                                              \
     }                                                                                                                  \
+    target static void row_sum(const int64_t* list, int length, const real* x, int64_t d, real weight, real* g) {      \
+      sum_of_rows<real, width>(list, length, x, d, weight, g);                                                         \
+    }                                                                                                                  \
     target static void sparse(const uint64_t* bits, int m, const real* x, int64_t d, real weight, real* g) {           \
       sparse_sum<real, width>(bits, m, x, d, weight, g);                                                               \
     }                                                                                                                  \
@@ -356,9 +364,10 @@ TCM_INLINE void projected(const RowSums<real>& sums, const real* unit, int64_t d
                                     double inverse, real* out) {                                                       \
       projected(sums, unit, d, w_plus, w_minus, inverse, out);                                                         \
     }                                                                                                                  \
-    static constexpr PairLoops<real> kLoops{scan_row,  scan_squared, cell_row,  mask_row,  sparse, dense,              \
-                                            weigh_row, weighted,     transpose, exact_dot, dot,    is_near,            \
-                                            encode,    code_range,   code_mask, squares,   scale,  gradient_row};      \
+    static constexpr PairLoops<real> kLoops{scan_row,  scan_squared, cell_row,  mask_row,    row_sum,                  \
+                                            sparse,    dense,        weigh_row, weighted,    transpose,                \
+                                            exact_dot, dot,          is_near,   encode,      code_range,               \
+                                            code_mask, squares,      scale,     gradient_row};                         \
   };
 
 TCM_PAIR_LOOPS(Baseline, 16, )

@@ -41,6 +41,8 @@ struct PairLoops {
   real (*cell_row)(const real* s, int n, int32_t half, int32_t* cell, real* best);
   // Bit j of bits [words]: is pair j of s [64 words] hard?
   void (*mask_row)(const real* s, int words, real margin, real sign, uint64_t* bits);
+  // g [d] += weight * the sum of the rows `list` [length] of x.
+  void (*row_sum)(const int64_t* list, int length, const real* x, int64_t d, real weight, real* g);
   // g [m, d] += weight * M x, with M [m, n] the 0/1 matrix in bits [m, kWords] and x [n, d]: pair by pair,
   void (*sparse_sum)(const uint64_t* bits, int m, const real* x, int64_t d, real weight, real* g);
   // and at a cost that hardly depends on the number of pairs.
