@@ -45,6 +45,8 @@ struct Codes {
     scale.allocate(rows), error.allocate(rows), shift.allocate(rows), panel.resize(e.panels);
   }
 
+  void reset() { left.reset(), right.reset(), scale.reset(), error.reset(), shift.reset(); }
+
   // Encodes the rows of panel `p`.
   template <class real>
   void load(const PairLoops<real>& loops, const Embeddings<real>& e, int64_t p) {

@@ -120,7 +120,8 @@ class LossWalk {
       if (codes_pay()) encode();
       tiles();
     }
-    columns().forget_transposed();  // before the gradient takes its place
+    for (EmbeddingSums<real>* e : {&rows_, &other_})
+      e->codes.reset(), e->forget_transposed();  // the gradient comes instead
     finish();
   }
 
@@ -560,7 +561,7 @@ class LossWalk {
   void add_pairs(EmbeddingSums<real>& to, int64_t i, const EmbeddingSums<real>& from, int64_t j, int side, bool lacks,
                  const uint64_t* mask) {
     std::vector<uint64_t>& terms = to.terms[i];
-    size_t room = to.tile * p_.d / 16, count = 0;  // an eighth of the panel's own memory
+    size_t room = to.tile * p_.d / 4, count = 0;  // half of the panel's own memory
     for (int k = 0; k < to.rows(i) * kWords; ++k) count += mask[k] ? __builtin_popcountll(mask[k]) : 0;
     if (terms.size() + count > room) sum_terms(to, i, from);
     if (count > room) {
@@ -575,8 +576,8 @@ class LossWalk {
 
   // Moves a panel's terms into its sums.
   void sum_terms(EmbeddingSums<real>& to, int64_t i, const EmbeddingSums<real>& from) const {
-    std::vector<uint64_t>& terms = to.terms[i];
-    std::sort(terms.begin(), terms.end());
+    std::vector<uint64_t>&terms = to.terms[i], spare(terms.size());
+    sort_terms(terms, spare);
     const uint64_t *term = terms.data(), *end = term + terms.size();
     while (term < end) {
       Term first = Term::of(*term);
@@ -584,6 +585,15 @@ class LossWalk {
       term = add_terms(term, end, from, to.sum[first.side].get() + (to.begin(i) + first.row) * p_.d);
     }
     std::vector<uint64_t>().swap(terms);
+  }
+
+  // Brings terms that differ in the column alone together, row by row; `spare` has room for all.
+  static void sort_terms(std::vector<uint64_t>& terms, std::vector<uint64_t>& spare) {
+    std::array<uint32_t, 4 * kTile + 1> begin{};
+    for (uint64_t term : terms) ++begin[(term >> 48) + 1];
+    for (int k = 0; k < 4 * kTile; ++k) begin[k + 1] += begin[k];
+    for (uint64_t term : terms) spare[begin[term >> 48]++] = term;
+    std::copy_n(spare.begin(), terms.size(), terms.begin());
   }
 
   // Adds the first of the terms, and those after it that differ from it in the column alone, to g [d]; where they end.
@@ -755,11 +765,15 @@ class LossWalk {
     }
     real w_plus = static_cast<real>(weight[kPlus]), w_minus = static_cast<real>(weight[kMinus]);
     std::vector<real> zeros(e.d), rows(2 * e.d * host_.threads);
+    size_t most = 0;
+    for (const auto& terms : e.terms) most = std::max(most, terms.size());
+    std::vector<std::vector<uint64_t>> spares(host_.threads);
+    for (auto& spare : spares) spare.resize(most);
     host_.parallel(host_.threads, [&](int64_t worker, int64_t last) {
       for (; worker < last; ++worker)
         for (int64_t panel = worker; panel < e.panels; panel += host_.threads) {
           std::vector<uint64_t>& terms = e.terms[panel];
-          std::sort(terms.begin(), terms.end());
+          sort_terms(terms, spares[worker]);
           const uint64_t *term = terms.data(), *end = term + terms.size();
           for (int row = 0; row < e.rows(panel); ++row) {
             int64_t k = e.begin(panel) + row;
