@@ -201,18 +201,24 @@ template <class real, int kWidth>
 TCM_INLINE real dot_product(const real* x, const real* y, int64_t d) {
   using C = Chunk<real, kWidth>;
   C sum{};
-  for (int64_t c = 0; c < d; c += C::kSize) {
-    int size = static_cast<int>(std::min<int64_t>(C::kSize, d - c));
+  auto add_chunk = [&](int64_t c, int size) __attribute__((always_inline)) {
     C a = load<C>(x + c, size), b = load<C>(y + c, size);
 #pragma GCC unroll 8
     for (int k = 0; k < C::kVectors; ++k) sum.v[k] += a.v[k] * b.v[k];
-  }
+  };
+  int64_t whole = d / C::kSize * C::kSize;
+  for (int64_t c = 0; c < whole; c += C::kSize) add_chunk(c, C::kSize);
+  if (whole < d) add_chunk(whole, static_cast<int>(d - whole));
   for (int step = C::kVectors / 2; step; step /= 2)
     for (int k = 0; k < step; ++k) sum.v[k] += sum.v[k + step];
-  real parts[C::kSize / C::kVectors], total = 0;
+  constexpr int kParts = C::kSize / C::kVectors;
+  real parts[kParts];
   std::memcpy(parts, &sum.v[0], sizeof(parts));
-  for (real part : parts) total += part;
-  return total;
+#pragma GCC unroll 4
+  for (int step = kParts / 2; step; step /= 2)
+#pragma GCC unroll 8
+    for (int k = 0; k < step; ++k) parts[k] += parts[k + step];
+  return parts[0];
 }
 
 template <class real>
