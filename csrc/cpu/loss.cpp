@@ -36,7 +36,7 @@ namespace {
 constexpr int kGroup = 2;          // panels on each side of one matrix product
 constexpr int kDensePairs = 8;     // pairs of a dense sum that cost as much as one of a sparse sum (measured: 7)
 constexpr int kWeightedPairs = 4;  // the same where pairs have weights (measured: 4)
-constexpr int kLeastCoded = 512;   // rows and columns from which codes pay
+constexpr int kLeastCoded = 256;   // rows and columns from which codes pay
 constexpr int kCodedPairs =
     16;  // of this many pairs of a tile one at most is decided by itself, else a product is faster
 
@@ -564,7 +564,7 @@ class LossWalk {
     size_t room = to.tile * p_.d / 4, count = 0;  // half of the panel's own memory
     for (int k = 0; k < to.rows(i) * kWords; ++k) count += mask[k] ? __builtin_popcountll(mask[k]) : 0;
     if (terms.size() + count > room) sum_terms(to, i, from);
-    if (count > room) {
+    if (8 * count > room || to.summed[side][i]) {
       to.summed[side][i] = 1;
       loops_.sparse_sum(mask, to.rows(i), from.unit_at(j), p_.d, lacks ? -1 : 1,
                         to.sum[side].get() + to.begin(i) * p_.d);
