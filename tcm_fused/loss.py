@@ -157,15 +157,7 @@ def tcm_loss(
         (0.68, 2, 4)
     """
     options = Options(
-        margin_plus,
-        margin_minus,
-        lambda_plus,
-        lambda_minus,
-        penalty=penalty,
-        reduction=reduction,
-        group_pairs=group_pairs,
-        precision=precision,
-        backend=backend,
+        margin_plus, margin_minus, lambda_plus, lambda_minus, penalty, reduction, group_pairs, precision, backend
     )
     options.check()
     options.warn_of_crossed_margins()
@@ -212,18 +204,6 @@ class TCMLoss(nn.Module):
     ) -> None:
         if positional:
             raise TypeError(_by_keyword(type(self).__name__, positional[0]))
-        options = Options(
-            margin_plus,
-            margin_minus,
-            lambda_plus,
-            lambda_minus,
-            penalty=penalty,
-            reduction=reduction,
-            group_pairs=group_pairs,
-            precision=precision,
-            backend=backend,
-        )
-        options.check()
         super().__init__()
         self.margin_plus = margin_plus
         self.margin_minus = margin_minus
@@ -236,7 +216,7 @@ class TCMLoss(nn.Module):
         self.group_pairs = group_pairs
         # Of the last call: penalty sums [2], counts [2], dtype of the loss.
         self._seen: tuple[Tensor, Tensor, torch.dtype] | None = None
-        self._warned = options.warn_of_crossed_margins()
+        self._checked_options()
 
     @property
     def stats(self) -> TCMStats | None:
@@ -246,7 +226,7 @@ class TCMLoss(nn.Module):
     @property
     def options(self) -> Options:
         """Those of `tcm_loss` that the module holds."""
-        return Options(**{name: getattr(self, name) for name in Options._fields})
+        return Options.of(self)
 
     def _checked_options(self) -> Options:
         options = self.options

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 EPS = 1e-12  # smallest norm a row is divided by
+_CPU = torch.device("cpu")
 _EXACT = ("ieee", "none")  # settings of float32 products that are float32; nothing set is the latter
 
 
@@ -87,6 +88,8 @@ def _onednn_rounds_by_default() -> bool:
 
 def has_float64(device: torch.device) -> bool:
     """Apple's GPUs have none, and not all of Intel's."""
+    if device == _CPU:  # the type of a device is a string that is made anew each time
+        return True
     if device.type == "xpu":
         return bool(torch.xpu.get_device_properties(device).has_fp64)
     return device.type != "mps"

@@ -146,16 +146,13 @@ def _opis(arguments: argparse.Namespace) -> None:
     print("".join(written), end="")
 
 
+def _rates(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {"far": arguments.far, "frr": arguments.frr, "backend": arguments.backend}
+
+
 def _calibrate(arguments: argparse.Namespace) -> None:
     data, embeddings, labels = _read(arguments)
-    found = calibrate(
-        embeddings,
-        labels,
-        far=arguments.far,
-        frr=arguments.frr,
-        backend=arguments.backend,
-        **_progress(data),
-    )
+    found = calibrate(embeddings, labels, **_rates(arguments), **_progress(data))
     written = _write(arguments, found)
     print(f"{_rows(data)}; {found.report(arguments.worst)}")
     print("".join(written), end="")
@@ -163,14 +160,7 @@ def _calibrate(arguments: argparse.Namespace) -> None:
 
 def _margins(arguments: argparse.Namespace) -> None:
     data, embeddings, labels = _read(arguments)
-    found = suggest_margins(
-        embeddings,
-        labels,
-        far=arguments.far,
-        frr=arguments.frr,
-        backend=arguments.backend,
-        **_progress(data),
-    )
+    found = suggest_margins(embeddings, labels, **_rates(arguments), **_progress(data))
     written = _write(arguments, found)
     print(found.report())
     print("".join(written), end="")
