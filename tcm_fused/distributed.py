@@ -191,7 +191,7 @@ reduction='violating', group_pairs='within', precision='auto', backend='auto', g
         rows, _ = check_sets(embeddings, labels, None, None, None, groups, None)
         for values in (self.options.margins, self.options.weights):
             values(rows.x)  # raises if they are on another device
-        choose(self.backend, rows.x.device.type, rows.x.dtype, self.penalty == "squared")
+        choose(self.backend, rows.x.device.type, rows.x.dtype, self.penalty)
         devices = ranks.device_types(group)
         if rows.x.device.type not in devices:
             raise ValueError(

@@ -1,6 +1,6 @@
 """`tcm_loss` and `TCMLoss`, which users call."""
 
-from typing import Any, Literal, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, overload
 
 import torch
 from torch import Tensor, nn
@@ -8,6 +8,9 @@ from torch import Tensor, nn
 from tcm_fused.arguments import Options, Rows, check_bank, check_sets
 from tcm_fused.backends.numerics import loss_dtype
 from tcm_fused.pair_sums import add, loss_and_sums, pair_sums
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # in typing from Python 3.11 on
 
 
 class TCMStats(NamedTuple):
@@ -22,6 +25,23 @@ class TCMStats(NamedTuple):
     violation_minus: Tensor  # mean penalty of them, s - m- or its square; likewise
 
 
+class _Keywords(TypedDict, total=False):
+    """The keywords of `tcm_loss` that make no difference to the type of its result."""
+
+    margin_plus: float | Tensor
+    margin_minus: float | Tensor
+    lambda_plus: float | Tensor
+    lambda_minus: float | Tensor
+    row_offset: int | None
+    penalty: str
+    reduction: str
+    groups: Tensor | None
+    ref_groups: Tensor | None
+    group_pairs: str
+    precision: str
+    backend: str
+
+
 @overload
 def tcm_loss(
     embeddings: Tensor,
@@ -29,19 +49,8 @@ def tcm_loss(
     ref_emb: Tensor | None = None,
     ref_labels: Tensor | None = None,
     *,
-    margin_plus: float | Tensor = ...,
-    margin_minus: float | Tensor = ...,
-    lambda_plus: float | Tensor = ...,
-    lambda_minus: float | Tensor = ...,
-    row_offset: int | None = ...,
-    penalty: str = ...,
-    reduction: str = ...,
-    groups: Tensor | None = ...,
-    ref_groups: Tensor | None = ...,
-    group_pairs: str = ...,
-    precision: str = ...,
-    backend: str = ...,
     return_stats: Literal[False] = ...,
+    **keywords: "Unpack[_Keywords]",
 ) -> Tensor: ...
 
 
@@ -52,19 +61,8 @@ def tcm_loss(
     ref_emb: Tensor | None = None,
     ref_labels: Tensor | None = None,
     *,
-    margin_plus: float | Tensor = ...,
-    margin_minus: float | Tensor = ...,
-    lambda_plus: float | Tensor = ...,
-    lambda_minus: float | Tensor = ...,
-    row_offset: int | None = ...,
-    penalty: str = ...,
-    reduction: str = ...,
-    groups: Tensor | None = ...,
-    ref_groups: Tensor | None = ...,
-    group_pairs: str = ...,
-    precision: str = ...,
-    backend: str = ...,
     return_stats: Literal[True],
+    **keywords: "Unpack[_Keywords]",
 ) -> tuple[Tensor, TCMStats]: ...
 
 

@@ -38,10 +38,10 @@ class _Call(NamedTuple):
 
     @classmethod
     def of(cls, x: Tensor, options: Options) -> "_Call":
-        squared = options.penalty == "squared"
         kind = x.device.type, x.dtype  # once: torch makes the string anew each time
-        backend = choose(options.backend, *kind, squared)
-        return cls(OPERATORS[backend], options.margins(x), squared, one_fp16_product(*kind, options.precision))
+        backend = choose(options.backend, *kind, options.penalty)
+        fp16 = one_fp16_product(*kind, options.precision)
+        return cls(OPERATORS[backend], options.margins(x), options.penalty == "squared", fp16)
 
 
 def loss_and_sums(
