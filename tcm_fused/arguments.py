@@ -19,6 +19,7 @@ from tcm_fused.warn import warn_once
 
 _LARGEST = sys.float_info.max
 PRECISIONS = ("auto", "fp32", "fp16")
+_BACKENDS = ("auto", *choice.BACKENDS)
 _AUTOCAST_DEVICES = tuple(filter(torch.amp.is_autocast_available, ("cpu", "cuda", "mps", "xpu")))
 
 
@@ -55,7 +56,7 @@ class Options(NamedTuple):
         check_choice("reduction", self.reduction, ("violating", "all"))
         check_choice("group_pairs", self.group_pairs, ("within", "across"))
         check_choice("precision", self.precision, PRECISIONS)
-        check_choice("backend", self.backend, ("auto", *choice.BACKENDS))
+        check_choice("backend", self.backend, _BACKENDS)
         _check_value("margin_plus", self.margin_plus)
         _check_value("margin_minus", self.margin_minus)
         _check_value("lambda_plus", self.lambda_plus, least=0.0)
@@ -91,7 +92,7 @@ def warn_of_crossed_margins(margin_plus: float, margin_minus: float) -> bool:
 
 def _check_value(name: str, value: Any, least: float = -math.inf) -> None:
     """A margin or weight: a number or a 0-d tensor. The value of a tensor is looked at if that waits for no device."""
-    if type(value) is float and max(least, -_LARGEST) <= value <= _LARGEST:  # most are: the rest takes its time
+    if type(value) is float and -_LARGEST <= value <= _LARGEST and least <= value:  # most are: the rest takes its time
         return
     value = _as_traced(value)
     if not isinstance(value, Tensor):

@@ -9,7 +9,7 @@ from torch import Tensor
 from tcm_fused.arguments import Options, Rows, one_fp16_product
 from tcm_fused.backends import operators
 from tcm_fused.backends.choice import choose
-from tcm_fused.backends.numerics import loss_dtype, wide_dtype
+from tcm_fused.backends.numerics import device_type, loss_dtype, wide_dtype
 from tcm_fused.backends.operators import OPERATORS, wants_gradient, with_gradient
 from tcm_fused.tracing import eager_when_compiled
 
@@ -38,7 +38,7 @@ class _Call(NamedTuple):
 
     @classmethod
     def of(cls, x: Tensor, options: Options) -> "_Call":
-        kind = x.device.type, x.dtype  # once: torch makes the string anew each time
+        kind = device_type(x), x.dtype
         backend = choose(options.backend, *kind, options.penalty)
         fp16 = one_fp16_product(*kind, options.precision)
         return cls(OPERATORS[backend], options.margins(x), options.penalty == "squared", fp16)

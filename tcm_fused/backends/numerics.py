@@ -86,9 +86,14 @@ def _onednn_rounds_by_default() -> bool:
     return any(os.environ.get(name, "STRICT").upper() != "STRICT" for name in names)
 
 
+def device_type(x: Tensor) -> str:
+    """`x.device.type`, which is a string that torch makes anew each time: that would take 2 % of a small call."""
+    return "cpu" if x.is_cpu else x.device.type
+
+
 def has_float64(device: torch.device) -> bool:
     """Apple's GPUs have none, and not all of Intel's."""
-    if device == _CPU:  # the type of a device is a string that is made anew each time
+    if device == _CPU:  # see `device_type`
         return True
     if device.type == "xpu":
         return bool(torch.xpu.get_device_properties(device).has_fp64)
