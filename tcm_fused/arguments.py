@@ -177,8 +177,7 @@ def check_sets(
     if groups is not None or ref_groups is not None:
         _check_groups(embeddings, ref_emb, row_offset, groups, ref_groups)
         groups, ref_groups = (None if t is None else t.long() for t in (groups, ref_groups))
-    if not torch.compiler.is_compiling():
-        _check_differentiation(embeddings, ref_emb)
+    check_differentiation(embeddings, ref_emb)
     if ref_emb is None or ref_labels is None:
         return Rows(embeddings, int64_labels(labels, "labels"), groups), None
     if ref_emb.dtype != embeddings.dtype:  # under autocast
@@ -246,8 +245,10 @@ def _user_allows_less_than_float32(device_type: str) -> bool:
         return torch.backends.cuda.matmul.fp32_precision not in ("none", "ieee")
 
 
-def _check_differentiation(*embeddings: Tensor | None) -> None:
+def check_differentiation(*embeddings: Tensor | None) -> None:
     """RuntimeError but for reverse-mode autograd: torch itself would be unclear about the others, or silent."""
+    if torch.compiler.is_compiling():
+        return
     for x in embeddings:
         if x is None:
             continue

@@ -86,7 +86,7 @@ def _keep(ctx: Any, grads: Sequence[Tensor | None], by: Sequence[Tensor | None])
 
 def _gradients(ctx: Any, upstream: Tensor, needed: Sequence[bool]) -> list[Tensor | None]:
     """Those by each x of `ctx.by`, in its dtype."""
-    scale = OnceDifferentiable.apply if torch.is_grad_enabled() else scale_saved
+    scale = _OnceDifferentiable.apply if torch.is_grad_enabled() else _scaled
     grads: list[Tensor | None] = []
     for saved, x, is_needed in zip(ctx.saved_tensors, ctx.by, needed, strict=True):
         grad = scale(saved, upstream, *ctx.by) if is_needed else None
@@ -95,15 +95,15 @@ def _gradients(ctx: Any, upstream: Tensor, needed: Sequence[bool]) -> list[Tenso
     return grads
 
 
-def scale_saved(saved: Tensor, upstream: Tensor, *_: Any) -> Tensor:
+def _scaled(saved: Tensor, upstream: Tensor, *_: Any) -> Tensor:
     """saved [N, D] times upstream [], or saved [2, N, D] by upstream [2]."""
     if upstream.dtype != saved.dtype:
         upstream = upstream.to(saved.dtype)
     return upstream * saved if upstream.ndim == 0 else torch.addcmul(upstream[0] * saved[0], upstream[1], saved[1])
 
 
-class OnceDifferentiable(torch.autograd.Function):
-    """`scale_saved` with an error for its own gradient: the saved gradient is a constant only to first order.
+class _OnceDifferentiable(torch.autograd.Function):
+    """`_scaled` with an error for its own gradient: the saved gradient is a constant only to first order.
 
     It takes the embeddings as well, since it is their function that is differentiated once more.
     """
@@ -111,7 +111,7 @@ class OnceDifferentiable(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, saved: Tensor, upstream: Tensor, *embeddings: Tensor | None) -> Tensor:
         """The gradient [N, D]."""
-        return scale_saved(saved, upstream)
+        return _scaled(saved, upstream)
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:
