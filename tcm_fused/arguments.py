@@ -24,7 +24,7 @@ _AUTOCAST_DEVICES = tuple(filter(torch.amp.is_autocast_available, ("cpu", "cuda"
 
 
 class Rows(NamedTuple):
-    """One set of embeddings with what belongs to each."""
+    """One set of embeddings, with labels and groups."""
 
     x: Tensor  # [N, D]
     y: Tensor  # [N] int64

@@ -174,7 +174,7 @@ reduction='violating', group_pairs='within', precision='auto', backend='auto', g
                 stored = pair_sums(rows, bank, None, options)  # of columns that are constant
                 batch, complete = add([batch, stored]), complete + stored.penalty
         total = _add_up(batch, group)
-        self._seen = total.penalty, total.hard, loss_dtype(rows.x)
+        self.last_call = total.penalty, total.hard, loss_dtype(rows.x)
         divisor = total.divisor.clamp_min(1).to(total.penalty.dtype)
         weights = options.weights(rows.x)
         weight = torch.stack([weights[0] / divisor[0], weights[1] / divisor[1]])

@@ -143,7 +143,7 @@ def tcm_loss(
     Raises:
         TypeError: an argument is of the wrong type or dtype.
         ValueError: shapes, devices or values do not fit.
-        RuntimeError: the backend asked for is not available; the message says why and what to do.
+        RuntimeError: the backend asked for is not available; the message says why, and the remedy.
 
     Source: Zhang et al., Threshold-Consistent Margin Loss for Open-World Deep Metric Learning, ICLR 2024,
     section 4 (arXiv 2307.04047).
@@ -212,14 +212,14 @@ class TCMLoss(nn.Module):
         self.penalty = penalty
         self.reduction = reduction
         self.group_pairs = group_pairs
-        # Of the last call: penalty sums [2], counts [2], dtype of the loss.
-        self._seen: tuple[Tensor, Tensor, torch.dtype] | None = None
+        # Penalty sums [2], counts [2] and dtype of the loss; another object after each call.
+        self.last_call: tuple[Tensor, Tensor, torch.dtype] | None = None
         self._checked_options()
 
     @property
     def stats(self) -> TCMStats | None:
         """Of the last call, or None before the first."""
-        return None if self._seen is None else stats_of(*self._seen)
+        return None if self.last_call is None else stats_of(*self.last_call)
 
     @property
     def options(self) -> Options:
@@ -252,7 +252,7 @@ class TCMLoss(nn.Module):
         options = self._checked_options()
         rows, columns = check_sets(embeddings, labels, ref_emb, ref_labels, None, groups, ref_groups)
         loss, penalty, count = loss_and_sums(rows, columns, None, options)
-        self._seen = penalty, count, loss.dtype
+        self.last_call = penalty, count, loss.dtype
         return loss
 
     def against_bank(
@@ -267,7 +267,7 @@ class TCMLoss(nn.Module):
         # Two sets of pairs, since the batch's own need their similarities, and their gradient, once for both orders.
         sums = add([pair_sums(rows, None, None, options), pair_sums(rows, bank, None, options)])
         loss = sums.loss(options.weights(rows.x)).to(loss_dtype(rows.x))
-        self._seen = sums.penalty.detach(), sums.hard, loss.dtype
+        self.last_call = sums.penalty.detach(), sums.hard, loss.dtype
         return loss, rows
 
     def extra_repr(self) -> str:

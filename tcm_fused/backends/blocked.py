@@ -105,10 +105,10 @@ def _sums(problem: Problem) -> _Sums:
             hard_plus = pair & same & (s <= margin_plus)
             hard_minus = pair & ~same & (s >= margin_minus)
             for side, (hard, violation) in enumerate([(hard_plus, margin_plus - s), (hard_minus, s - margin_minus)]):
-                excess = torch.where(hard, violation, 0)
-                penalty[side] += (excess**2 if squared else excess).sum(dtype=wide)
+                violation = torch.where(hard, violation, 0)
+                penalty[side] += (violation**2 if squared else violation).sum(dtype=wide)
                 count[side] += hard.sum()
-                slope = 2 * excess if squared else hard.to(s.dtype)
+                slope = 2 * violation if squared else hard.to(s.dtype)
                 if grad_x:
                     g_rows[side][block_rows] += product(slope, ref_hat[block_columns])
                 if grad_ref:

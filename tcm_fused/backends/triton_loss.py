@@ -291,7 +291,7 @@ class Walk:
         """First row and height, first column and width of each. Where rows are columns they grow taller as they narrow.
 
         A pair takes 4 bytes, 2 for each side. The masks get `panel_bytes`, or as much as one matrix of masked sums
-        where that is more, or what one row of tiles takes (`columns` high): 1 KiB a column.
+        where that is more, or as much as one row of tiles takes (`columns` high): 1 KiB a column.
         """
         config = self.config
         pairs = max(config.panel_bytes // 4, self.rows.padded * self.d, self.columns.padded * self.d)

@@ -81,10 +81,10 @@ def _loss_and_gradients(
             s = (u * v).sum(1)
             violation = s - margins[1] if side else margins[0] - s
             hard = violation >= 0
-            excess = torch.where(hard, violation, 0)
-            penalty[side] += (excess**2 if squared else excess).sum(dtype=wide)
+            violation = torch.where(hard, violation, 0)
+            penalty[side] += (violation**2 if squared else violation).sum(dtype=wide)
             count[side] += hard.sum()
-            slope = (2 * excess if squared else hard.to(dtype))[:, None]
+            slope = (2 * violation if squared else hard.to(dtype))[:, None]
             if g_rows:
                 g_rows[side].index_add_(0, i, slope * v)
             if g_columns:

@@ -59,7 +59,7 @@ class ThresholdConsistentMarginLoss(losses.BaseMetricLossFunction):
         stats: the `TCMStats` of the last call, or None.
 
     Raises:
-        TypeError, ValueError: an argument does not fit; the message says what does.
+        TypeError, ValueError: an argument does not fit; the message says which would.
     """
 
     group_pairs = "within"  # the library's losses know no groups

@@ -202,7 +202,7 @@ def _check_outputs(arguments: argparse.Namespace, inputs: list[Path | None]) -> 
     """Before any work, so that none is lost."""
     check_picture(arguments.plot)
     if arguments.plot is not None:
-        importlib.import_module("tcm_fused.thresholds.plots")  # its error names what to install
+        importlib.import_module("tcm_fused.thresholds.plots")  # its error says how to install matplotlib
     check_outputs([arguments.json, arguments.plot], inputs)
 
 
