@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from tcm_fused.backends.choice import BACKENDS
 from tcm_fused.thresholds.calibration import calibrate, suggest_margins
 from tcm_fused.thresholds.files import SUFFIXES, Labelled, load
 from tcm_fused.thresholds.opis import opis
@@ -92,7 +93,7 @@ def _add(
     command.add_argument(
         "--backend",
         default="auto",
-        choices=("auto", "cpu", "cuda", "torch"),
+        choices=("auto", *(name for name, able in BACKENDS.items() if able.counted)),
         help="C++ kernel, CUDA kernel or PyTorch (default: auto)",
     )
     command.add_argument(
