@@ -42,9 +42,14 @@ template <class real>
 bool exact(const Host<real>& host) {
   constexpr int64_t kSize = 32;  // of a product that is large enough for such libraries
   constexpr real kOne = 1 + std::numeric_limits<real>::epsilon();
-  std::vector<real> a(kSize * kSize), b(kSize * kSize), s(kSize * kSize);
-  for (int64_t k = 0; k < kSize; ++k) a[k * kSize + k] = kOne, b[k * kSize + k] = 1;
-  host.product(a.data(), kSize, b.data(), kSize, kSize, kSize, s.data(), kSize);
+  constexpr auto diagonal = [](real value) {
+    std::vector<real> matrix(kSize * kSize);
+    for (int64_t k = 0; k < kSize; ++k) matrix[k * kSize + k] = value;
+    return matrix;
+  };
+  static const std::vector<real> a = diagonal(kOne), b = diagonal(1);
+  real s[kSize * kSize];
+  host.product(a.data(), kSize, b.data(), kSize, kSize, kSize, s, kSize);
   for (int64_t k = 0; k < kSize; ++k)
     if (s[k * kSize + k] != kOne) return false;
   return true;

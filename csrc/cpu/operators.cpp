@@ -28,6 +28,9 @@ __attribute__((weak, visibility("default"))) void brgemm_release(bool vnni);
 }  // namespace at::native::cpublas
 
 namespace tcm::cpu {
+
+bool multiplies_codes();  // whether products of codes are to be had, which is tried out once
+
 namespace {
 
 // A view of memory that somebody else owns, as the shim wants it.
@@ -113,7 +116,7 @@ void code_product(const uint8_t* a, int64_t m, const int8_t* b, int64_t n, int64
 }
 
 // Whether this processor multiplies bytes, and rightly: oneDNN throws where it has no instruction for them.
-bool has_code_product() {
+bool try_code_product() {
   using Product = void (*)(int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, bool, const unsigned char*,
                            const signed char*, int32_t*, bool);
   if (!static_cast<Product>(at::native::cpublas::brgemm) || !at::native::cpublas::brgemm_release) return false;
@@ -154,8 +157,7 @@ void set_products(Host<float>& host) {
     host.product = transposed_product, host.transposed = true, host.add_product = add_brgemm;
   if (products == "wide" || !exact(host))
     host.product = wide_product, host.transposed = false, host.add_product = wide_add_product;
-  static const bool has_codes = has_code_product();
-  if (!has_codes || !(products.empty() || products == "codes")) return;
+  if (!multiplies_codes() || !(products.empty() || products == "codes")) return;
   host.code_product = code_product, host.release_code_product = [] { at::native::cpublas::brgemm_release(true); };
   host.always_codes = products == "codes";
 }
@@ -211,6 +213,11 @@ CountTensors counts_operator(CountArguments& a) {
 }
 
 }  // namespace
+
+bool multiplies_codes() {
+  static const bool right = try_code_product();
+  return right;
+}
 
 STABLE_TORCH_LIBRARY_IMPL(tcm_fused, CPU, library) {
   library.impl("loss", TORCH_BOX(&LossOperators<loss_operator>::loss));
