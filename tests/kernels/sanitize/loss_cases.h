@@ -130,12 +130,11 @@ std::vector<double> units(const real* x, int64_t n, int64_t d) {
   return u;
 }
 
-// The similarity by which a pair is decided: exact but for one rounding to `real`.
-template <class real>
-double similarity(const double* u, const double* v, int64_t d) {
+// The similarity of two rows; a pair is decided by it rounded to `real`.
+inline double similarity(const double* u, const double* v, int64_t d) {
   double s = 0;
   for (int64_t k = 0; k < d; ++k) s += u[k] * v[k];
-  return static_cast<real>(s);
+  return s;
 }
 
 template <class real>
@@ -144,9 +143,14 @@ bool is_pair(const tcm::Problem<real>& p, int64_t i, int64_t j) {
   return p.y[i] >= 0 && label >= 0 && !(offset >= 0 && j == offset + i);
 }
 
+template <class real>
+int side_of(const tcm::Problem<real>& p, int64_t i, int64_t j) {
+  return p.y[i] == (p.symmetric ? p.y : p.ref_y)[j] ? kPlus : kMinus;
+}
+
 // The definition, pair by pair, in double; the gradients of both penalties, one after the other, or of the loss.
-// In float32 the decisions are those of `similarity`, however near a margin is. False, in float64, if a pair is as near to
-// a margin as rounding reaches.
+// False if a decision is not clear: in float64 within rounding of a margin; in float32, where exact similarities decide,
+// within the rounding of a sum in float64.
 template <class real>
 bool oracle(const tcm::Problem<real>& p, bool penalties, Answer* out) {
   auto u = units(p.x, p.n, p.d), v = p.symmetric ? u : units(p.ref_x, p.m, p.d);
@@ -160,10 +164,14 @@ bool oracle(const tcm::Problem<real>& p, bool penalties, Answer* out) {
   for (int64_t i = 0; i < p.n; ++i)
     for (int64_t j = 0; j < p.m; ++j) {
       if (!is_pair(p, i, j)) continue;
-      double s = similarity<real>(&u[i * p.d], &v[j * p.d], p.d);
-      int side = p.y[i] == (p.symmetric ? p.y : p.ref_y)[j] ? kPlus : kMinus;
-      double margin = static_cast<real>(p.margin.value[side]), violation = side == kPlus ? margin - s : s - margin;
-      if (std::is_same_v<real, double> && std::abs(violation) < 32 * std::numeric_limits<real>::epsilon()) return false;
+      int side = side_of(p, i, j);
+      double exact = similarity(&u[i * p.d], &v[j * p.d], p.d), margin = static_cast<real>(p.margin.value[side]);
+      auto violation_at = [&](double s) {
+        return side == kPlus ? margin - static_cast<real>(s) : static_cast<real>(s) - margin;
+      };
+      double blur = std::is_same_v<real, double> ? 32 * std::numeric_limits<real>::epsilon() : 1e-14;
+      if ((violation_at(exact - blur) >= 0) != (violation_at(exact + blur) >= 0)) return false;
+      double violation = violation_at(exact);
       if (violation < 0) continue;
       double slope = p.squared ? 2 * violation : 1, reach = p.squared ? slope + 1 : 1;
       out->penalty[side] += p.squared ? violation * violation : violation, out->count[side] += 1;
