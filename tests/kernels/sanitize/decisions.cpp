@@ -26,7 +26,8 @@ class Rows {
         axis_(d),
         cone_(pick(random, (const double[]){0, 0.3, 1, 10, 1000})),
         flips_(pick(random, (const double[]){0, 0.02, 0.5})),
-        steps_(pick(random, (const int[]){5, 20, 60, 100})) {
+        steps_(pick(random, (const int[]){5, 20, 60, 100})),
+        even_(chance(random, 0.5)) {
     for (auto& a : axis_) a = normal_(random_);
   }
 
@@ -54,13 +55,14 @@ class Rows {
   // so that a step is 1.
   void aligned(double* a, double* b) {
     std::vector<double> signs(d_), partner(d_);
-    double apart = uniform(random_, 0, 0.5), toward = chance(random_, 0.5) ? 0.49 : -0.49;
+    double apart = chance(random_, 0.3) ? 0 : uniform(random_, 0, 0.5), toward = chance(random_, 0.5) ? 0.49 : -0.49;
     for (int64_t k = 0; k < d_; ++k) {
       signs[k] = (axis_[k] < 0 ? -1 : 1) * (chance(random_, flips_) ? -1 : 1);
       partner[k] = signs[k] * (chance(random_, apart) ? -1 : 1);
     }
     int64_t peak = random_() % d_;
-    int here = 1 + static_cast<int>(random_() % steps_), there = 1 + static_cast<int>(random_() % steps_);
+    int here = even_ ? steps_ : 1 + static_cast<int>(random_() % steps_);
+    int there = even_ ? steps_ : 1 + static_cast<int>(random_() % steps_);
     for (int64_t k = 0; k < d_; ++k) {
       a[k] = here * signs[k] + toward * partner[k], b[k] = there * partner[k] + toward * signs[k];
       if (k == peak) a[k] = 127 * signs[k];
@@ -74,13 +76,14 @@ class Rows {
   std::vector<double> axis_;
   double cone_, flips_;
   int steps_;
+  bool even_;  // aligned rows have the same scale
 };
 
 // Two sets of rows of one kind each, or now and then of another; some of them zero, or of extreme length.
 void draw(const Case& c, Random& random, Batch<float>* batch) {
   Rows rows(c.d, random);
   auto kind = [&] { return static_cast<Kind>(random() % kKinds); };
-  Kind usual = chance(random, 0.4) ? kAligned : kind();
+  Kind usual = c.d > 1000 || chance(random, 0.4) ? kAligned : kind();
   bool extreme = chance(random, 0.1);
   int64_t pairs = c.symmetric ? (c.n + 1) / 2 : std::max(c.n, c.m);
   std::vector<double> a(c.d), b(c.d);
@@ -141,9 +144,8 @@ int main(int argc, char** argv) {
     c.m = 1 + random() % pick(random, (const int[]){2, 8, 30});
     c.d = pick(random, (const int64_t[]){1, 2, 16, 64, 65, 130});
     if (chance(random, 0.02)) c.n = 60 + random() % 260, c.m = 60 + random() % 100;
-    if (chance(random, 0.02))
-      c.n = std::min<int64_t>(c.n, 8), c.m = std::min<int64_t>(c.m, 8),
-      c.d = pick(random, (const int64_t[]){700, 2048, 4096});
+    if (chance(random, 0.008)) c.n = 520 + random() % 40, c.m = 70, c.d = 16;  // tiles of several blocks of codes
+    if (chance(random, 0.04)) c.n = 1 + random() % 4, c.m = 1 + random() % 4, c.d = 2048 << random() % 2;
     c.classes = pick(random, (const int64_t[]){1, 2, 1000});
     c.symmetric = random() % 2, c.grad_x = random() % 4, c.grad_ref = !c.symmetric && random() % 2;
     if (c.symmetric) c.m = c.n;
