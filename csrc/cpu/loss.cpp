@@ -82,10 +82,12 @@ struct Turn {
   int64_t mine, next;
 };
 
-// How far a product of unit vectors may be off. Sums are made in steps of 256 numbers, and then of steps.
+// How far a product of unit vectors may be off. Sums are made in steps of 256 numbers, and then of steps; or, by `dot`,
+// in 32 parts or more.
 template <class real>
 real rounding(int64_t d) {
-  return static_cast<real>(std::min<int64_t>(d, 256) + d / 256 + 8) * std::numeric_limits<real>::epsilon() / 2;
+  int64_t additions = std::max(std::min<int64_t>(d, 256) + d / 256, d / 32) + 8;
+  return static_cast<real>(additions) * std::numeric_limits<real>::epsilon() / 2;
 }
 
 // Sets bits [from, to) of a row of a mask.
@@ -405,7 +407,8 @@ class LossWalk {
     }
     auto [start, first, last] = segments(t, row);
     int32_t least, most;
-    loops_.code_range(product, column.shift, 64 * words, &least, &most);
+    int from = start / kCodeBlock * kCodeBlock;  // before it, on the diagonal, there may be another tile's products
+    loops_.code_range(product + from, column.shift + from, 64 * words - from, &least, &most);
     double bound = error + (1.0 + error) * panel.error + kCodeSlack, m = margin(kMinus);
     double high = scale * (most > 0 ? panel.most_scale : panel.least_scale) * most;
     double low = scale * (least > 0 ? panel.least_scale : panel.most_scale) * least;
