@@ -17,10 +17,11 @@ test: lint
 
 # Under a minute: definition, loss on each backend, errors, and something of each room.
 quick: $(VENV)/built
-	$(RUN) -m pytest --quick $(addprefix tests/, loss/test_oracle.py loss/test_loss.py loss/test_errors.py \
-		kernels/test_triton.py::test_every_kind_of_tile kernels/test_triton.py::test_no_pairs kernels/test_ptxas.py \
-		thresholds/test_opis.py integrations/test_pytorch_metric_learning.py benchmarks/test_report.py \
-		build/test_build.py build/test_info.py)
+	$(RUN) -m pytest --quick $(addprefix tests/, loss/test_oracle.py loss/test_loss.py loss/test_groups.py \
+		loss/test_inputs.py loss/test_module.py loss/test_errors.py \
+		kernels/test_triton.py::test_every_kind_of_tile kernels/test_triton_edges.py::test_no_pairs kernels/test_ptxas.py \
+		thresholds/test_opis.py thresholds/test_calibration.py thresholds/test_opis_errors.py \
+		integrations/test_pytorch_metric_learning.py benchmarks/test_report.py build/test_build.py build/test_info.py)
 
 lint: $(VENV)/built
 	$(VENV)/bin/ruff check .

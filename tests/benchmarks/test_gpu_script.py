@@ -31,6 +31,10 @@ def test_stages_end_in_time() -> None:
     assert chosen[0].environment["TORCH_CUDA_ARCH_LIST"] == "9.0"
     for tests in chosen[1:3]:
         assert tests.environment["TRITON_INTERPRET"] == "0", "tests/conftest.py sets it for machines without a GPU"
+    files = [
+        path for path in gpu.ROOT.glob("tests/*/test_*.py") if "\npytestmark = pytest.mark.cuda" in path.read_text()
+    ]
+    assert sorted(files) == sorted(gpu.ROOT / name for name in gpu.GPU_TESTS)
 
 
 def test_small_steps_run() -> None:

@@ -15,8 +15,8 @@ from datasets import Dataset
 from lightning.pytorch.callbacks import ModelCheckpoint
 from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from support import tiny_bert
-from test_callbacks import OPIS as OPTIONS
-from test_callbacks import SCORES, N, Network, Plain, arguments, data, expected_scores, fit
+from support.training import OPIS as OPTIONS
+from support.training import SCORES, N, Network, Plain, arguments, data, expected_scores, fit
 from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
