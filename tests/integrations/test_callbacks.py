@@ -2,6 +2,7 @@
 
 import os
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from datasets import Dataset
 from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.sentence_transformer import losses
 from support import tiny_bert
+from support.ranks import Ranks
 from support.training import (
     MARGINS,
     OPIS,
@@ -26,7 +28,6 @@ from support.training import (
     train_own_loss,
 )
 from torch import nn
-from torch.multiprocessing.spawn import spawn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tcm_fused import TCMLoss
@@ -141,8 +142,6 @@ def test_errors(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _worker(rank: int, folder: str) -> None:
     """One of two processes, as `torchrun` starts them; every figure is of both, and both have the same weights."""
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     os.environ |= {"GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
 
@@ -215,9 +214,9 @@ def _worker(rank: int, folder: str) -> None:
     assert of_one[0] > 0
     for key, value in zip(KEYS, of_one.tolist(), strict=True):
         assert lightning_trainer.callback_metrics[f"tcm/{key}_epoch"].item() == pytest.approx(value)
-    torch.distributed.destroy_process_group()
 
 
 def test_two_processes(tmp_path: Path) -> None:
     tiny_bert.encoder(tmp_path / "model")
-    spawn(_worker, (str(tmp_path),), nprocs=2)
+    with closing(Ranks(2, tmp_path, patience=600)) as ranks:
+        ranks.run(_worker, str(tmp_path))

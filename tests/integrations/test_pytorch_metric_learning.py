@@ -22,8 +22,8 @@ from pytorch_metric_learning import distances, losses, miners, reducers, regular
 from pytorch_metric_learning.utils import distributed, loss_and_miner_utils
 from support import batches
 from support.given_pairs import Pairs, agree, batch, some_pairs, written_out
+from support.parts import Pools
 from torch import Tensor
-from torch.multiprocessing.spawn import spawn
 
 from tcm_fused import TCMStats, tcm_loss
 from tcm_fused.integrations import pytorch_metric_learning as adapter
@@ -361,10 +361,8 @@ def test_as_the_library_trains(tmp_path: Path) -> None:
 N, WORLD = 12, 2
 
 
-def _worker(rank: int, folder: str) -> None:
+def _worker(rank: int) -> None:
     """One rank with its part of one batch, of which every rank knows all to compare with."""
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD)
     x, y = batch(N * WORLD, 5, 4, seed=0)
     x = x.detach()
     own = slice(rank * N, rank * N + N)
@@ -390,11 +388,10 @@ def _worker(rank: int, folder: str) -> None:
     pairs = miner(mine, y[own])
     mined = distributed.DistributedLossWrapper(criterion, efficient=True)(mine, y[own], pairs)
     agree(mined, WORLD * written_out(mine, everyone, pairs, **margins), mine)
-    torch.distributed.destroy_process_group()
 
 
-def test_distributed_wrappers(tmp_path: Path) -> None:
-    spawn(_worker, (str(tmp_path),), nprocs=WORLD)
+def test_distributed_wrappers(pools: Pools) -> None:
+    pools[WORLD].run(_worker)
 
 
 def test_wrapper_in_one_process() -> None:

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import multiprocessing.connection
+import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -19,19 +20,25 @@ class Outcome(NamedTuple):
     value: Any = None
     kind: str = ""
     message: str = ""
+    trace: str = ""
 
 
 class Ranks:
-    """`world` processes, one a rank of the default group."""
+    """`world` processes, one a rank of the default group.
 
-    def __init__(self, world: int, folder: Path) -> None:
+    They end by being killed: libraries keep threads of gloo until the interpreter is gone, and a thread that asks for
+    it then aborts the process ("terminate called without an active exception").
+    """
+
+    def __init__(self, world: int, folder: Path, patience: float = PATIENCE) -> None:
         context = multiprocessing.get_context("spawn")  # a fork would inherit torch's threads, and they do not survive
         self.world = world
+        self.patience = patience
         self.connections: list[multiprocessing.connection.Connection] = []
         self.processes = []
         for rank in range(world):
             here, there = context.Pipe()
-            arguments = (rank, world, str(folder / f"ranks_{world}"), there)
+            arguments = (rank, world, str(folder / f"ranks_{world}"), patience / 2, there)
             process = context.Process(target=_work, args=arguments, daemon=True)
             process.start()
             there.close()
@@ -47,7 +54,7 @@ class Ranks:
     def run(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
         """What each rank returns; none may raise."""
         outcomes = self.outcomes(function, *arguments)
-        assert not any(outcome.kind for outcome in outcomes), outcomes
+        assert not any(outcome.kind for outcome in outcomes), "\n".join(o.trace or o.kind for o in outcomes if o.kind)
         return [outcome.value for outcome in outcomes]
 
     def close(self) -> None:
@@ -58,7 +65,7 @@ class Ranks:
             process.join()
 
     def _receive(self, rank: int) -> Outcome:
-        assert self.connections[rank].poll(PATIENCE), f"rank {rank} hangs"
+        assert self.connections[rank].poll(self.patience), f"rank {rank} hangs"
         try:
             outcome: Outcome = self.connections[rank].recv()
         except EOFError:
@@ -66,9 +73,9 @@ class Ranks:
         return outcome
 
 
-def _work(rank: int, world: int, file: str, connection: multiprocessing.connection.Connection) -> None:
+def _work(rank: int, world: int, file: str, seconds: float, connection: multiprocessing.connection.Connection) -> None:
     torch.set_num_threads(1)
-    timeout = timedelta(seconds=PATIENCE / 2)
+    timeout = timedelta(seconds=seconds)
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=world, timeout=timeout)
     while True:
         try:
@@ -78,5 +85,5 @@ def _work(rank: int, world: int, file: str, connection: multiprocessing.connecti
         try:
             outcome = Outcome(function(rank, *arguments))
         except Exception as error:
-            outcome = Outcome(kind=type(error).__name__, message=str(error))
+            outcome = Outcome(kind=type(error).__name__, message=str(error), trace=traceback.format_exc())
         connection.send(outcome)
