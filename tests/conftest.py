@@ -10,6 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("TRITON_INTERPRET", "1")
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
+    # Their share of the cores, but never one thread alone, which would hide races; those that wait sleep.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(2, (os.cpu_count() or 2) // workers)))
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is downloaded, nor looked up
 os.environ.setdefault("TCM_SEED", str(time.time_ns() % 2**32))  # processes that a test starts have it too
 
