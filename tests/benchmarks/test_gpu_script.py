@@ -38,7 +38,7 @@ def test_stages_end_in_time() -> None:
 
 
 def test_small_steps_run() -> None:
-    """What the sanitizers watch, on the CPU."""
+    """The steps that the sanitizers watch, on the CPU."""
     script = gpu._SMALL_STEPS.replace('"cuda"', '"cpu"').replace(".cuda()", "").replace("torch.cuda.synchronize()", "")
     done = subprocess.run([sys.executable, "-c", script], cwd=gpu.ROOT, capture_output=True, text=True, check=False)
     assert done.stdout == "done\n", done.stderr
@@ -160,7 +160,7 @@ def test_gate_stops_a_wrong_loss(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def figures(product_ms: float) -> dict[str, Any]:
-    """What a card would give whose kernels take `product_ms` for each N^2 D flop of N = 65,536, D = 512."""
+    """The figures of a card whose kernels take `product_ms` for each N^2 D flop of N = 65,536, D = 512."""
 
     def one(n: int, d: int, products: float = 1, **ms: float) -> dict[str, Any]:
         ours = product_ms * products * n**2 * d / (65536**2 * 512)

@@ -47,7 +47,7 @@ def test_all_classes_and_images_come() -> None:
     batches = BalancedBatches(labels, 3, 2, seed=0)
     drawn = [index for epoch in range(30) for batch in batches.epoch(epoch) for index, _ in batch]
     assert set(drawn) == set(range(30))
-    counts = np.bincount(labels[drawn], minlength=6)  # 450 images each of a class; 30 (sd) is what chance gives
+    counts = np.bincount(labels[drawn], minlength=6)  # 450 images each of a class; chance gives 30 (sd)
     assert abs(counts - len(drawn) / 6).max() < 0.25 * len(drawn) / 6
 
 
@@ -133,7 +133,7 @@ def test_small_network() -> None:
 
 
 def test_timm_backbones(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By name, through timm's own interface; the width is what comes out, whatever the model says of itself."""
+    """By name, through timm's own interface; the width is that of the output, whatever the model says of itself."""
     asked = fake_timm(monkeypatch)
     network = networks.make_network("resnet50", True, 5, True, 16)
     assert asked == [("resnet50", True, 0)]

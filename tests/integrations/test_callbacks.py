@@ -1,4 +1,4 @@
-"""Callbacks of Lightning and Transformers: what they log is what the losses saw and what `opis` finds."""
+"""Callbacks of Lightning and Transformers: they log the figures that the losses saw and that `opis` finds."""
 
 import os
 import sys
@@ -41,7 +41,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class NoSync(TorchDispatchMode):
-    """An error where a value of a tensor is read: what waits for the device."""
+    """An error where a value of a tensor is read, which waits for the device."""
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         assert function is not torch.ops.aten._local_scalar_dense.default

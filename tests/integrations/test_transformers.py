@@ -82,7 +82,7 @@ def test_transformers(tmp_path: Path) -> None:
 
 
 def test_best_model_by_opis(tmp_path: Path) -> None:
-    """What the trainer is told of an evaluation has OPIS in it, and a loss given as function is found."""
+    """The metrics that the trainer gets of an evaluation have OPIS, and a loss given as function is found."""
     examples = [{"x": a, "labels": b} for a, b in zip(*data(), strict=True)]
     criterion = TCMLoss(**MARGINS)
 

@@ -142,7 +142,7 @@ def test_gradients_of_the_penalties(
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_reduction_over_all_pairs(gpu_backend: str, dtype: torch.dtype) -> None:
-    """What is composed from the two penalties, against the same in PyTorch; no s is within 2.9e-6 of a margin."""
+    """Composed from the two penalties, against the same in PyTorch; no s is within 2.9e-6 of a margin."""
     sets = (*batch(300, 65, 9, dtype), *batch(413, 65, 9, dtype, seed=1))
     options: dict[str, Any] = {"margin_minus": 0.21, "lambda_plus": 3.0, "reduction": "all", "precision": "fp32"}
     result, expected = run(gpu_backend, *sets, **options), run("torch", *sets, **options)

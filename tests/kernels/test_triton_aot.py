@@ -1,4 +1,4 @@
-"""What ptxas makes of the Triton kernels: every shipped configuration, for sm_80, sm_90 and sm_100, without a GPU."""
+"""The Triton kernels as ptxas compiles them: every shipped configuration, for sm_80, sm_90, sm_100, without a GPU."""
 
 import json
 import os
@@ -12,8 +12,8 @@ import pytest
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 PRODUCTS = {"similarity", "masked_sum"}
-# Instruction of the tensor cores, of loads that run ahead of it, and shared memory a block may have. What runs on sm_80
-# also runs on sm_86, sm_89 and sm_120, which have 99 KiB.
+# Instruction of the tensor cores, of loads that run ahead of it, and shared memory a block may have. Kernels of sm_80
+# also run on sm_86, sm_89 and sm_120, which have 99 KiB.
 EXPECTED = {"sm_80": ("HMMA", "cp.async", 99), "sm_90": ("HGMMA", "TMA", 227), "sm_100": ("UTCHMMA", "TMA", 227)}
 
 Report = list[dict[str, Any]]

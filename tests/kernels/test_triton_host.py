@@ -140,7 +140,7 @@ def test_compile() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_reduction_over_all_pairs(dtype: torch.dtype) -> None:
-    """What is composed from the penalties: loss and gradients are those of the definition, by plain autograd."""
+    """Composed from the penalties: loss and gradients are those of the definition, by plain autograd."""
     sets = (*batch(70, 9, 5, dtype), *batch(135, 9, 5, dtype, seed=1))
     options: dict[str, Any] = {"margin_minus": 0.2, "lambda_plus": 3.0, "reduction": "all"}
     leaves = [t.double().requires_grad_() if t.is_floating_point() else t for t in sets]
@@ -182,7 +182,7 @@ def test_float64_is_refused_by_name() -> None:
     ],
 )
 def test_operator_refuses_what_it_cannot_read(changed: dict[int, Any], word: str) -> None:
-    """Called without `tcm_loss` it trusts nobody: what is wrong would be read out of bounds."""
+    """Called without `tcm_loss` it trusts nobody: a wrong argument would be read out of bounds."""
     call: list[Any] = [torch.ones(6, 3), torch.arange(6), torch.ones(8, 3), torch.arange(8), 0, two(0.9, 0.5)]
     call += [two(1.0, 1.0), False, False, True, True]
     for index, value in changed.items():
@@ -218,7 +218,7 @@ def test_auto_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_without_triton() -> None:
-    """The package imports and works; asked for by name the reason is told, and what to do."""
+    """The package imports and works; asked for by name it tells the reason and the remedy."""
     script = """
 import sys
 sys.modules["triton"] = None

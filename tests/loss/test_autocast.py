@@ -1,4 +1,4 @@
-"""Autocast: what comes in decides, and float32 stays as precise as it is."""
+"""Autocast: the dtype that comes in decides, and float32 stays as precise as it is."""
 
 import numpy as np
 import pytest

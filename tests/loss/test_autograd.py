@@ -1,4 +1,4 @@
-"""The operators in PyTorch's machinery: gradcheck, opcheck, compile, autocast, and what backward may be asked."""
+"""The operators in PyTorch's machinery: gradcheck, opcheck, and all that may be asked of backward."""
 
 from typing import Any
 
@@ -222,7 +222,7 @@ def test_double_backward_raises(backend: str, scaled: bool, form: str) -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_reference_has_second_derivatives(form: str) -> None:
-    """What the error message sends the user to."""
+    """The remedy that the error message names."""
     call = far_from_the_margins(form, 7, 9, 3)
 
     def loss(x: Tensor, ref_x: Tensor | None = None) -> Tensor:

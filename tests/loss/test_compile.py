@@ -77,7 +77,7 @@ def test_compile_with_groups(backend: str, form: str) -> None:
 
 @pytest.mark.usefixtures("dynamo")
 def test_compile_with_dynamic_shapes(backend: str) -> None:
-    """What the first batch size compiles serves every other, and gives the oracle's result in each."""
+    """The code compiled for the first batch size serves every other, and gives the oracle's result in each."""
     counter = CompileCounterWithBackend("aot_eager")
     criterion = torch.compile(TCMLoss(margin_minus=0.1, backend=backend), fullgraph=True, dynamic=True, backend=counter)
     compilations = []
@@ -123,7 +123,7 @@ def test_compile_with_changing_margins(backend: str) -> None:
 
 @pytest.mark.usefixtures("dynamo")
 def test_compile_of_a_transposed_batch(backend: str) -> None:
-    """Inductor checks the strides of what the operator returns."""
+    """Inductor checks the strides of the tensors that the operator returns."""
     x, y = batch(70, 9, 5, torch.float64)
     expected = run(backend, x, y, margin_minus=0.1).grad_x
     leaf = x.T.contiguous().requires_grad_()

@@ -1,4 +1,4 @@
-"""Bad input: the type of the exception, and a message that names the argument, what was given and what is wanted."""
+"""Bad input: the type of the exception, and a message that names the argument, the value given and those wanted."""
 
 import subprocess
 import sys
@@ -244,7 +244,7 @@ def test_none_is_not_a_choice(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["cpu", "cuda", "triton"])
 def test_backend_that_cannot_run_here(name: str) -> None:
-    """With the reason that `info` gives and what to do instead; one that is available says which device it needs."""
+    """With the reason that `info` gives and the remedy; one that is available says which device it needs."""
     reason = choice.why_unavailable(name)
     if reason is not None:
         refuse(RuntimeError, f"backend={name!r} is not available", reason, "backend='torch'", backend=name)
@@ -335,7 +335,7 @@ def test_nothing_is_left_behind(backend: str) -> None:
     assert x.grad is not None
 
 
-# What PyTorch can do and this loss cannot.
+# Features of PyTorch that this loss lacks.
 
 
 @pytest.mark.parametrize("layout", ["sparse", "nested"])
@@ -399,7 +399,7 @@ def test_blocked_form_on_a_gpu_has_no_tf32_unless_asked(allowed: str) -> None:
         products.fp32_precision = before
 
 
-# The operator itself, which trusts nobody: what is wrong would be read out of bounds.
+# The operator itself, which trusts nobody: a wrong argument would be read out of bounds.
 
 
 @pytest.mark.parametrize(

@@ -146,7 +146,7 @@ def test_row_offset_of_numpy(backend: str) -> None:
     check(backend, ref_x[30:70], ref_y[30:70], ref_x, ref_y, row_offset=offset)
 
 
-# What is not finite.
+# Rows that are not finite.
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

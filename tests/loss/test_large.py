@@ -15,7 +15,7 @@ from support.batches import batch
 from support.crowd import UNIT, Crowd, compare_crowd, poison_freed_memory
 from support.oracle import check, run, similarity_error
 
-# The PyTorch form takes minutes for what takes the kernel seconds.
+# The PyTorch form takes minutes where the kernel takes seconds.
 slow_where_slow = pytest.mark.parametrize("backend", ["cpu", pytest.param("torch", marks=pytest.mark.slow)])
 
 

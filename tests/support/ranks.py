@@ -15,7 +15,7 @@ PATIENCE = 120.0  # seconds that a piece of work may take
 
 
 class Outcome(NamedTuple):
-    """What a rank returned, or the exception that it raised."""
+    """The value that a rank returned, or the exception that it raised."""
 
     value: Any = None
     kind: str = ""
@@ -52,7 +52,7 @@ class Ranks:
         return [self._receive(rank) for rank in range(self.world)]
 
     def run(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-        """What each rank returns; none may raise."""
+        """The value of each rank; none may raise."""
         outcomes = self.outcomes(function, *arguments)
         assert not any(outcome.kind for outcome in outcomes), "\n".join(o.trace or o.kind for o in outcomes if o.kind)
         return [outcome.value for outcome in outcomes]

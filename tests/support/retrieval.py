@@ -30,7 +30,7 @@ class Features(torch.nn.Sequential):
 
 
 def fake_timm(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, bool, int]]:
-    """A stand-in for timm, as torchvision does not load beside every torch; what it is asked for."""
+    """A stand-in for timm, as torchvision does not load beside every torch; the models that it is asked for."""
     asked = []
 
     def create_model(name: str, pretrained: bool, num_classes: int) -> torch.nn.Module:

@@ -81,7 +81,7 @@ def fit(folder: Path, module: Network, callback: Any, validation: list[tuple[Ten
 
 
 def rows(trainer: Any) -> list[dict[str, str]]:
-    """What the logger has written, without what is empty."""
+    """The rows that the logger has written, without empty cells."""
     trainer.logger.save()
     with Path(trainer.logger.log_dir, "metrics.csv").open() as file:
         return [{key: value for key, value in row.items() if value} for row in csv.DictReader(file)]

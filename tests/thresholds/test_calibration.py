@@ -154,7 +154,7 @@ def test_bounds_that_the_data_can_tell() -> None:
 
 
 def test_margins_that_cross() -> None:
-    """Of a model that tells nothing apart the shares give margins the wrong way round: said once, and what helps."""
+    """Of a model that tells nothing apart the shares give margins the wrong way round: said once, with the remedy."""
     x, y = batches.batch(300, 8, 12, torch.float32, seed=5)
     with pytest.warns(UserWarning, match="margin_plus=.* below margin_minus=.*larger shares") as caught:
         found = suggest_margins(x, y, far=0.01, frr=0.01)

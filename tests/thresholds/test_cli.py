@@ -126,7 +126,7 @@ def test_one_file_of_both(files: Path, data: tuple[Any, Any]) -> None:
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
-    """What a command that succeeds prints."""
+    """The output of a command that succeeds."""
     main([str(a) for a in arguments])
     captured = capsys.readouterr()
     assert captured.err == ""
@@ -134,7 +134,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
 
 
 def refuse(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
-    """What a command that fails with exit code 2 says, which is no traceback."""
+    """The message of a command that fails with exit code 2, which is no traceback."""
     with pytest.raises(SystemExit) as left:
         main([str(a) for a in arguments])
     captured = capsys.readouterr()
@@ -417,7 +417,7 @@ def test_bad_calls(
 def test_without_matplotlib(
     files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Said before any work, with the name of what to install."""
+    """Said before any work, with the name of the package to install."""
     monkeypatch.delitem(sys.modules, "tcm_fused.thresholds.plots")
     for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
         monkeypatch.setitem(sys.modules, name, None)

@@ -74,7 +74,7 @@ def test_pickle_and_gradient() -> None:
 
 @pytest.mark.parametrize("on_step", [False, True])
 def test_forward_scores_the_batch_and_adds_it(on_step: bool) -> None:
-    """A batch that does not fit is refused, one without a score of its own is NaN; what came before goes on."""
+    """A batch that does not fit is refused, one without a score of its own is NaN; the rows before count on."""
     x, y = data()
     metric = OPIS(**OPTIONS, dist_sync_on_step=on_step)
     metric.update(x[:100], y[:100])
