@@ -31,7 +31,9 @@ class Ranks:
     """
 
     def __init__(self, world: int, folder: Path, patience: float = PATIENCE) -> None:
-        context = multiprocessing.get_context("spawn")  # a fork would inherit torch's threads, and they do not survive
+        # From a process that has imported all but started no thread, as torch's do not survive a fork.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["tcm_fused", "hypothesis", "pytest", "pytorch_metric_learning.losses"])
         self.world = world
         self.patience = patience
         self.connections: list[multiprocessing.connection.Connection] = []
