@@ -5,10 +5,12 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
+from ptx_machine import build
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 PRODUCTS = {"similarity", "masked_sum"}
@@ -21,16 +23,25 @@ Report = list[dict[str, Any]]
 
 @pytest.fixture(scope="module")
 def reports() -> dict[str, Report]:
-    """Of each architecture, compiled in processes of their own, which are not in the interpreter; two at a time."""
+    """Of each architecture, compiled in processes of their own, which are not in the interpreter; two at a time.
+
+    They are kept, for the same sources, torch and Triton.
+    """
+    script = Path(__file__).with_name("triton_aot.py")
+    sources = [script, *sorted((build.ROOT / "tcm_fused").rglob("*.py"))]
+    content = build.digest(*(path.read_text() for path in sources), *map(version, ("torch", "triton")))
 
     def compile_all(name: str) -> Report:
-        script = Path(__file__).with_name("triton_aot.py")
-        environment = {**os.environ, "TRITON_INTERPRET": "0"}
-        done = subprocess.run(
-            [sys.executable, script, name], capture_output=True, text=True, env=environment, check=False
-        )
-        assert done.returncode == 0, done.stderr
-        return [json.loads(line) for line in done.stdout.splitlines()]
+        target = build.KEPT / f"triton-{name}-{content}.jsonl"
+        with build.once(target) as new:
+            if new is not None:
+                environment = {**os.environ, "TRITON_INTERPRET": "0"}
+                done = subprocess.run(
+                    [sys.executable, script, name], capture_output=True, text=True, env=environment, check=False
+                )
+                assert done.returncode == 0, done.stderr
+                new.write_text(done.stdout)
+        return [json.loads(line) for line in target.read_text().splitlines()]
 
     with ThreadPoolExecutor(2) as pool:
         return dict(zip(ARCHITECTURES, pool.map(compile_all, ARCHITECTURES), strict=True))
