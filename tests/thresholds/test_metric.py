@@ -6,7 +6,6 @@ import math
 import pickle
 import sys
 import warnings
-from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -15,8 +14,8 @@ import pytest
 import torch
 import torch.distributed
 from support import batches
+from support.parts import Pools
 from torch import Tensor
-from torch.multiprocessing.spawn import spawn
 from torchmetrics import MetricCollection
 from torchmetrics.wrappers import BootStrapper, MetricTracker, MinMaxMetric, MultitaskWrapper, Running
 
@@ -306,11 +305,8 @@ def test_errors_come_at_once() -> None:
             OPIS(**chosen)
 
 
-def _worker(rank: int, folder: str) -> None:
+def _worker(rank: int) -> None:
     """One of two processes; each has a part of the rows, of unequal length, and so of the pairs."""
-    torch.set_num_threads(1)
-    rendezvous = f"file://{folder}/rendezvous"
-    torch.distributed.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2)
     x, y = data()
     # Parts of unequal length, none, and an empty batch.
     for parts in ((slice(0, 110), slice(110, N)), (None, slice(0, N)), (slice(0, N), slice(0, 0))):
@@ -335,12 +331,11 @@ def _worker(rank: int, folder: str) -> None:
     metric.update(x[:, : 4 + rank], y)
     with pytest.raises(ValueError, match=r"as many columns in all processes, got \[4, 5\]"):
         metric.compute()
-    torch.distributed.destroy_process_group()
 
 
-def test_two_processes(tmp_path: Path) -> None:
+def test_two_processes(pools: Pools) -> None:
     """Both see all rows: `compute` gathers them, and both return what one process would, also of one without rows."""
-    spawn(_worker, (str(tmp_path),), nprocs=2)
+    pools[2].run(_worker)
 
 
 def test_without_torchmetrics(monkeypatch: pytest.MonkeyPatch) -> None:
