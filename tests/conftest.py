@@ -5,10 +5,17 @@ kernels are imported. TRITON_INTERPRET=0 leaves it to the GPU; the tests of the 
 """
 
 import os
+import time
 from collections.abc import Iterator
+from pathlib import Path
 
 os.environ.setdefault("TRITON_INTERPRET", "1")
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
+    # Their share of the cores, but never one thread alone, which would hide races; those that wait sleep.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(2, (os.cpu_count() or 2) // workers)))
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is downloaded, nor looked up
+os.environ.setdefault("TCM_SEED", str(time.time_ns() % 2**32))  # processes that a test starts have it too
 
 import numpy as np
 import pytest
@@ -110,7 +117,27 @@ def ranks(request: pytest.FixtureRequest, pools: Pools) -> Ranks:
 
 
 @pytest.fixture
-def rng() -> np.random.Generator:
-    seed = int.from_bytes(os.urandom(4))
-    print(f"seed {seed}")  # pytest shows it where a test fails
-    return np.random.default_rng(seed)
+def rng(request: pytest.FixtureRequest) -> np.random.Generator:
+    """Fresh numbers for each test of each run; TCM_SEED in the environment draws those of a run again."""
+    seed = int(os.environ["TCM_SEED"])
+    print(f"TCM_SEED={seed}")  # pytest shows it where a test fails
+    return np.random.default_rng([seed, *request.node.name.encode()])
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """PyTorch fills each tensor it allocates, workspace and results too: floats with NaN, integers with the largest."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session")
+def glyphs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 classes of 16 drawn images: 12 to train on, 12 to test."""
+    from benchmarks.retrieval.drawn import draw_folder  # needs Pillow, which tests marked `cuda` do without
+
+    folder = tmp_path_factory.mktemp("drawn") / "glyphs"
+    draw_folder(folder, classes=24, images=16)
+    return folder

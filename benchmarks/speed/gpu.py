@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks/results"
+GPU_TESTS = tuple(f"tests/kernels/test_cuda{part}.py" for part in ("", "_counts", "_host"))
 TOTAL = 580  # seconds for all stages together
 SHOWN = 4000  # characters of a stage's output that are kept
 
@@ -61,7 +62,7 @@ def stages(facts: dict[str, Any], speed: Path) -> list[Stage]:
     python = sys.executable
     build = {"TCM_FUSED_CUDA": "1", "MAX_JOBS": os.environ.get("MAX_JOBS", str(os.cpu_count() or 2))}
     build["TORCH_CUDA_ARCH_LIST"] = os.environ.get("TORCH_CUDA_ARCH_LIST", facts["capability"])
-    tests = (python, "-m", "pytest", "-q", "-m", "cuda", "-p", "no:cacheprovider", "tests/kernels/test_cuda.py", "-k")
+    tests = (python, "-m", "pytest", "-q", "-m", "cuda", "-p", "no:cacheprovider", *GPU_TESTS, "-k")
     # Every tensor is an allocation of its own, so that memcheck sees where it ends.
     separate = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     sanitizer = ("compute-sanitizer", "--error-exitcode=9", "--print-limit=20", "--tool")

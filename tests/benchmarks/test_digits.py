@@ -1,4 +1,4 @@
-"""The digits experiment: what it may look at, how it chooses, and tables that say what the scores say."""
+"""The digits experiment: the images it may look at, how it chooses, and tables that agree with the scores."""
 
 import itertools
 import json

@@ -31,10 +31,14 @@ def test_stages_end_in_time() -> None:
     assert chosen[0].environment["TORCH_CUDA_ARCH_LIST"] == "9.0"
     for tests in chosen[1:3]:
         assert tests.environment["TRITON_INTERPRET"] == "0", "tests/conftest.py sets it for machines without a GPU"
+    files = [
+        path for path in gpu.ROOT.glob("tests/*/test_*.py") if "\npytestmark = pytest.mark.cuda" in path.read_text()
+    ]
+    assert sorted(files) == sorted(gpu.ROOT / name for name in gpu.GPU_TESTS)
 
 
 def test_small_steps_run() -> None:
-    """What the sanitizers watch, on the CPU."""
+    """The steps that the sanitizers watch, on the CPU."""
     script = gpu._SMALL_STEPS.replace('"cuda"', '"cpu"').replace(".cuda()", "").replace("torch.cuda.synchronize()", "")
     done = subprocess.run([sys.executable, "-c", script], cwd=gpu.ROOT, capture_output=True, text=True, check=False)
     assert done.stdout == "done\n", done.stderr
@@ -156,7 +160,7 @@ def test_gate_stops_a_wrong_loss(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def figures(product_ms: float) -> dict[str, Any]:
-    """What a card would give whose kernels take `product_ms` for each N^2 D flop of N = 65,536, D = 512."""
+    """The figures of a card whose kernels take `product_ms` for each N^2 D flop of N = 65,536, D = 512."""
 
     def one(n: int, d: int, products: float = 1, **ms: float) -> dict[str, Any]:
         ours = product_ms * products * n**2 * d / (65536**2 * 512)

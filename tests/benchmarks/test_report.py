@@ -117,7 +117,7 @@ def test_damaged_results(tmp_path: Path, capsys: pytest.CaptureFixture[str], con
 
 
 def test_page_shows_these_figures() -> None:
-    """After `make bench`, what it printed goes into the page."""
+    """After `make bench`, its output goes into the page."""
     page = (ROOT / "docs/results.md").read_text()
     benchmarks = json.loads((ROOT / "benchmarks/results/cpu.json").read_text())["benchmarks"]
     infos = {benchmark["name"]: benchmark["extra_info"] for benchmark in benchmarks}

@@ -1,4 +1,4 @@
-"""The build: what decides whether there are CUDA kernels and for which GPUs, and a library that loads without CUDA."""
+"""The build: whether there are CUDA kernels, and for which GPUs; and a library that loads without CUDA."""
 
 import importlib.util
 import os
@@ -118,7 +118,7 @@ def test_architectures(
 def test_refused(
     setup: Any, nvcc: str, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], words: list[str]
 ) -> None:
-    """With an error that says what came, what is wanted and what to do."""
+    """With an error that says which value came, which are wanted, and the remedy."""
     for name, value in {"CUDA_HOME": nvcc, **environment}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(SystemExit) as left:
@@ -465,7 +465,7 @@ def test_reason_of_a_torch_without_cuda(monkeypatch: pytest.MonkeyPatch) -> None
     ],
 )
 def test_no_reason(monkeypatch: pytest.MonkeyPatch, architectures: str, gpu: tuple[int, int]) -> None:
-    """Then a tensor on the CPU is what is wrong, or a dtype; "auto" takes the kernel, for float64 the blocked form."""
+    """Then a tensor on the CPU is wrong, or a dtype; "auto" takes the kernel, for float64 the blocked form."""
     pretend(monkeypatch, architectures, [(7, 0), gpu])
     with pytest.raises(RuntimeError, match="backend='cuda' needs tensors on device 'cuda', embeddings are on 'cpu'"):
         tcm_loss(torch.ones(4, 2), torch.arange(4), backend="cuda")

@@ -1,4 +1,4 @@
-"""Where the extension is looked for, and what is said where there is none: a clone or an installation of each kind."""
+"""Where the extension is looked for, and the message where there is none: a clone or an installation of each kind."""
 
 import json
 import os

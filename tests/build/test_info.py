@@ -17,7 +17,7 @@ from tcm_fused.backends import choice
 
 @pytest.fixture(scope="module")
 def facts() -> dict[str, Any]:
-    """What `python -m tcm_fused info --json` prints: one JSON object and nothing else."""
+    """The output of `python -m tcm_fused info --json`: one JSON object and nothing else."""
     command = [sys.executable, "-m", "tcm_fused", "info", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     parsed: dict[str, Any] = json.loads(done.stdout)

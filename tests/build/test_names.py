@@ -1,5 +1,5 @@
-"""The public names: there whatever is installed beside torch, each with one meaning; and what people are told to
-install is what the registries have."""
+"""The public names: there whatever is installed beside torch, each with one meaning; and the packages that
+people are told to install are in the registries."""
 
 import importlib
 import inspect

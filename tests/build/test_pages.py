@@ -43,7 +43,7 @@ def blocks(path: Path, language: str) -> list[str]:
 
 
 def code(path: Path) -> list[str]:
-    """What stands between backquotes."""
+    """The words between backquotes."""
     return re.findall(r"`([^`\n]+)`", prose(path))
 
 
@@ -86,7 +86,7 @@ def test_broken_links_are_found(tmp_path: Path) -> None:
 
 @cache
 def definitions(path: Path) -> set[str]:
-    """Names of what is defined in a file."""
+    """Names that a file defines."""
     text = path.read_text()
     if path.suffix == ".py":
         nodes = ast.walk(ast.parse(text))
@@ -246,7 +246,7 @@ def test_commands_run(arguments: tuple[str, ...], monkeypatch: pytest.MonkeyPatc
 
 @pytest.fixture
 def names(tmp_path: Path) -> Iterator[dict[str, Any]]:
-    """What the examples take for granted."""
+    """The names that the examples take for granted."""
     torch.manual_seed(0)
     labels = torch.arange(48) % 6
     embeddings = (torch.randn(6, 8)[labels] + torch.randn(48, 8)).requires_grad_()

@@ -4,6 +4,7 @@ import math
 import os
 import warnings
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,10 @@ from datasets import Dataset
 from lightning.pytorch.callbacks import ModelCheckpoint
 from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from support import tiny_bert
-from test_callbacks import OPIS as OPTIONS
-from test_callbacks import SCORES, N, Network, Plain, arguments, data, expected_scores, fit
+from support.ranks import Ranks
+from support.training import OPIS as OPTIONS
+from support.training import SCORES, N, Network, Plain, arguments, data, expected_scores, fit
 from torch import Tensor
-from torch.multiprocessing.spawn import spawn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import tcm_fused
@@ -217,8 +218,6 @@ class OfOneRank(IterableDataset[tuple[Tensor, Tensor]]):
 
 
 def _worker(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     os.environ |= {"GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
     trainer = lightning.Trainer(
@@ -240,8 +239,8 @@ def _worker(rank: int, folder: str) -> None:
         trainer.validate(Network(), DataLoader(few, batch_size=20), verbose=False)
     assert trainer.callback_metrics["tcm/opis"].isnan()
     assert sum("OPIS cannot be measured" in str(one.message) for one in caught) == (rank == 0)
-    torch.distributed.destroy_process_group()
 
 
 def test_two_processes_of_which_one_has_nothing(tmp_path: Path) -> None:
-    spawn(_worker, (str(tmp_path),), nprocs=2)
+    with closing(Ranks(2, tmp_path, patience=600)) as ranks:
+        ranks.run(_worker, str(tmp_path))

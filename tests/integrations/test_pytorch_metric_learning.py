@@ -21,8 +21,9 @@ from hypothesis import strategies as st
 from pytorch_metric_learning import distances, losses, miners, reducers, regularizers, samplers, trainers
 from pytorch_metric_learning.utils import distributed, loss_and_miner_utils
 from support import batches
+from support.given_pairs import Pairs, agree, batch, some_pairs, written_out
+from support.parts import Pools
 from torch import Tensor
-from torch.multiprocessing.spawn import spawn
 
 from tcm_fused import TCMStats, tcm_loss
 from tcm_fused.integrations import pytorch_metric_learning as adapter
@@ -35,51 +36,6 @@ from tcm_fused.integrations.pytorch_metric_learning import (
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-Pairs = tuple[Tensor, Tensor, Tensor, Tensor]
-
-
-def batch(n: int, d: int, classes: int, seed: int) -> tuple[Tensor, Tensor]:
-    """float64 embeddings that want a gradient, and labels."""
-    x, y = batches.batch(n, d, classes, torch.float64, seed)
-    return x.requires_grad_(), y
-
-
-def written_out(
-    x: Tensor, ref: Tensor, pairs: Pairs, penalty: str = "hinge", reduction: str = "violating", **margins: float
-) -> Tensor:
-    """The loss of the given pairs, by its formula."""
-    m = {"margin_plus": 0.9, "margin_minus": 0.5, "lambda_plus": 1.0, "lambda_minus": 1.0} | margins
-    x, ref = (torch.nn.functional.normalize(t, eps=1e-300) for t in (x, ref))
-    total = torch.zeros((), dtype=torch.float64)
-    for a, b, sign, margin, weight in (
-        (pairs[0], pairs[1], -1, m["margin_plus"], m["lambda_plus"]),
-        (pairs[2], pairs[3], 1, m["margin_minus"], m["lambda_minus"]),
-    ):
-        violation = sign * ((x[a] * ref[b]).sum(1) - margin)
-        hard = violation[violation >= 0]
-        divisor = len(hard) if reduction == "violating" else len(violation)
-        total = total + weight * (hard**2 if penalty == "squared" else hard).sum() / max(divisor, 1)
-    return total
-
-
-def agree(value: Tensor, expected: Tensor, *leaves: Tensor) -> None:
-    """Same value, and same gradient of each leaf, in float64."""
-    torch.testing.assert_close(value, expected.to(value.dtype), rtol=1e-12, atol=1e-13)
-    found, wanted = (
-        torch.autograd.grad(t, leaves, retain_graph=True, materialize_grads=True) for t in (value, expected)
-    )
-    for leaf, grad, grad_wanted in zip(leaves, found, wanted, strict=True):
-        smallest = float(leaf.detach().norm(dim=1).min())
-        torch.testing.assert_close(grad, grad_wanted, rtol=1e-11, atol=1e-12 / smallest)
-
-
-def some_pairs(n: int, m: int, count: int, seed: int) -> Pairs:
-    """Rows and columns at random, some of them several times; whether labels agree does not matter to the loss."""
-    generator = torch.Generator().manual_seed(seed)
-    a1, a2 = (torch.randint(n, (count,), generator=generator) for _ in range(2))
-    p, q = (torch.randint(m, (count,), generator=generator) for _ in range(2))
-    return a1, p, a2, q
 
 
 @settings(max_examples=40)
@@ -417,10 +373,8 @@ def test_as_the_library_trains(tmp_path: Path) -> None:
 N, WORLD = 12, 2
 
 
-def _worker(rank: int, folder: str) -> None:
+def _worker(rank: int) -> None:
     """One rank with its part of one batch, of which every rank knows all to compare with."""
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD)
     x, y = batch(N * WORLD, 5, 4, seed=0)
     x = x.detach()
     own = slice(rank * N, rank * N + N)
@@ -446,11 +400,10 @@ def _worker(rank: int, folder: str) -> None:
     pairs = miner(mine, y[own])
     mined = distributed.DistributedLossWrapper(criterion, efficient=True)(mine, y[own], pairs)
     agree(mined, WORLD * written_out(mine, everyone, pairs, **margins), mine)
-    torch.distributed.destroy_process_group()
 
 
-def test_distributed_wrappers(tmp_path: Path) -> None:
-    spawn(_worker, (str(tmp_path),), nprocs=WORLD)
+def test_distributed_wrappers(pools: Pools) -> None:
+    pools[WORLD].run(_worker)
 
 
 def test_wrapper_in_one_process() -> None:

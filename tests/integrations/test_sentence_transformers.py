@@ -58,7 +58,7 @@ SIMILAR = torch.arange(ROWS) % 2
 PARTLY = [INDEX, torch.where(SIMILAR == 1, INDEX, INDEX + ROWS)]
 SCORES = torch.linspace(0, 1, ROWS, dtype=torch.float64)
 
-# Name of the loss, what it is made with, number of columns, labels of the batch, and the classes that are expected.
+# Name of the loss, its arguments, number of columns, labels of the batch, and the classes that are expected.
 Case = tuple[str, dict[str, Any], int, Tensor | None, list[Tensor]]
 TOLD: list[Case] = [  # by the columns and the labels
     ("MultipleNegativesRankingLoss", {}, 2, None, PAIRS),
@@ -102,7 +102,7 @@ def gradients(model: nn.Module, value: Any) -> tuple[Tensor, list[Tensor]]:
 
 
 def calls_of(module: nn.Module, action: Callable[[], Any]) -> tuple[int, Any]:
-    """How often the encoder runs, and what comes of it."""
+    """How often the encoder runs, and the loss that comes of it."""
     calls: list[None] = []
     with module.register_forward_pre_hook(lambda *_: calls.append(None)):
         value = action()
@@ -293,7 +293,7 @@ def test_trainer_with_tcm_beside_a_loss_for_pairs(tmp_path: Path, cached: bool, 
     found = logged(trainer)
     assert found[-1] < found[0]
     assert loss.tcm.stats is not None
-    # What the trainer does where the model is wrapped for several processes: in both losses.
+    # As the trainer does in both losses where the model is wrapped for several processes.
     trainer.override_model_in_loss(loss, wrapped)
     assert loss.model is loss.loss.model is wrapped
     features = [model.preprocess(texts) for texts in (anchors, positives)]

@@ -16,7 +16,7 @@ from support.batches import embeddings
 
 @dataclass(frozen=True)
 class Bug:
-    """Text of a kernel's source, which occurs once, and what it is replaced with; the path that has the bug."""
+    """Text of a kernel's source, which occurs once, and its replacement; the path that has the bug."""
 
     file: str
     text: str
@@ -25,7 +25,7 @@ class Bug:
 
     @property
     def unit(self) -> str:
-        """What has to be compiled anew."""
+        """The unit that has to be compiled anew."""
         return "prologue" if "prologue" in self.file else "entry_counts" if "counts" in self.file else "entry_loss"
 
     @property

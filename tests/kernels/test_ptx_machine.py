@@ -1,6 +1,6 @@
 """The machine itself: small programs in PTX, right ones in silence, and each fault with what it is to say.
 
-What the kernels' faults look like to it is in test_planted_bugs.py.
+The faults that it finds in the kernels are in test_planted_bugs.py.
 """
 
 import ctypes
@@ -87,7 +87,7 @@ ARRIVE = "@%p1 mbarrier.arrive.shared.b64 _, [%r2]; "
 WAIT = "again: mbarrier.try_wait.parity.shared.b64 %p2, [%r2], 0; @%p2 bra on; bra again; on: "
 COPY = "cp.async.ca.shared.global [%r4], [%rd4], 4; cp.async.commit_group; "
 
-# What is right, what is not, and what is said of it.
+# Right programs, wrong ones, and the words in which each is reported.
 FAULTS = {
     "global memory: out of bounds": ("mov.u32 %r5, 7; " + STORE, "st.global.u32 [%rd3+4], %r1;", "out of bounds"),
     "global memory: misaligned": ("st.global.u16 [%rd3+2], 7;", "st.global.u32 [%rd3+2], %r1;", "misaligned"),

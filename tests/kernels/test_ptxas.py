@@ -1,4 +1,4 @@
-"""What ptxas made of every CUDA kernel, for every default architecture: no spill, and the table csrc/cuda/registers.md.
+"""Every CUDA kernel as ptxas compiled it, on each default architecture: no spill, and the table csrc/cuda/registers.md.
 
 The reports are those of the build; nothing is compiled twice. `make registers` writes the table anew.
 """
@@ -25,7 +25,7 @@ _SERIAL = re.compile(r".*\bC75\d\d\b.*")  # wgmma is serialised, or a register h
 
 
 class Use(NamedTuple):
-    """What one kernel takes on one architecture."""
+    """Resources of one kernel on one architecture."""
 
     registers: int
     shared: int  # bytes that the kernel declares; those that a launch adds are not known here
@@ -34,7 +34,7 @@ class Use(NamedTuple):
 
 
 class Report(NamedTuple):
-    """ptxas' reports: each kernel on each architecture, and what it complained about."""
+    """ptxas' reports: each kernel on each architecture, and its complaints."""
 
     uses: dict[tuple[str, str], Use]
     complaints: list[str]
@@ -65,7 +65,7 @@ def read(text: str) -> Report:
 
 
 def complaints(report: Report) -> list[str]:
-    """What makes the build unfit: spills, local memory, and what ptxas itself warns of."""
+    """Reasons not to ship the build: spills, local memory, and ptxas' own warnings."""
     found = [f"ptxas: {line.strip()}" for line in report.complaints]
     for (kernel, architecture), use in report.uses.items():
         if use.spilled or use.stack:
@@ -132,7 +132,7 @@ def test_every_kernel_is_there_for_every_architecture(built: tuple[Report, str])
 
 
 def test_registers_are_those_of_the_table(built: tuple[Report, str]) -> None:
-    """What a change of a kernel does to its registers is in the same commit."""
+    """A change of a kernel and its new registers are in the same commit."""
     report, compiler = built
     recorded = TABLE.read_text()
     if compiler not in recorded:

@@ -19,8 +19,8 @@ SOURCES = [
     ("flags", "cases"),
     [
         pytest.param("-O3 -fno-math-errno -fno-trapping-math", 400, id="release"),
-        pytest.param("-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all", 120, id="asan-ubsan"),
-        pytest.param("-O1 -g -fsanitize=thread", 40, id="tsan"),
+        pytest.param("-O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all", 120, id="asan-ubsan"),
+        pytest.param("-O1 -g1 -fsanitize=thread", 40, id="tsan"),
     ],
 )
 def test_kernel_without_torch(tmp_path: Path, flags: str, cases: int) -> None:

@@ -1,19 +1,21 @@
-"""What ptxas makes of the Triton kernels: every shipped configuration, for sm_80, sm_90 and sm_100, without a GPU."""
+"""The Triton kernels as ptxas compiles them: every shipped configuration, for sm_80, sm_90, sm_100, without a GPU."""
 
 import json
 import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
+from ptx_machine import build
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 PRODUCTS = {"similarity", "masked_sum"}
-# Instruction of the tensor cores, of loads that run ahead of it, and shared memory a block may have. What runs on sm_80
-# also runs on sm_86, sm_89 and sm_120, which have 99 KiB.
+# Instruction of the tensor cores, of loads that run ahead of it, and shared memory a block may have. Kernels of sm_80
+# also run on sm_86, sm_89 and sm_120, which have 99 KiB.
 EXPECTED = {"sm_80": ("HMMA", "cp.async", 99), "sm_90": ("HGMMA", "TMA", 227), "sm_100": ("UTCHMMA", "TMA", 227)}
 
 Report = list[dict[str, Any]]
@@ -21,16 +23,25 @@ Report = list[dict[str, Any]]
 
 @pytest.fixture(scope="module")
 def reports() -> dict[str, Report]:
-    """Of each architecture, compiled in processes of their own, which are not in the interpreter; two at a time."""
+    """Of each architecture, compiled in processes of their own, which are not in the interpreter; two at a time.
+
+    They are kept, for the same sources, torch and Triton.
+    """
+    script = Path(__file__).with_name("triton_aot.py")
+    sources = [script, *sorted((build.ROOT / "tcm_fused").rglob("*.py"))]
+    content = build.digest(*(path.read_text() for path in sources), *map(version, ("torch", "triton")))
 
     def compile_all(name: str) -> Report:
-        script = Path(__file__).with_name("triton_aot.py")
-        environment = {**os.environ, "TRITON_INTERPRET": "0"}
-        done = subprocess.run(
-            [sys.executable, script, name], capture_output=True, text=True, env=environment, check=False
-        )
-        assert done.returncode == 0, done.stderr
-        return [json.loads(line) for line in done.stdout.splitlines()]
+        target = build.KEPT / f"triton-{name}-{content}.jsonl"
+        with build.once(target) as new:
+            if new is not None:
+                environment = {**os.environ, "TRITON_INTERPRET": "0"}
+                done = subprocess.run(
+                    [sys.executable, script, name], capture_output=True, text=True, env=environment, check=False
+                )
+                assert done.returncode == 0, done.stderr
+                new.write_text(done.stdout)
+        return [json.loads(line) for line in target.read_text().splitlines()]
 
     with ThreadPoolExecutor(2) as pool:
         return dict(zip(ARCHITECTURES, pool.map(compile_all, ARCHITECTURES), strict=True))

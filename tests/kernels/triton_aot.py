@@ -45,7 +45,7 @@ CALLS: list[tuple[int, int | None, int, torch.dtype, int, int | None, str]] = [
 
 
 def launches(name: str) -> Iterator[tuple[JITFunction, dict[str, str], dict[str, Any], dict[Any, Any], dict[str, int]]]:
-    """Kernel, signature, constants, attributes and options of what the calls launch, each once."""
+    """Kernel, signature, constants, attributes and options of the launches that the calls make, each once."""
     found: dict[str, Any] = {}
 
     def record(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **meta: Any) -> None:
@@ -105,7 +105,7 @@ def describe(value: Any, specialised: bool) -> tuple[str, bool]:
 
 
 def report(name: str) -> Iterator[dict[str, Any]]:
-    """For each kernel what ptxas says, and what is in the machine code."""
+    """For each kernel ptxas' figures, and counts of instructions in the machine code."""
     triton.knobs.compilation.always_compile = True
     triton.knobs.nvidia.dump_ptxas_log = True
     target = GPUTarget("cuda", int(name.removeprefix("sm_")), 32)

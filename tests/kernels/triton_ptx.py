@@ -135,7 +135,7 @@ def lend(tensor: Tensor, lent: dict[int, int]) -> None:
 
 @dataclass(frozen=True)
 class Problem:
-    """What `make` needs; `config`: changes of the architecture's Config."""
+    """The arguments of `make`; `config`: changes of the architecture's Config."""
 
     n: int
     d: int

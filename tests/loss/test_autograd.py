@@ -1,69 +1,19 @@
-"""The operators in PyTorch's machinery: gradcheck, opcheck, compile, autocast, and what backward may be asked."""
+"""The operators in PyTorch's machinery: gradcheck, opcheck, and all that may be asked of backward."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from support.batches import batch, embeddings, margins
-from support.oracle import Result, check, compare, oracle_of, run, two
+from support.batches import batch
+from support.forms import FORMS, OPTIONS, leaves, make, oracle, with_options
+from support.oracle import run, two
 from torch import Tensor
-from torch._dynamo.exc import Unsupported
-from torch._dynamo.testing import CompileCounterWithBackend
 
-from tcm_fused import TCMLoss, tcm_loss
+from tcm_fused import tcm_loss
 from tcm_fused.backends import choice
 from tcm_fused.backends.operators import OPERATORS
 from tcm_fused.reference import tcm_reference
-
-FORMS = ("symmetric", "reference set", "row_offset")
-OPTIONS: dict[str, dict[str, Any]] = {
-    "squared": {"penalty": "squared"},
-    "all": {"reduction": "all"},
-    "within": {"group_pairs": "within"},
-    "across": {"group_pairs": "across", "penalty": "squared", "reduction": "all"},
-}
-
-
-def make(form: str, n: int, m: int, d: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> dict[str, Any]:
-    """Arguments of `tcm_loss` with half of all pairs hard; every tenth row and column is padding."""
-    rng = np.random.default_rng(seed)
-    y = rng.integers(4, size=n + m)
-    x = torch.from_numpy(embeddings("random", y, d, rng)).to(dtype)
-    y[::10] = -1
-    labels = torch.from_numpy(y)
-    call: dict[str, Any] = {"embeddings": x[:n].clone(), "labels": labels[:n].clone()}
-    if form != "symmetric":
-        call.update(ref_emb=x[n:].clone(), ref_labels=labels[n:].clone())
-        call["row_offset"] = (m - n) // 2 if form == "row_offset" else None
-    call.update(margins(oracle(call), 0.5), lambda_plus=0.7, lambda_minus=1.3)
-    return call
-
-
-def oracle(call: dict[str, Any]) -> Any:
-    names = ("embeddings", "labels", "ref_emb", "ref_labels")
-    options = {name: value for name, value in call.items() if name not in names}
-    return oracle_of(*(call[name] for name in names if name in call), **options)
-
-
-def leaves(call: dict[str, Any]) -> list[Tensor]:
-    """The embeddings of `call`, made to require gradients."""
-    return [call[name].requires_grad_() for name in ("embeddings", "ref_emb") if name in call]
-
-
-def result_of(loss: Tensor, call: dict[str, Any], grads: list[Tensor]) -> Result:
-    """`loss` and `grads`, with counts and violations from a call of their own."""
-    stats = tcm_loss(**call, backend="torch", return_stats=True)[1]
-    arrays = [grad.double().numpy() for grad in grads]
-    return Result(
-        loss=loss.item(),
-        count=torch.stack(stats[:2]).numpy(),
-        violation=torch.stack(stats[2:]).double().numpy(),
-        grad_x=arrays[0],
-        grad_ref=arrays[1] if len(arrays) > 1 else None,
-    )
-
 
 # Derivatives.
 
@@ -93,19 +43,6 @@ def test_gradcheck(backend: str, form: str, n: int, m: int, d: int) -> None:
         return value
 
     assert torch.autograd.gradcheck(loss, tuple(leaves(call)), eps=1e-6, atol=1e-8, rtol=1e-6)
-
-
-def with_options(call: dict[str, Any], name: str) -> dict[str, Any]:
-    """`call` with one of OPTIONS; where there are groups, three."""
-    call = {**call, **OPTIONS[name]}
-    if "group_pairs" in call:
-        m = len(call.get("ref_labels", call["labels"]))
-        offset = call.get("row_offset") or 0
-        groups = torch.arange(m) % 3
-        call["groups"] = groups[offset : offset + len(call["labels"])]
-        if "ref_emb" in call:
-            call["ref_groups"] = groups
-    return call
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -285,7 +222,7 @@ def test_double_backward_raises(backend: str, scaled: bool, form: str) -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_reference_has_second_derivatives(form: str) -> None:
-    """What the error message sends the user to."""
+    """The remedy that the error message names."""
     call = far_from_the_margins(form, 7, 9, 3)
 
     def loss(x: Tensor, ref_x: Tensor | None = None) -> Tensor:
@@ -383,217 +320,6 @@ def operator_arguments(call: dict[str, Any], grad_x: bool, grad_ref: bool, weigh
         grad_x,
         grad_ref,
     )
-
-
-# torch.compile.
-
-
-@pytest.fixture
-def dynamo() -> Iterator[None]:
-    """No compiled code from before, none left behind."""
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
-@pytest.mark.usefixtures("dynamo")
-@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
-@pytest.mark.parametrize("form", FORMS)
-def test_compile(backend: str, form: str, compiler: str) -> None:
-    """One graph, forward and backward, with work before and after; the gradient is the eager one."""
-
-    def step(weight: Tensor, call: dict[str, Any]) -> Tensor:
-        call = {**call, "embeddings": call["embeddings"] @ weight}
-        loss: Tensor = tcm_loss(**call, backend=backend)
-        return 2 * loss
-
-    call = make(form, 70, 90, 5)
-    weight = (torch.eye(5, dtype=torch.float64) + 0.01).requires_grad_()
-    inputs = [weight, *leaves(call)]
-    eager = torch.autograd.grad(step(weight, call), inputs)
-    loss = torch.compile(step, fullgraph=True, backend=compiler)(weight, call)
-    torch.testing.assert_close(loss, step(weight, call), rtol=1e-13, atol=0)
-    torch.testing.assert_close(torch.autograd.grad(loss, inputs), eager, rtol=1e-10, atol=1e-13)
-
-
-@pytest.mark.usefixtures("dynamo")
-@pytest.mark.parametrize("name", ["squared", "all"])
-@pytest.mark.parametrize("form", FORMS)
-def test_compile_with_options(backend: str, form: str, name: str) -> None:
-    """One graph as well, forward and backward."""
-    call = with_options(make(form, 70, 90, 5), name)
-    inputs = leaves(call)
-    loss = torch.compile(tcm_loss, fullgraph=True, backend="aot_eager")(**call, backend=backend)
-    eager = tcm_loss(**call, backend=backend)
-    torch.testing.assert_close(loss, eager, rtol=1e-13, atol=0)
-    expected = torch.autograd.grad(eager, inputs)
-    torch.testing.assert_close(torch.autograd.grad(loss, inputs), expected, rtol=1e-10, atol=1e-13)
-
-
-@pytest.mark.usefixtures("dynamo")
-@pytest.mark.parametrize("form", FORMS)
-def test_compile_with_groups(backend: str, form: str) -> None:
-    """They are read on the host: between two graphs, and refused where only one is allowed."""
-    call = with_options(make(form, 70, 90, 5), "across")
-    inputs = leaves(call)
-    expected = torch.autograd.grad(tcm_loss(**call, backend=backend), inputs)
-    loss = torch.compile(tcm_loss, backend="aot_eager")(**call, backend=backend)
-    torch.testing.assert_close(torch.autograd.grad(loss, inputs), expected, rtol=1e-10, atol=1e-13)
-    torch._dynamo.reset()
-    reason = "(?i)data.dependent" if form == "row_offset" else "the groups are read on the host"
-    with pytest.raises(Unsupported, match=reason):
-        torch.compile(tcm_loss, fullgraph=True, backend="aot_eager")(**call, backend=backend)
-
-
-@pytest.mark.usefixtures("dynamo")
-def test_compile_with_dynamic_shapes(backend: str) -> None:
-    """What the first batch size compiles serves every other, and gives the oracle's result in each."""
-    counter = CompileCounterWithBackend("aot_eager")
-    criterion = torch.compile(TCMLoss(margin_minus=0.1, backend=backend), fullgraph=True, dynamic=True, backend=counter)
-    compilations = []
-    for n in (40, 65, 130, 257):
-        x, y = batch(n, 9, 5, seed=n)
-        x.requires_grad_()
-        loss = criterion(x, y)
-        torch.autograd.backward(loss)
-        call = {"embeddings": x.detach(), "labels": y, "margin_minus": 0.1}
-        assert x.grad is not None
-        compare(result_of(loss, call, [x.grad]), oracle(call), x.dtype)
-        compilations.append(counter.frame_count)
-    assert compilations[-1] == compilations[0]
-
-
-@pytest.mark.usefixtures("dynamo")
-def test_compile_again_as_shapes_change(backend: str) -> None:
-    """Without being told so: the second batch size is the last that compiles."""
-    counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(tcm_loss, fullgraph=True, backend=counter)
-    compilations = []
-    for n in (40, 65, 130, 257):
-        x, y = batch(n, 9, 5, seed=n)
-        assert torch.equal(compiled(x, y, backend=backend), tcm_loss(x, y, backend=backend))
-        compilations.append(counter.frame_count)
-    assert compilations[-1] == compilations[1]
-
-
-@pytest.mark.usefixtures("dynamo")
-def test_compile_with_changing_margins(backend: str) -> None:
-    """A schedule of margins and weights: numbers that change from call to call are still one graph each."""
-    compiled = torch.compile(tcm_loss, fullgraph=True, backend="aot_eager")
-    x, y = batch(70, 9, 5)
-    for step in range(4):
-        schedule: dict[str, Any] = {
-            "margin_plus": 0.9 - 0.1 * step,
-            "margin_minus": 0.1 * step,
-            "lambda_plus": 1.0 + 0.5 * step,
-        }
-        loss = compiled(x, y, **schedule, backend=backend)
-        assert torch.equal(loss, tcm_loss(x, y, **schedule, backend=backend))
-
-
-@pytest.mark.usefixtures("dynamo")
-def test_compile_of_a_transposed_batch(backend: str) -> None:
-    """Inductor checks the strides of what the operator returns."""
-    x, y = batch(70, 9, 5, torch.float64)
-    expected = run(backend, x, y, margin_minus=0.1).grad_x
-    leaf = x.T.contiguous().requires_grad_()
-    compiled = torch.compile(lambda t: tcm_loss(t.T, y, margin_minus=0.1, backend=backend), fullgraph=True)
-    torch.autograd.backward(compiled(leaf))
-    assert leaf.grad is not None
-    np.testing.assert_allclose(leaf.grad.T.numpy(), expected, rtol=1e-12, atol=1e-15)
-
-
-@pytest.mark.usefixtures("dynamo")
-def test_compile_where_auto_falls_back() -> None:
-    """On a device without a kernel "auto" warns and runs the blocked form, in one graph too."""
-    x, y = batch(70, 9, 5)
-    x = x.to("meta").requires_grad_()
-    loss = torch.compile(tcm_loss, fullgraph=True, backend="aot_eager")(x, y.to("meta"))
-    torch.autograd.backward(loss)
-    assert x.grad is not None
-    assert x.grad.shape == x.shape
-
-
-@pytest.mark.usefixtures("dynamo")
-@pytest.mark.filterwarnings("error:.*lru_cache:UserWarning")
-def test_compile_does_not_warn(backend: str) -> None:
-    """Of the library's own code, that is."""
-    x, y = batch(70, 9, 5)
-    torch.compile(tcm_loss, fullgraph=True, backend="aot_eager")(x, y, backend=backend)
-
-
-@pytest.mark.usefixtures("dynamo")
-def test_compile_with_stats(backend: str) -> None:
-    x, y = batch(70, 9, 5)
-    compiled = torch.compile(tcm_loss, fullgraph=True, backend="aot_eager")
-    options: dict[str, Any] = {"margin_minus": 0.1, "backend": backend, "return_stats": True}
-    loss, stats = compiled(x, y, **options)
-    expected_loss, expected = tcm_loss(x, y, **options)
-    assert torch.equal(loss, expected_loss)
-    assert [t.item() for t in stats] == [t.item() for t in expected]
-
-
-# Autocast.
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("form", FORMS)
-def test_autocast_leaves_fp32as_precise_as_it_is(backend: str, form: str, dtype: torch.dtype) -> None:
-    """Autocast does not reach the operator's own products: loss, counts and gradient are those without it."""
-    call = make(form, 130, 200, 33, torch.float32)
-    inputs = leaves(call)
-    with torch.autocast("cpu", dtype=dtype):
-        loss, stats = tcm_loss(**call, backend=backend, return_stats=True)
-    grads = torch.autograd.grad(loss, inputs)
-    assert loss.dtype == torch.float32
-    result = Result(
-        loss=loss.item(),
-        count=torch.stack(stats[:2]).numpy(),
-        violation=torch.stack(stats[2:]).double().numpy(),
-        grad_x=grads[0].double().numpy(),
-        grad_ref=grads[1].double().numpy() if len(grads) > 1 else None,
-    )
-    compare(result, oracle(call), torch.float32)
-
-
-def test_autocast_of_a_model(backend: str) -> None:
-    """A layer that autocast runs in bf16 feeds the loss: that is fp32, and the fp32 weight gets its gradient."""
-    x, y = batch(80, 9, 5)
-    layer = torch.nn.Linear(9, 16)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        features = layer(x)
-        features.retain_grad()
-        loss = tcm_loss(features, y, margin_minus=0.1, backend=backend)
-    assert features.dtype == torch.bfloat16
-    assert loss.dtype == torch.float32
-    torch.autograd.backward(loss)
-    expected = check(backend, features.detach(), y, margin_minus=0.1)
-    assert features.grad is not None
-    np.testing.assert_array_equal(features.grad.double().numpy(), expected.grad_x)
-    assert layer.weight.grad is not None
-    assert layer.weight.grad.dtype == torch.float32
-    assert layer.weight.grad.abs().sum() > 0
-
-
-@pytest.mark.parametrize("dtypes", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)])
-def test_autocast_mixes_dtypes(backend: str, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
-    """Rows in bf16 against a memory in fp32, and the reverse: each gets a gradient in its own dtype."""
-    (x, y), (ref_x, ref_y) = batch(80, 9, 5, dtypes[0]), batch(120, 9, 5, dtypes[1], seed=1)
-    x.requires_grad_()
-    ref_x.requires_grad_()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = tcm_loss(x, y, ref_x, ref_y, margin_minus=0.1, backend=backend)
-    torch.autograd.backward(loss)
-    expected = run(backend, x.float(), y, ref_x.float(), ref_y, margin_minus=0.1)
-    assert loss.item() == pytest.approx(expected.loss, rel=1e-6)
-    for leaf, grad in ((x, expected.grad_x), (ref_x, expected.grad_ref)):
-        assert leaf.grad is not None
-        assert grad is not None
-        assert leaf.grad.dtype == leaf.dtype
-        tolerance = torch.finfo(leaf.dtype).eps
-        np.testing.assert_allclose(
-            leaf.grad.double().numpy(), grad, rtol=tolerance, atol=tolerance * np.abs(grad).max()
-        )
 
 
 # The usual company.

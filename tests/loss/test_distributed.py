@@ -267,7 +267,7 @@ def held_columns(rank: int, batch: Batch) -> int:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=["fp64", "fp16"])
 def test_the_ring_holds_columns_of_two_ranks(pools: Pools, dtype: torch.dtype, rng: np.random.Generator) -> None:
-    """Those being worked on, and those arriving: what was worked on before is gone, with its graph."""
+    """Those being worked on, and those arriving: all before them is gone, with its graph."""
     assert pools[4].run(held_columns, draw(rng, (8, 8, 8, 8), dtype=dtype, ring=True)) == [1] * 4
 
 
@@ -409,7 +409,7 @@ def test_misused_memory(pools: Pools) -> None:
 
 
 def compiled(rank: int, batch: Batch) -> tuple[Result, str]:
-    """A step in which the loss stands between two pieces that are compiled, and what fullgraph=True says of it."""
+    """A step in which the loss stands between two pieces that are compiled, and the error of fullgraph=True."""
     x, y, _ = batch.part(rank)
     x.requires_grad_()
     criterion = batch.criterion()

@@ -1,4 +1,4 @@
-"""Bad input: the type of the exception, and a message that names the argument, what was given and what is wanted."""
+"""Bad input: the type of the exception, and a message that names the argument, the value given and those wanted."""
 
 import subprocess
 import sys
@@ -9,34 +9,12 @@ import numpy as np
 import pytest
 import torch
 from support.oracle import two
+from support.refusals import D, M, N, arguments, refuse
 from torch import Tensor
 
-from tcm_fused import DistributedTCMLoss, TCMLoss, suggest_margins, tcm_loss
+from tcm_fused import TCMLoss, tcm_loss
 from tcm_fused.backends import choice
 from tcm_fused.backends.numerics import as_precise_as_asked
-
-N, M, D = 6, 8, 3
-
-
-def arguments(**changed: Any) -> dict[str, Any]:
-    """A good call with a reference set, but for what is changed; None leaves an argument out."""
-    call = {
-        "embeddings": torch.ones(N, D),
-        "labels": torch.arange(N),
-        "ref_emb": torch.ones(M, D),
-        "ref_labels": torch.arange(M),
-        **changed,
-    }
-    return {name: value for name, value in call.items() if value is not None}
-
-
-def refuse(kind: type[Exception], *parts: str, **changed: Any) -> None:
-    """Exactly `kind`, and each of `parts` in the message."""
-    with pytest.raises(kind) as caught:
-        tcm_loss(**arguments(**changed))
-    assert type(caught.value) is kind
-    for part in parts:
-        assert part in str(caught.value)
 
 
 def test_a_good_call_is_good(backend: str) -> None:
@@ -266,7 +244,7 @@ def test_none_is_not_a_choice(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["cpu", "cuda", "triton"])
 def test_backend_that_cannot_run_here(name: str) -> None:
-    """With the reason that `info` gives and what to do instead; one that is available says which device it needs."""
+    """With the reason that `info` gives and the remedy; one that is available says which device it needs."""
     reason = choice.why_unavailable(name)
     if reason is not None:
         refuse(RuntimeError, f"backend={name!r} is not available", reason, "backend='torch'", backend=name)
@@ -281,45 +259,6 @@ def test_squares_where_there_are_none(name: str) -> None:
     reason = choice.why_unavailable(name)
     parts = ["squared", "backend='torch'", "penalty='hinge'"] if reason is None else [reason]
     refuse(RuntimeError, f"backend={name!r}", *parts, backend=name, penalty="squared")
-
-
-# Groups.
-
-
-def grouped(**changed: Any) -> dict[str, Any]:
-    return {"groups": torch.arange(N), "ref_groups": torch.arange(M), **changed}
-
-
-@pytest.mark.parametrize("name", ["groups", "ref_groups"])
-def test_groups_are_integers(name: str) -> None:
-    value: Any
-    for value in ([0] * N, np.zeros(N, dtype=np.int64), "text"):
-        refuse(TypeError, f"{name} must be a torch.Tensor", type(value).__name__, **grouped(**{name: value}))
-    for dtype in (torch.float32, torch.complex64):
-        value = torch.zeros(N if name == "groups" else M, dtype=dtype)
-        refuse(TypeError, f"{name} must have an integer dtype", str(dtype), **grouped(**{name: value}))
-    value = torch.arange(N if name == "groups" else M).to_sparse()
-    refuse(TypeError, f"{name} must be a dense tensor", "sparse", **grouped(**{name: value}))
-
-
-@pytest.mark.parametrize(("name", "size", "other"), [("groups", N, "embeddings"), ("ref_groups", M, "ref_emb")])
-def test_shape_and_device_of_groups(name: str, size: int, other: str) -> None:
-    for shape in ((), (size, 1), (size - 1,), (size + 1,), (0,)):
-        value = torch.zeros(shape, dtype=torch.int64)
-        refuse(ValueError, f"{name} must have shape [{size}]", f"got {list(shape)}", **grouped(**{name: value}))
-    meta = torch.arange(size, device="meta")
-    refuse(ValueError, f"{name} are on meta", f"{other} on cpu", **grouped(**{name: meta}))
-
-
-def test_half_of_the_groups() -> None:
-    refuse(ValueError, "groups and ref_emb came without ref_groups", groups=torch.arange(N))
-    refuse(ValueError, "ref_groups came without groups and ref_emb", ref_groups=torch.arange(M))
-    refuse(ValueError, "ref_groups came without groups and ref_emb", ref_emb=None, ref_labels=None, **grouped())
-
-
-def test_a_row_is_of_one_group() -> None:
-    assert tcm_loss(**arguments(**grouped(row_offset=0))).item() == 0
-    refuse(ValueError, "row_offset=1", "ref_groups differ from groups", **grouped(row_offset=1))
 
 
 def test_missing_extension() -> None:
@@ -355,56 +294,6 @@ assert torch.equal(losses[0], tcm_loss(x, y, backend="torch"))
 def test_auto_is_the_kernel_and_does_not_warn() -> None:
     assert choice.choose("auto", "cpu", torch.float32) == choice.choose("cpu", "cpu", torch.float32)
     tcm_loss(**arguments())
-
-
-# The module.
-
-
-def test_module_refuses_a_miner() -> None:
-    pairs = (torch.tensor([0]),) * 4
-    with pytest.raises(ValueError, match="indices_tuple must be None"):
-        TCMLoss()(torch.ones(N, D), torch.arange(N), pairs)
-
-
-@pytest.mark.parametrize(
-    ("argument", "value", "kind"),
-    [
-        ("margin_plus", float("nan"), ValueError),
-        ("margin_minus", "0.5", TypeError),
-        ("lambda_plus", -1.0, ValueError),
-        ("lambda_minus", float("inf"), ValueError),
-        ("precision", "tf32", ValueError),
-        ("backend", "gpu", ValueError),
-        ("penalty", "square", ValueError),
-        ("reduction", "mean", ValueError),
-        ("group_pairs", "both", ValueError),
-    ],
-)
-def test_module_refuses_what_the_function_does(argument: str, value: Any, kind: type[Exception]) -> None:
-    with pytest.raises(kind, match=argument):
-        TCMLoss(**{argument: value})
-    criterion = TCMLoss()
-    setattr(criterion, argument, value)
-    with pytest.raises(kind, match=argument):
-        criterion(torch.ones(N, D), torch.arange(N))
-
-
-@pytest.mark.parametrize("kind", [TCMLoss, DistributedTCMLoss])
-def test_options_by_position(kind: type[TCMLoss]) -> None:
-    """Their order is another than in pytorch-metric-learning: the error says how to write them."""
-    for options in ((0.9,), (1.0, 1.0, 0.9, 0.5)):
-        with pytest.raises(TypeError, match=rf"{kind.__name__}.*by keyword.*margin_plus=0.9.*pytorch-metric-learning"):
-            kind(*options)
-    margins = suggest_margins(torch.randn(40, 8), torch.arange(40) % 4, frr=0.1, far=0.1)
-    with pytest.raises(TypeError, match=rf"{kind.__name__}\(margin_plus=m.margin_plus, margin_minus=m.margin_minus\)"):
-        kind(margins)
-
-
-def test_wrong_options_of_ranks_at_construction() -> None:
-    with pytest.raises(ValueError, match="grad_reduction='average' is not known"):
-        DistributedTCMLoss(grad_reduction="average")
-    with pytest.raises(ValueError, match="lambda_plus must be finite"):
-        DistributedTCMLoss(lambda_plus=-1.0)
 
 
 # Margins that are crossed.
@@ -446,7 +335,7 @@ def test_nothing_is_left_behind(backend: str) -> None:
     assert x.grad is not None
 
 
-# What PyTorch can do and this loss cannot.
+# Features of PyTorch that this loss lacks.
 
 
 @pytest.mark.parametrize("layout", ["sparse", "nested"])
@@ -510,7 +399,7 @@ def test_blocked_form_on_a_gpu_has_no_tf32_unless_asked(allowed: str) -> None:
         products.fp32_precision = before
 
 
-# The operator itself, which trusts nobody: what is wrong would be read out of bounds.
+# The operator itself, which trusts nobody: a wrong argument would be read out of bounds.
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The memory bank: against every pair written out with a plain list of what is stored, and across checkpoints."""
+"""The memory bank: against every pair written out with a plain list of the rows stored, and across checkpoints."""
 
 import copy
 import io
@@ -157,7 +157,7 @@ def test_no_gradient_is_kept_and_changes_after_forward_do_not_matter() -> None:
 
 
 def test_groups_now_and_then() -> None:
-    """What was stored without groups takes no part where there are groups."""
+    """A row stored without a group takes no part where there are groups."""
     criterion = memory(8, margin_plus=2.0)
     x = torch.eye(3, D)
     y = torch.arange(3)

@@ -337,7 +337,7 @@ def test_compare_refuses_a_self_pair_and_a_missing_factor() -> None:
 
 
 def rounded(oracle: Oracle, bits: int) -> Result:
-    """What a backend would give that stores X^ with `bits` bits (11: fp16, 8: bf16) and is exact otherwise."""
+    """The result of a backend that stores X^ with `bits` bits (11: fp16, 8: bf16) and is exact otherwise."""
 
     def stored(x: np.ndarray) -> np.ndarray:
         fraction, exponent = np.frexp(x)

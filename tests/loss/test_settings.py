@@ -1,4 +1,4 @@
-"""What the process has set before: no product is less exact for it, and all settings are as they were afterwards."""
+"""Settings made before a call: no product is less exact for them, and all are as they were afterwards."""
 
 import contextlib
 import subprocess

@@ -36,7 +36,7 @@ T nan_min(T a, T b) {
   return std::isnan(a) || std::isnan(b) ? std::numeric_limits<T>::quiet_NaN() : min_of(a, b);
 }
 
-// What PTX leaves open, as GPUs do it: x / 0 has all bits set, x % 0 is x.
+// Left open by PTX, and done as GPUs do it: x / 0 has all bits set, x % 0 is x.
 template <class T>
 T quotient(T a, T b) {
   if (b == 0) return static_cast<T>(~T(0));

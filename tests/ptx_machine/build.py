@@ -1,5 +1,6 @@
 """Builds the machine and the CUDA kernels for it, once for each content of the sources: in build/ptx_machine."""
 
+import fcntl
 import hashlib
 import os
 import re
@@ -44,14 +45,22 @@ def run(*command: str | Path) -> str:
 
 @contextmanager
 def once(target: Path) -> Iterator[Path | None]:
-    """A place to make `target` in, which it is moved from when it is there; None if there is a `target` already."""
+    """A place to make `target` in, which it is moved from when it is there; None if there is a `target` already.
+
+    Another process that wants the same waits until it is made.
+    """
     if target.exists():
         yield None
         return
     target.parent.mkdir(parents=True, exist_ok=True)
-    new = target.with_name(f"{os.getpid()}-{target.name}")
-    yield new
-    new.rename(target)
+    with target.with_name(f"{target.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if target.exists():
+            yield None
+            return
+        new = target.with_name(f"new-{target.name}")
+        yield new
+        new.rename(target)
 
 
 def digest(*parts: str | Path) -> str:

@@ -1,4 +1,4 @@
-// What the lanes of a warp, or the warps of a block, do together; and the flow of control.
+// Operations that the lanes of a warp, or the warps of a block, do together; and the flow of control.
 #include "state.h"
 
 namespace ptx_machine {

@@ -1,4 +1,4 @@
-// What goes on beside the threads: cp.async, mbarriers, the copy engine; and the fences that it needs.
+// Work beside the threads: cp.async, mbarriers, the copy engine; and the fences that it needs.
 #include "state.h"
 
 namespace ptx_machine {

@@ -128,7 +128,7 @@ class Kernels:
         call.x, call.y = machine.put(shifted) + knobs.shift * x.itemsize, machine.put(y.astype(np.int64))
         if ref_x is not None and ref_y is not None:
             call.ref_x, call.ref_y = machine.put(ref_x), machine.put(ref_y.astype(np.int64))
-        # What stands on the host must not be looked at when there is a device's.
+        # Numbers on the host must not be looked at when there is a device's.
         host = (np.nan, np.nan) if knobs.on_device else None
         call.margin[:], call.weight[:] = host or margin, host or weight
         if knobs.on_device:

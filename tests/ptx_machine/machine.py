@@ -1,4 +1,4 @@
-"""The machine from Python: device memory as NumPy arrays, and what went wrong."""
+"""The machine from Python: device memory as NumPy arrays, and the reports of errors."""
 
 import ctypes
 from collections.abc import Callable, Iterable

@@ -1,4 +1,4 @@
-// What a warp does with matrices: ldmatrix, stmatrix, mma.sync.
+// A warp's operations on matrices: ldmatrix, stmatrix, mma.sync.
 #include "tensor_core.h"
 
 namespace ptx_machine {

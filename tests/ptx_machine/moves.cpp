@@ -1,4 +1,4 @@
-// mov, comparisons, selection, and what is done with predicates.
+// mov, comparisons, selection, and operations on predicates.
 #include "lanes.h"
 
 namespace ptx_machine {

@@ -1,4 +1,4 @@
-// PTX text: what the parts of the parser share.
+// PTX text: types and functions that the parts of the parser share.
 #pragma once
 
 #include "state.h"
@@ -13,7 +13,7 @@ std::string trim(const std::string& s);
 std::vector<std::string> split(const std::string& s);  // at commas outside of brackets
 // The declared number behind a word like ".align", or `otherwise`.
 u32 number_after(const std::string& s, const char* word, u32 otherwise);
-// What stands before a '[' or at the end: the name that is declared.
+// The word before a '[' or at the end: the name that is declared.
 std::string declared_name(const std::string& s);
 
 // The text between a kernel's braces, of which the first is in line `line`, becomes instructions.

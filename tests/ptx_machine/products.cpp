@@ -1,4 +1,4 @@
-// Products by warpgroups (wgmma): what they read, and what nobody may touch while they are under way.
+// Products by warpgroups (wgmma): the memory they read, which nobody may touch while they are under way.
 #include "tensor_core.h"
 
 namespace ptx_machine {
@@ -54,7 +54,7 @@ void for_each_eight(Warp& w, const Ins& i, const Matrix& m, F&& f) {  // f(row, 
 Matrix left_of(const Warp& w, const Ins& i, u64 a) { return {a, (i.m & 1) != 0, w.id % 4 * 16u, 16}; }
 Matrix right_of(const Ins& i, u64 b) { return {b, (i.m & 2) != 0, 0, i.n}; }
 
-// When the product starts: what is not there yet, or not visible, is told now.
+// When the product starts: operands not there yet, or not visible, are told now.
 std::pair<u32, u32> check_matrix(Warp& w, const Ins& i, const Matrix& m) {  // the range of shared memory that it covers
   u32 low = ~0u, high = 0;
   for_each_eight(w, i, m, [&](u32, u32, u32 address) {

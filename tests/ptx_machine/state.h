@@ -278,7 +278,7 @@ void product_has_read(Warp& w, const Ins& i, u32 address, u32 size, void* to);
 // Will be written asynchronously from now on, by one who knows of `clock`.
 void claim(Warp& w, const Ins& i, u32 at, u32 size, const Clock& clock, const char* by);
 
-// --- what goes on beside the threads (copies.cpp, products.cpp, collectives.cpp) ---------------------------------
+// --- work beside the threads (copies.cpp, products.cpp, collectives.cpp) ---------------------------------
 
 void finish_tensor_copy(Block& b, size_t which);
 void note_touch(Warp& w, const Ins& i);
@@ -304,7 +304,7 @@ inline int bytes_of(const std::string& type) {
   return std::stoi(type.substr(type.find_first_of("0123456789"))) / 8;
 }
 
-struct Names {                                                                // what decoders ask of the parser
+struct Names {                                                                // names and values, for decoders
   virtual Slot value(const std::string& text, int bytes, bool floating) = 0;  // a register or a constant
   virtual Slot predicate(const std::string& text) = 0;
   virtual std::vector<Slot> values(const std::string& text, int bytes) = 0;  // {a, b} or one

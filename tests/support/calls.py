@@ -1,4 +1,4 @@
-"""Every public call that works on embeddings, with its gradient: for tests of what must hold for all of them."""
+"""Every public call that works on embeddings, with its gradient: for tests of rules that hold for all of them."""
 
 from collections.abc import Callable
 from typing import Any
@@ -90,7 +90,7 @@ def _suggest(backend: str) -> list[Any]:
 
 
 def public_calls(backend: str) -> dict[str, Callable[[], list[Any]]]:
-    """By name; what each returns is its results, tensors and numbers."""
+    """By name; each returns its results, tensors and numbers."""
     groups = torch.from_numpy(np.arange(N) % 3)
     return {
         "rows": lambda: _loss(backend=backend),

@@ -1,4 +1,4 @@
-"""What `pair_counts` has to return, from pairs in fp64; without hypothesis, so that the tests on a GPU can have it."""
+"""The tables that `pair_counts` has to return, from pairs in fp64; without hypothesis, which tests on a GPU lack."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""The loss with every pair written out, in plain PyTorch and with all options: what parts of a batch must add up to."""
+"""The loss with every pair written out, in plain PyTorch and with all options: parts of a batch must add up to it."""
 
 from typing import Any, NamedTuple
 

@@ -29,7 +29,7 @@ EPS = 1e-12  # smallest norm a row is divided by
 
 @dataclass(frozen=True)
 class Result:
-    """What one call gives; a gradient that was not asked for is None."""
+    """The result of one call; a gradient that was not asked for is None."""
 
     loss: float
     count: Array  # [2] int64, n+ and n-
@@ -89,7 +89,7 @@ class Oracle:
         return (self.pair[0] & (self.gap[0] >= 0), self.pair[1] & (self.gap[1] >= 0))
 
     def weights(self, count: Array) -> Array:
-        """[2] lambda over what the penalties are divided by."""
+        """[2] lambda over the divisors of the penalties."""
         result: Array = self.weight / np.maximum(count if self.divisor is None else self.divisor, 1)
         return result
 

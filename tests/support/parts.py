@@ -1,4 +1,4 @@
-"""A global batch in parts, one for each rank, and what the loss of it must be."""
+"""A global batch in parts, one for each rank, and the loss that it must have."""
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path

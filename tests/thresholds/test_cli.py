@@ -1,6 +1,5 @@
 """`python -m tcm_fused opis | calibrate | margins | compare`: files in, figures, JSON and pictures out; bad input."""
 
-import dataclasses
 import json
 import os
 import pickle
@@ -18,7 +17,6 @@ from tcm_fused import calibrate, opis, suggest_margins
 from tcm_fused.__main__ import main
 from tcm_fused.thresholds.files import load
 from tcm_fused.thresholds.outputs import write_whole
-from tcm_fused.thresholds.plots import plot_pareto, plot_similarities, plot_utility
 
 PNG = b"\x89PNG\r\n\x1a\n"
 N, D, CLASSES = 240, 12, 9
@@ -128,7 +126,7 @@ def test_one_file_of_both(files: Path, data: tuple[Any, Any]) -> None:
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
-    """What a command that succeeds prints."""
+    """The output of a command that succeeds."""
     main([str(a) for a in arguments])
     captured = capsys.readouterr()
     assert captured.err == ""
@@ -136,7 +134,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
 
 
 def refuse(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
-    """What a command that fails with exit code 2 says, which is no traceback."""
+    """The message of a command that fails with exit code 2, which is no traceback."""
     with pytest.raises(SystemExit) as left:
         main([str(a) for a in arguments])
     captured = capsys.readouterr()
@@ -419,7 +417,7 @@ def test_bad_calls(
 def test_without_matplotlib(
     files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Said before any work, with the name of what to install."""
+    """Said before any work, with the name of the package to install."""
     monkeypatch.delitem(sys.modules, "tcm_fused.thresholds.plots")
     for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
         monkeypatch.setitem(sys.modules, name, None)
@@ -464,56 +462,6 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str], command: str) -> None:
     assert left.value.code == 0
     printed = capsys.readouterr().out
     assert f"example: python -m tcm_fused {command}" in " ".join(printed.split())
-
-
-# Pictures.
-
-
-def test_pictures(data: tuple[Any, Any], tmp_path: Path) -> None:
-    """Each is drawn, with axes that say what they are, on axes of the caller's too."""
-    result = opis(*data)
-    found = calibrate(*data, far=0.1), suggest_margins(*data, far=0.1, frr=0.1)
-    axes = [
-        result.plot(),
-        plot_similarities(result),
-        *(f.plot() for f in found),
-        plot_pareto({"a": result, "b": result}),
-    ]
-    for k, drawn in enumerate(axes):
-        assert drawn.get_xlabel()
-        assert drawn.get_ylabel()
-        figure: Any = drawn.figure
-        figure.savefig(tmp_path / f"{k}.png")
-        assert (tmp_path / f"{k}.png").read_bytes().startswith(PNG)
-    assert plot_utility(opis(*data, thresholds=[0.5, 1.0], distance="cosine"), axes[0]) is axes[0]
-
-
-@pytest.mark.parametrize("gap", [-0.3, -0.01, 0.0, 0.01, 0.3])
-@pytest.mark.parametrize("at", [-0.4, 0.3, 0.95])
-def test_names_of_the_margins_do_not_overlap(data: tuple[Any, Any], at: float, gap: float) -> None:
-    found = suggest_margins(*data, far=0.1, frr=0.1)
-    drawn = dataclasses.replace(found, margin_plus=at, margin_minus=at + gap).plot()
-    figure: Any = drawn.figure
-    figure.canvas.draw()
-    first, second = (text.get_window_extent() for text in drawn.texts)
-    assert not first.overlaps(second)
-    for box in (first, second):
-        assert drawn.bbox.y0 < box.y0 and box.y1 < drawn.bbox.y1
-
-
-def test_utility_picture_shows_the_curves(data: tuple[Any, Any]) -> None:
-    """The mean line is the mean of the classes' curves, and within the range it is that of the result.
-
-    But for the picture's thresholds being others than the result's: between two of those the curves bend by 2e-4.
-    """
-    result = opis(*data)
-    lines = {line.get_label(): np.asarray(line.get_xydata()) for line in result.plot().lines}
-    mean = lines["mean of all classes"]
-    inside = (mean[:, 0] >= result.distance[0]) & (mean[:, 0] <= result.distance[-1])
-    assert np.allclose(np.interp(mean[inside, 0], result.distance, result.mean_utility), mean[inside, 1], atol=1e-3)
-    worst = lines["mean of the worst 10 %"]
-    inside = (worst[:, 0] >= result.distance[0]) & (worst[:, 0] <= result.distance[-1])
-    assert np.allclose(np.interp(worst[inside, 0], result.distance, result.worst_utility), worst[inside, 1], atol=1e-3)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the error is that of a machine without a GPU")

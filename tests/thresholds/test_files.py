@@ -1,12 +1,5 @@
 """The same data through every kind of file: the same result, or a refusal that says why; never another result."""
 
-import io
-import json
-import subprocess
-import sys
-import warnings
-import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,45 +8,25 @@ import pandas
 import pyarrow
 import pytest
 from pyarrow import parquet
-
-from tcm_fused.thresholds.files import Labelled, load
-
-N, D = 60, 8
-RNG = np.random.default_rng(3)
-Y = RNG.integers(7, size=N)
-X = RNG.standard_normal((7, D))[Y] + RNG.standard_normal((N, D))
-FRAME = pandas.DataFrame(X)
-NAMED = pandas.DataFrame(X, columns=[f"c{k}" for k in range(D)])
-TEXT = np.array([f'bird {c}, "blue"' for c in Y])
-
-Write = Callable[[Path], Any]
-
-
-def to_npy(array: Any) -> Write:
-    return lambda path: np.save(path, np.asarray(array))
-
-
-def text(content: str, encoding: str = "utf-8") -> Write:
-    return lambda path: path.write_bytes(content.encode(encoding))
-
-
-def rows(x: Any = X, separator: str = ",") -> str:
-    return "".join(separator.join(repr(float(v)) for v in row) + "\n" for row in x)
-
-
-def lines(values: Any) -> str:
-    return "".join(f"{v}\n" for v in values)
-
-
-def read(tmp_path: Path, x: tuple[str, Write], y: tuple[str, Write]) -> Labelled:
-    (tmp_path / "x").mkdir(exist_ok=True)
-    (tmp_path / "y").mkdir(exist_ok=True)
-    for part, (name, write) in (("x", x), ("y", y)):
-        write(tmp_path / part / name)
-    return load(tmp_path / "x" / x[0], tmp_path / "y" / y[0])
-
-
-NPY_X, NPY_Y = ("x.npy", to_npy(X)), ("y.npy", to_npy(Y))
+from support.set_in_files import (
+    FRAME,
+    NAMED,
+    NPY_X,
+    NPY_Y,
+    RNG,
+    TEXT,
+    TEXT_WITHOUT_COMMAS,
+    D,
+    N,
+    Write,
+    X,
+    Y,
+    lines,
+    read,
+    rows,
+    text,
+    to_npy,
+)
 
 # Embeddings: each reads as X, whether the labels are an array or a list without a header.
 GOOD_X: dict[str, tuple[str, Write]] = {
@@ -275,9 +248,6 @@ def test_a_header_of_numbers(tmp_path: Path, columns: Any, whole: bool) -> None:
         assert np.array_equal(read(tmp_path, csv, NPY_Y).embeddings, x)
 
 
-TEXT_WITHOUT_COMMAS = np.array([f"bird {c}" for c in Y])
-
-
 def test_rows_and_labels_that_are_not_as_many(tmp_path: Path) -> None:
     """A row or a label too many is no header, nor is one too few a reason to see one."""
     for x in (X, X[:-1], X[1:]):
@@ -444,111 +414,3 @@ def test_what_is_no_label(tmp_path: Path, name: str, write: Write, message: str)
     with pytest.raises(ValueError, match=message) as refused:
         read(tmp_path, NPY_X, (name, write))
     assert str(tmp_path / "y" / name) in str(refused.value)
-
-
-# Files that are not what they say.
-
-
-@pytest.mark.parametrize(
-    ("array", "message"),
-    [
-        (np.float64(3), r"must hold embeddings of shape \[N, D\], got \[\]"),
-        (X[0], r"must hold embeddings of shape \[N, D\], got \[8\]"),
-        (X[None], r"must hold embeddings of shape \[N, D\], got \[1, 60, 8\]"),
-        (X[:0], "it is empty"),
-        (X[:, :0], "it is empty"),
-        (X > 0, "must hold numbers, got bool"),
-        (X * 1j, "must hold numbers, got complex128"),
-        (X.astype([("a", "f8")]), "must hold numbers, got"),
-        (np.full((N, D), np.datetime64("2020-01-01")), "must hold numbers, got"),
-    ],
-)
-@pytest.mark.parametrize("name", ["x.npy", "x.npz"])
-def test_arrays_that_are_no_embeddings(tmp_path: Path, array: Any, message: str, name: str) -> None:
-    def write(path: Path) -> None:
-        np.savez(path, embeddings=array) if path.suffix == ".npz" else np.save(path, array)
-
-    with pytest.raises(ValueError, match=message) as refused:
-        read(tmp_path, (name, write), NPY_Y)
-    assert str(tmp_path / "x" / name) in str(refused.value)
-
-
-def header(shape: tuple[int, ...]) -> bytes:
-    stream = io.BytesIO()
-    np.lib.format.write_array_header_1_0(stream, {"descr": "<f4", "fortran_order": False, "shape": shape})
-    return stream.getvalue()
-
-
-def test_headers_that_claim_too_much(tmp_path: Path) -> None:
-    """Petabytes that are not there: said at once, and nothing is taken for them."""
-    for shape in ((10**9, 10**6), (10**4, 10**4), (2**40, 2**40)):
-        (tmp_path / "x.npy").write_bytes(header(shape) + bytes(800))
-        with zipfile.ZipFile(tmp_path / "x.npz", "w") as archive:
-            archive.writestr("embeddings.npy", header(shape) + bytes(800))
-            archive.writestr("labels.npy", header((8,)) + bytes(32))
-        np.save(tmp_path / "y.npy", Y)
-        for name in ("x.npy", "x.npz"):
-            with pytest.raises(ValueError, match=f"cannot read embeddings from .*{name}"):
-                load(tmp_path / name, tmp_path / "y.npy")
-
-
-def test_a_zip_bomb_is_not_unpacked(tmp_path: Path) -> None:
-    """1.5 GiB of zeros in a file of 7 MB: refused by its header, in less memory than they take."""
-    block = bytes(1 << 24)
-    with zipfile.ZipFile(tmp_path / "x.npz", "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
-        with archive.open("embeddings.npy", "w", force_zip64=True) as stream:
-            stream.write(header((96 << 10, 4096)))
-            for _ in range(96):
-                stream.write(block)
-        archive.writestr("labels.npy", header((96 << 10,)) + bytes(4 * 96 << 10))
-    script = f"""
-import resource
-from pathlib import Path
-from tcm_fused.thresholds.files import load
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-try:
-    load(Path({str(tmp_path / "x.npz")!r}), None)
-except ValueError as error:
-    print(error)
-assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # KiB
-"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert "x.npz" in done.stdout and "times as many" in done.stdout
-
-
-def test_parquet_that_unpacks_to_more_than_there_is(tmp_path: Path) -> None:
-    """One value a thousand million times takes a few bytes there."""
-    one = pyarrow.table({"a": pyarrow.array(np.zeros(1 << 25, dtype=np.float32))})
-    with parquet.ParquetWriter(tmp_path / "x.parquet", one.schema) as writer:
-        for _ in range(8):
-            writer.write_table(one)
-    np.save(tmp_path / "y.npy", Y)
-    with pytest.raises(ValueError, match=r"x\.parquet: .* times as many"):
-        load(tmp_path / "x.parquet", tmp_path / "y.npy")
-
-
-def test_a_file_is_mapped_and_not_copied(tmp_path: Path) -> None:
-    x = X.astype(np.float32)
-    np.save(tmp_path / "x.npy", x)
-    np.save(tmp_path / "y.npy", Y)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        found = load(tmp_path / "x.npy", tmp_path / "y.npy")
-    assert isinstance(found.embeddings, np.memmap) and not found.embeddings.flags.writeable
-    assert np.array_equal(found.embeddings, x)
-
-
-def test_a_named_index_in_the_metadata_alone(tmp_path: Path) -> None:
-    """As pandas marks it, whatever its name."""
-    table = pyarrow.table({**{f"c{k}": X[:, k] for k in range(D)}, "who": np.arange(N)})
-    about = {"index_columns": ["who"], "columns": [], "column_indexes": []}
-    table = table.replace_schema_metadata({"pandas": json.dumps(about)})
-    found = read(tmp_path, ("x.parquet", lambda path: parquet.write_table(table, path)), NPY_Y)
-    assert np.array_equal(found.embeddings, X)
-
-
-def test_lines_longer_than_a_block(tmp_path: Path) -> None:
-    x = RNG.standard_normal((3, 5_000))
-    np.save(tmp_path / "y.npy", [0, 0, 1])
-    np.savetxt(tmp_path / "x.csv", x, delimiter=",", fmt="%.240f")
-    assert np.array_equal(load(tmp_path / "x.csv", tmp_path / "y.npy").embeddings, x)

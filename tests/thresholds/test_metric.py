@@ -6,7 +6,6 @@ import math
 import pickle
 import sys
 import warnings
-from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -15,8 +14,8 @@ import pytest
 import torch
 import torch.distributed
 from support import batches
+from support.parts import Pools
 from torch import Tensor
-from torch.multiprocessing.spawn import spawn
 from torchmetrics import MetricCollection
 from torchmetrics.wrappers import BootStrapper, MetricTracker, MinMaxMetric, MultitaskWrapper, Running
 
@@ -74,7 +73,7 @@ def test_pickle_and_gradient() -> None:
 
 @pytest.mark.parametrize("on_step", [False, True])
 def test_forward_scores_the_batch_and_adds_it(on_step: bool) -> None:
-    """A batch that does not fit is refused, one without a score of its own is NaN; what came before goes on."""
+    """A batch that does not fit is refused, one without a score of its own is NaN; the rows before count on."""
     x, y = data()
     metric = OPIS(**OPTIONS, dist_sync_on_step=on_step)
     metric.update(x[:100], y[:100])
@@ -306,11 +305,8 @@ def test_errors_come_at_once() -> None:
             OPIS(**chosen)
 
 
-def _worker(rank: int, folder: str) -> None:
+def _worker(rank: int) -> None:
     """One of two processes; each has a part of the rows, of unequal length, and so of the pairs."""
-    torch.set_num_threads(1)
-    rendezvous = f"file://{folder}/rendezvous"
-    torch.distributed.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2)
     x, y = data()
     # Parts of unequal length, none, and an empty batch.
     for parts in ((slice(0, 110), slice(110, N)), (None, slice(0, N)), (slice(0, N), slice(0, 0))):
@@ -335,12 +331,11 @@ def _worker(rank: int, folder: str) -> None:
     metric.update(x[:, : 4 + rank], y)
     with pytest.raises(ValueError, match=r"as many columns in all processes, got \[4, 5\]"):
         metric.compute()
-    torch.distributed.destroy_process_group()
 
 
-def test_two_processes(tmp_path: Path) -> None:
+def test_two_processes(pools: Pools) -> None:
     """Both see all rows: `compute` gathers them, and both return what one process would, also of one without rows."""
-    spawn(_worker, (str(tmp_path),), nprocs=2)
+    pools[2].run(_worker)
 
 
 def test_without_torchmetrics(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,16 +1,19 @@
 """Pictures hold what is written in them: no name is cut off or covers another, whatever the figures and the names."""
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.text import Annotation
+from support.opis_oracle import clustered
 
 from tcm_fused import OPISResult, calibrate, opis, suggest_margins
-from tcm_fused.thresholds.plots import plot_pareto, plot_similarities
+from tcm_fused.thresholds.plots import plot_pareto, plot_similarities, plot_utility
 
 _GENERATOR = torch.Generator().manual_seed(0)
 Y = torch.arange(300) % 15
@@ -130,3 +133,50 @@ def test_pictures_of_results(kind: str) -> None:
 def test_one_spelling() -> None:
     assert RESULT.plot().get_title(loc="left").split("   ")[1].startswith("10%-OPIS ")
     assert opis(X, Y, epsilon=0.125).plot().get_title(loc="left").split("   ")[1].startswith("12.5%-OPIS ")
+
+
+def test_pictures(tmp_path: Path) -> None:
+    """Each is drawn, with axes that say what they are, on axes of the caller's too."""
+    result = opis(X, Y)
+    found = calibrate(X, Y, far=0.1), suggest_margins(X, Y, far=0.1, frr=0.1)
+    axes = [
+        result.plot(),
+        plot_similarities(result),
+        *(f.plot() for f in found),
+        plot_pareto({"a": result, "b": result}),
+    ]
+    for k, drawn in enumerate(axes):
+        assert drawn.get_xlabel()
+        assert drawn.get_ylabel()
+        figure: Any = drawn.figure
+        figure.savefig(tmp_path / f"{k}.png")
+        assert (tmp_path / f"{k}.png").read_bytes().startswith(b"\x89PNG")
+    assert plot_utility(opis(X, Y, thresholds=[0.5, 1.0], distance="cosine"), axes[0]) is axes[0]
+
+
+@pytest.mark.parametrize("gap", [-0.3, -0.01, 0.0, 0.01, 0.3])
+@pytest.mark.parametrize("at", [-0.4, 0.3, 0.95])
+def test_names_of_the_margins_do_not_overlap(at: float, gap: float) -> None:
+    found = suggest_margins(X, Y, far=0.1, frr=0.1)
+    drawn = dataclasses.replace(found, margin_plus=at, margin_minus=at + gap).plot()
+    figure: Any = drawn.figure
+    figure.canvas.draw()
+    first, second = (text.get_window_extent() for text in drawn.texts)
+    assert not first.overlaps(second)
+    for box in (first, second):
+        assert drawn.bbox.y0 < box.y0 and box.y1 < drawn.bbox.y1
+
+
+def test_utility_picture_shows_the_curves() -> None:
+    """The mean line is the mean of the classes' curves, and within the range it is that of the result.
+
+    But for the picture's thresholds being others than the result's: between two of those the curves bend by 2e-4.
+    """
+    result = opis(*clustered())
+    lines = {line.get_label(): np.asarray(line.get_xydata()) for line in result.plot().lines}
+    mean = lines["mean of all classes"]
+    inside = (mean[:, 0] >= result.distance[0]) & (mean[:, 0] <= result.distance[-1])
+    assert np.allclose(np.interp(mean[inside, 0], result.distance, result.mean_utility), mean[inside, 1], atol=1e-3)
+    worst = lines["mean of the worst 10 %"]
+    inside = (worst[:, 0] >= result.distance[0]) & (worst[:, 0] <= result.distance[-1])
+    assert np.allclose(np.interp(worst[inside, 0], result.distance, result.worst_utility), worst[inside, 1], atol=1e-3)

@@ -261,7 +261,7 @@ def test_missing_labels_of_tables(labels: Any, row: int) -> None:
         ("abab", TypeError, "labels must be a tensor, an array, a series or a list of integers or text, got str"),
         (None, TypeError, "labels must be a tensor.*got NoneType"),
         ({0: 1}, TypeError, "labels must be a tensor.*got dict"),
-        (iter([0, 0, 1, 1]), TypeError, "labels must be a tensor.*got list_iterator"),
+        pytest.param(iter([0, 0, 1, 1]), TypeError, "labels must be a tensor.*got list_iterator", id="iterator"),
         (7, TypeError, "labels must be a tensor.*got int"),
         ([torch.tensor(0), torch.tensor([1, 2]), 1, 1], ValueError, "but row 0 has .*, row 1 has"),
     ],
@@ -298,7 +298,7 @@ def test_bad_labels(call: str, labels: Any, error: type[Exception], message: str
         (None, TypeError, "embeddings must be a tensor, an array, a data frame or a list of numbers, got NoneType"),
         ("x.npy", TypeError, "embeddings must be a tensor.*got str"),
         ({"x": [1.0]}, TypeError, "embeddings must be a tensor.*got dict"),
-        (NotAnArray(), TypeError, "embeddings must be a tensor.*got NotAnArray"),
+        pytest.param(NotAnArray(), TypeError, "embeddings must be a tensor.*got NotAnArray", id="NotAnArray"),
     ],
     ids=lambda value: str(value)[:40].replace("\n", " "),
 )

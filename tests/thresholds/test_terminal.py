@@ -1,4 +1,4 @@
-"""Commands on a terminal: what comes from files cannot harm it, none of its encodings ends a run, and what is printed
+"""Commands on a terminal: text from files cannot harm it, none of its encodings ends a run, and what is printed
 to be typed again decides as it did."""
 
 import itertools
@@ -88,7 +88,7 @@ def test_mathematics_in_names(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
 def test_any_encoding(tmp_path: Path, encoding: str) -> None:
-    """What the terminal's encoding lacks is written as escapes; files are in UTF-8 whatever it is."""
+    """Characters that the terminal's encoding lacks are written as escapes; files are in UTF-8 whatever it is."""
     data = save_set(tmp_path / "Käse 猫.npz", np.array([f"Ж {c}" for c in Y]))
     environment = {
         **os.environ,
