@@ -20,7 +20,7 @@ from tcm_fused import tcm_loss
 MARGIN_PLUS = 0.9  # the defaults of tcm_fused and of pytorch-metric-learning; each lambda is 1
 MARGIN_MINUS = 0.5
 # Two rows share a centre, and so are a hard pair, with probability 1 / centres.
-_CENTRES = {"few": 4096, "1e-4": 10_000, "1e-3": 1000}
+_CENTRES = {"few": 4096, "1e-4": 10_000, "1e-3": 1000, "1e-2": 100}
 
 # cos^2 between a row and the direction common to all: the mean similarity of the batch.
 _MEAN_SIMILARITY = {"half": MARGIN_MINUS, "all": 0.75}
@@ -35,6 +35,7 @@ def make_batch(n: int, d: int, hard: str = "few", seed: int = 0, device: str = "
                (5.7 deviations); at d = 64 about 1e-5 of the pairs stray over the margin
         1e-4   rows drawn to one of 10,000 random centres, whatever their label: 1e-4 of the pairs, at any n
         1e-3   of 1000: 1e-3 of the pairs
+        1e-2   of 100: 1e-2 of the pairs
         few    of 4096: 2.4e-4 of the pairs
         half   a common direction at 45 degrees to every row: s is symmetric around 0.5
         all    a common direction, closer: s is 0.75 +- 0.25 / sqrt(d)
@@ -57,7 +58,9 @@ def make_batch(n: int, d: int, hard: str = "few", seed: int = 0, device: str = "
         share = _MEAN_SIMILARITY[hard]
         x_hat = share**0.5 * common + (1 - share) ** 0.5 * noise
     else:
-        raise ValueError(f"hard={hard!r} is not known; choose one of 'none', '1e-4', 'few', '1e-3', 'half', 'all'")
+        raise ValueError(
+            f"hard={hard!r} is not known; choose one of 'none', '1e-4', 'few', '1e-3', '1e-2', 'half', 'all'"
+        )
     length = 0.5 + torch.rand(n, 1, generator=generator, device=device)
     labels = torch.randperm(n, generator=generator, device=device) // 4
     return x_hat * length, labels
