@@ -15,6 +15,7 @@
 
 #include "codes.h"
 #include "embeddings.h"
+#include "terms.h"
 
 // How the loss is found:
 // 1. Sort rows and columns by label and normalise them (`Embeddings`). The positives of a row are then one
@@ -37,8 +38,7 @@ constexpr int kGroup = 2;          // panels on each side of one matrix product
 constexpr int kDensePairs = 8;     // pairs of a dense sum that cost as much as one of a sparse sum (measured: 7)
 constexpr int kWeightedPairs = 4;  // the same where pairs have weights (measured: 4)
 constexpr int kLeastCoded = 256;   // rows and columns from which codes pay
-constexpr int kCodedPairs =
-    16;  // of this many pairs of a tile one at most is decided by itself, else a product is faster
+constexpr int kCodedPairs = 16;    // of so many pairs one at most is decided by itself, else a product is faster
 
 // Rows or columns with the sums of their gradient.
 template <class real>
@@ -48,8 +48,7 @@ struct EmbeddingSums : Embeddings<real> {
   Array<double> exact_sum;   // the same in float64, with codes
   std::vector<double> norm;  // [panels] sum of |x^|^2 over each panel, with codes
   bool wants_gradient = false;
-  // The gradient's few terms [panels]: see `term`. A panel with more has them in `sum`.
-  std::vector<std::vector<uint64_t>> terms;
+  std::vector<std::vector<uint64_t>> terms;  // [panels] few terms of the gradient, see terms.h; more are in `sum`
   Array<real> sum[2];          // [panels * tile, d] masked or weighted sums over hard positives, hard negatives
   Array<real> shared[2];       // [panels, d] added to the sums of every row of a panel, but of those set apart
   std::vector<char> apart[2];  // [size] rows set apart
@@ -58,22 +57,6 @@ struct EmbeddingSums : Embeddings<real> {
 
   int64_t groups() const { return (this->panels + kGroup - 1) / kGroup; }
   int64_t group_end(int64_t group) const { return std::min(this->panels, kGroup * (group + 1)); }  // its last panel + 1
-};
-
-// One term of a row's gradient, in the order of which they are added up: + or, with `lacks`, - the unit row `column` of the
-// other side, for the row's panel.
-struct Term {
-  int row, side;
-  bool lacks;
-  int64_t column;
-
-  uint64_t code() const {
-    return static_cast<uint64_t>(row) << 50 | static_cast<uint64_t>(2 * side + lacks) << 48 | column;
-  }
-  static Term of(uint64_t code) {
-    return {static_cast<int>(code >> 50), static_cast<int>(code >> 49 & 1), (code >> 48 & 1) != 0,
-            static_cast<int64_t>(code & ((uint64_t{1} << 48) - 1))};
-  }
 };
 
 // A group's sums are added to in a fixed order: whoever has a sum for it waits until the turn is its own.
@@ -560,7 +543,7 @@ class LossWalk {
     }
   }
 
-  // The same pair by pair; with `lacks` they are subtracted. Few are kept as terms: they need less memory than sums.
+  // The same pair by pair; with `lacks` they are subtracted. Few are kept as terms.
   void add_pairs(EmbeddingSums<real>& to, int64_t i, const EmbeddingSums<real>& from, int64_t j, int side, bool lacks,
                  const uint64_t* mask) {
     std::vector<uint64_t>& terms = to.terms[i];
@@ -580,7 +563,7 @@ class LossWalk {
   // Moves a panel's terms into its sums.
   void sum_terms(EmbeddingSums<real>& to, int64_t i, const EmbeddingSums<real>& from) const {
     std::vector<uint64_t>&terms = to.terms[i], spare(terms.size());
-    sort_terms(terms, spare);
+    gather(terms, spare);
     const uint64_t *term = terms.data(), *end = term + terms.size();
     while (term < end) {
       Term first = Term::of(*term);
@@ -588,15 +571,6 @@ class LossWalk {
       term = add_terms(term, end, from, to.sum[first.side].get() + (to.begin(i) + first.row) * p_.d);
     }
     std::vector<uint64_t>().swap(terms);
-  }
-
-  // Brings terms that differ in the column alone together, row by row; `spare` has room for all.
-  static void sort_terms(std::vector<uint64_t>& terms, std::vector<uint64_t>& spare) {
-    std::array<uint32_t, 4 * kTile + 1> begin{};
-    for (uint64_t term : terms) ++begin[(term >> 48) + 1];
-    for (int k = 0; k < 4 * kTile; ++k) begin[k + 1] += begin[k];
-    for (uint64_t term : terms) spare[begin[term >> 48]++] = term;
-    std::copy_n(spare.begin(), terms.size(), terms.begin());
   }
 
   // Adds the first of the terms, and those after it that differ from it in the column alone, to g [d]; where they end.
@@ -776,7 +750,7 @@ class LossWalk {
       for (; worker < last; ++worker)
         for (int64_t panel = worker; panel < e.panels; panel += host_.threads) {
           std::vector<uint64_t>& terms = e.terms[panel];
-          sort_terms(terms, spares[worker]);
+          gather(terms, spares[worker]);
           const uint64_t *term = terms.data(), *end = term + terms.size();
           for (int row = 0; row < e.rows(panel); ++row) {
             int64_t k = e.begin(panel) + row;
