@@ -49,7 +49,7 @@ if WITH_EXTENSION:
         ) from error
 
 ROOT = Path(__file__).parent
-STABLE_ABI = "0x020b000000000000"  # operators use only what every torch from 2.11 on has
+STABLE_ABI = "0x020b000000000000"  # operators use nothing that torch 2.11 lacks
 ARCHITECTURES = "8.0;9.0a;10.0+PTX"
 NVCC_OPTIONS = (
     "-std=c++20",
@@ -77,7 +77,7 @@ class Compiler(NamedTuple):
 
 @cache
 def compiler() -> Compiler:
-    """That of CXX; an error says what to install if there is none.
+    """That of CXX; an error says how to install one if there is none.
 
     CXX may be several words, as a shell reads them: a launcher before the compiler, options behind it. torch and nvcc
     want a single program, so these get a script.
@@ -119,7 +119,7 @@ def script(command: str) -> str:
 
 
 def run(*command: str) -> tuple[str, int]:
-    """What `command` prints, on either stream, and its exit status."""
+    """The output of `command`, on either stream, and its exit status."""
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     return done.stdout, done.returncode
 
@@ -275,7 +275,7 @@ class Build(BuildExtension):
         else:
             print(f"tcm_fused: no CUDA kernels: {build}")
         print(f"tcm_fused: CPU kernels with {compiler().name}, torch {torch.__version__} (stable ABI 2.11)")
-        self.force = True  # setuptools looks at the age of files alone; ninja knows what flags and headers changed
+        self.force = True  # setuptools looks at the age of files alone; ninja knows which flags and headers changed
         super().build_extensions()
 
 

@@ -19,11 +19,12 @@ from tcm_fused.warn import warn_once
 
 _LARGEST = sys.float_info.max
 PRECISIONS = ("auto", "fp32", "fp16")
+_BACKENDS = ("auto", *choice.BACKENDS)
 _AUTOCAST_DEVICES = tuple(filter(torch.amp.is_autocast_available, ("cpu", "cuda", "mps", "xpu")))
 
 
 class Rows(NamedTuple):
-    """One set of embeddings with what belongs to each."""
+    """One set of embeddings, with labels and groups."""
 
     x: Tensor  # [N, D]
     y: Tensor  # [N] int64
@@ -43,13 +44,19 @@ class Options(NamedTuple):
     precision: str
     backend: str
 
+    @classmethod
+    def of(cls, loss: Any) -> "Options":
+        """The attributes of a module that has them all."""
+        sides = (loss.margin_plus, loss.margin_minus, loss.lambda_plus, loss.lambda_minus)
+        return cls(*sides, loss.penalty, loss.reduction, loss.group_pairs, loss.precision, loss.backend)
+
     def check(self) -> None:
         """Raises TypeError or ValueError."""
         check_choice("penalty", self.penalty, ("hinge", "squared"))
         check_choice("reduction", self.reduction, ("violating", "all"))
         check_choice("group_pairs", self.group_pairs, ("within", "across"))
         check_choice("precision", self.precision, PRECISIONS)
-        check_choice("backend", self.backend, ("auto", *choice.BACKENDS))
+        check_choice("backend", self.backend, _BACKENDS)
         _check_value("margin_plus", self.margin_plus)
         _check_value("margin_minus", self.margin_minus)
         _check_value("lambda_plus", self.lambda_plus, least=0.0)
@@ -85,7 +92,7 @@ def warn_of_crossed_margins(margin_plus: float, margin_minus: float) -> bool:
 
 def _check_value(name: str, value: Any, least: float = -math.inf) -> None:
     """A margin or weight: a number or a 0-d tensor. The value of a tensor is looked at if that waits for no device."""
-    if type(value) is float and max(least, -_LARGEST) <= value <= _LARGEST:  # most are: the rest takes its time
+    if type(value) is float and -_LARGEST <= value <= _LARGEST and least <= value:  # most are: the rest takes its time
         return
     value = _as_traced(value)
     if not isinstance(value, Tensor):
@@ -167,10 +174,10 @@ def check_sets(
         _check_reference(embeddings, ref_emb, row_offset)
     elif row_offset not in (None, 0):
         raise ValueError(f"row_offset={row_offset} needs ref_emb; without it the rows are the columns, from 0 on")
-    _check_groups(embeddings, ref_emb, row_offset, groups, ref_groups)
-    groups, ref_groups = (None if t is None else t.long() for t in (groups, ref_groups))
-    if not torch.compiler.is_compiling():
-        _check_differentiation(embeddings, ref_emb)
+    if groups is not None or ref_groups is not None:
+        _check_groups(embeddings, ref_emb, row_offset, groups, ref_groups)
+        groups, ref_groups = (None if t is None else t.long() for t in (groups, ref_groups))
+    check_differentiation(embeddings, ref_emb)
     if ref_emb is None or ref_labels is None:
         return Rows(embeddings, int64_labels(labels, "labels"), groups), None
     if ref_emb.dtype != embeddings.dtype:  # under autocast
@@ -215,17 +222,17 @@ def check_number(name: str, value: Any, least: float = -math.inf, besides: str =
         )
 
 
-def one_fp16_product(embeddings: Tensor, precision: str) -> bool:
-    """Whether similarities may come from one fp16 product, on kernels that have it."""
+def one_fp16_product(device_type: str, dtype: torch.dtype, precision: str) -> bool:
+    """Whether similarities of such embeddings may come from one fp16 product, on kernels that have it."""
     if precision != "auto":
         return precision == "fp16"
-    if embeddings.dtype == torch.float32:
-        return _in_autocast(embeddings) or _user_allows_less_than_float32(embeddings.device.type)
-    return embeddings.dtype != torch.float64
+    if dtype == torch.float32:
+        return _in_autocast(device_type) or _user_allows_less_than_float32(device_type)
+    return dtype != torch.float64
 
 
-def _in_autocast(x: Tensor) -> bool:
-    return x.device.type in _AUTOCAST_DEVICES and torch.is_autocast_enabled(x.device.type)
+def _in_autocast(device_type: str) -> bool:
+    return device_type in _AUTOCAST_DEVICES and torch.is_autocast_enabled(device_type)
 
 
 @constant_when_compiled  # torch.compile cannot trace it, and compiles again when the setting changes
@@ -238,8 +245,10 @@ def _user_allows_less_than_float32(device_type: str) -> bool:
         return torch.backends.cuda.matmul.fp32_precision not in ("none", "ieee")
 
 
-def _check_differentiation(*embeddings: Tensor | None) -> None:
+def check_differentiation(*embeddings: Tensor | None) -> None:
     """RuntimeError but for reverse-mode autograd: torch itself would be unclear about the others, or silent."""
+    if torch.compiler.is_compiling():
+        return
     for x in embeddings:
         if x is None:
             continue
@@ -253,8 +262,8 @@ def _check_differentiation(*embeddings: Tensor | None) -> None:
 
 def check_set(name: str, x: Any, labels_name: str, labels: Any) -> None:
     """x [N, D] floating, labels [N] of integers, on one device."""
-    for argument, value in ((name, x), (labels_name, labels)):
-        check_tensor(argument, value)
+    check_tensor(name, x)
+    check_tensor(labels_name, labels)
     if x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
     if labels.is_floating_point() or labels.is_complex():
@@ -288,7 +297,7 @@ def _check_reference(embeddings: Tensor, ref_emb: Tensor, row_offset: Any) -> No
         raise ValueError(f"ref_emb has D={ref_emb.shape[1]}, embeddings have D={embeddings.shape[1]}; they must agree")
     if ref_emb.device != embeddings.device:
         raise ValueError(f"ref_emb is on {ref_emb.device}, embeddings on {embeddings.device}; move them to one device")
-    if ref_emb.dtype != embeddings.dtype and not _in_autocast(embeddings):
+    if ref_emb.dtype != embeddings.dtype and not _in_autocast(embeddings.device.type):
         raise TypeError(f"ref_emb is {ref_emb.dtype}, embeddings are {embeddings.dtype}; cast one, or use autocast")
     if row_offset is None:
         return
@@ -335,6 +344,8 @@ def int64_labels(labels: Tensor, name: str) -> Tensor:
 
     On a GPU, where looking would wait for the device, and under torch.compile such a label becomes negative.
     """
+    if labels.dtype == torch.int64:
+        return labels
     looks = labels.dtype == torch.uint64 and labels.device.type == "cpu" and not torch.compiler.is_compiling()
     if looks and bool((labels.view(torch.int64) < 0).any()):
         raise ValueError(f"{name} must be below 2**63")

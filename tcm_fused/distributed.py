@@ -16,7 +16,7 @@ from tcm_fused import ranks
 from tcm_fused.arguments import Options, Rows, check_bank, check_choice, check_sets, one_fp16_product
 from tcm_fused.backends.choice import choose
 from tcm_fused.backends.numerics import loss_dtype
-from tcm_fused.backends.operators import WithGradient, wants_gradient
+from tcm_fused.backends.operators import wants_gradient, with_gradient
 from tcm_fused.loss import TCMLoss
 from tcm_fused.pair_sums import PairSums, add, pair_sums
 from tcm_fused.tracing import eager_when_compiled
@@ -174,7 +174,7 @@ reduction='violating', group_pairs='within', precision='auto', backend='auto', g
                 stored = pair_sums(rows, bank, None, options)  # of columns that are constant
                 batch, complete = add([batch, stored]), complete + stored.penalty
         total = _add_up(batch, group)
-        self._seen = total.penalty, total.hard, loss_dtype(rows.x)
+        self.last_call = total.penalty, total.hard, loss_dtype(rows.x)
         divisor = total.divisor.clamp_min(1).to(total.penalty.dtype)
         weights = options.weights(rows.x)
         weight = torch.stack([weights[0] / divisor[0], weights[1] / divisor[1]])
@@ -183,7 +183,7 @@ reduction='violating', group_pairs='within', precision='auto', backend='auto', g
         # All rows' gradients are NaN then, those too that were never with the one that is not finite (in no group).
         weight = torch.where(total.penalty.isnan().any(), torch.nan, weight)
         loss = total.loss(weights).to(loss_dtype(rows.x))
-        return WithGradient.apply(complete, loss, weight), columns
+        return with_gradient(loss, [weight], [complete]), columns
 
     def _checked_rows(
         self, embeddings: Tensor, labels: Tensor, groups: Tensor | None, group: dist.ProcessGroup
@@ -191,7 +191,7 @@ reduction='violating', group_pairs='within', precision='auto', backend='auto', g
         rows, _ = check_sets(embeddings, labels, None, None, None, groups, None)
         for values in (self.options.margins, self.options.weights):
             values(rows.x)  # raises if they are on another device
-        choose(self.backend, rows.x.device.type, rows.x.dtype, self.penalty == "squared")
+        choose(self.backend, rows.x.device.type, rows.x.dtype, self.penalty)
         devices = ranks.device_types(group)
         if rows.x.device.type not in devices:
             raise ValueError(
@@ -208,10 +208,15 @@ reduction='violating', group_pairs='within', precision='auto', backend='auto', g
         return (
             f"embeddings of D={rows.x.shape[1]} in {rows.x.dtype} on {rows.x.device.type}, "
             f"groups {'given' if rows.groups is not None else 'not given'}, "
-            f"{'fp16' if one_fp16_product(rows.x, options.precision) else 'fp32'} products, "
+            f"{_precision(rows.x, options)} products, "
             f"{0 if bank is None else len(bank.y)} rows of a memory, "
             f"{type(self).__name__}({', '.join(map(repr, numbers))}, {self.grad_reduction!r}, ring={self.ring!r})"
         )
+
+
+def _precision(x: Tensor, options: Options) -> str:
+    """The precision of products that the options mean for embeddings `x`."""
+    return "fp16" if one_fp16_product(x.device.type, x.dtype, options.precision) else "fp32"
 
 
 def _ring_sums(
@@ -222,7 +227,7 @@ def _ring_sums(
     An error is returned, not raised: by then all columns have been passed on to the ranks that wait for them.
     """
     wide = loss_dtype(rows.x)
-    options = options._replace(precision="fp16" if one_fp16_product(rows.x, options.precision) else "fp32")
+    options = options._replace(precision=_precision(rows.x, options))
     wanted = wants_gradient(rows.x)
     failure: Exception | None = None
     parts: list[PairSums] = []
@@ -239,7 +244,7 @@ def _ring_sums(
     if failure is not None:
         return failure
     total = add(parts)
-    return total._replace(penalty=WithGradient.apply(rows.x, total.penalty, grad)) if wanted else total
+    return total._replace(penalty=with_gradient(total.penalty, [grad], [rows.x])) if wanted else total
 
 
 def _ring_part(rows: Rows, columns: Rows | None, grad: Tensor, options: Options) -> PairSums:

@@ -1,6 +1,6 @@
 """`tcm_loss` and `TCMLoss`, which users call."""
 
-from typing import Any, Literal, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, overload
 
 import torch
 from torch import Tensor, nn
@@ -8,6 +8,9 @@ from torch import Tensor, nn
 from tcm_fused.arguments import Options, Rows, check_bank, check_sets
 from tcm_fused.backends.numerics import loss_dtype
 from tcm_fused.pair_sums import add, loss_and_sums, pair_sums
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # in typing from Python 3.11 on
 
 
 class TCMStats(NamedTuple):
@@ -22,6 +25,23 @@ class TCMStats(NamedTuple):
     violation_minus: Tensor  # mean penalty of them, s - m- or its square; likewise
 
 
+class _Keywords(TypedDict, total=False):
+    """The keywords of `tcm_loss` that make no difference to the type of its result."""
+
+    margin_plus: float | Tensor
+    margin_minus: float | Tensor
+    lambda_plus: float | Tensor
+    lambda_minus: float | Tensor
+    row_offset: int | None
+    penalty: str
+    reduction: str
+    groups: Tensor | None
+    ref_groups: Tensor | None
+    group_pairs: str
+    precision: str
+    backend: str
+
+
 @overload
 def tcm_loss(
     embeddings: Tensor,
@@ -29,19 +49,8 @@ def tcm_loss(
     ref_emb: Tensor | None = None,
     ref_labels: Tensor | None = None,
     *,
-    margin_plus: float | Tensor = ...,
-    margin_minus: float | Tensor = ...,
-    lambda_plus: float | Tensor = ...,
-    lambda_minus: float | Tensor = ...,
-    row_offset: int | None = ...,
-    penalty: str = ...,
-    reduction: str = ...,
-    groups: Tensor | None = ...,
-    ref_groups: Tensor | None = ...,
-    group_pairs: str = ...,
-    precision: str = ...,
-    backend: str = ...,
     return_stats: Literal[False] = ...,
+    **keywords: "Unpack[_Keywords]",
 ) -> Tensor: ...
 
 
@@ -52,19 +61,8 @@ def tcm_loss(
     ref_emb: Tensor | None = None,
     ref_labels: Tensor | None = None,
     *,
-    margin_plus: float | Tensor = ...,
-    margin_minus: float | Tensor = ...,
-    lambda_plus: float | Tensor = ...,
-    lambda_minus: float | Tensor = ...,
-    row_offset: int | None = ...,
-    penalty: str = ...,
-    reduction: str = ...,
-    groups: Tensor | None = ...,
-    ref_groups: Tensor | None = ...,
-    group_pairs: str = ...,
-    precision: str = ...,
-    backend: str = ...,
     return_stats: Literal[True],
+    **keywords: "Unpack[_Keywords]",
 ) -> tuple[Tensor, TCMStats]: ...
 
 
@@ -145,7 +143,7 @@ def tcm_loss(
     Raises:
         TypeError: an argument is of the wrong type or dtype.
         ValueError: shapes, devices or values do not fit.
-        RuntimeError: the backend asked for is not available; the message says why and what to do.
+        RuntimeError: the backend asked for is not available; the message says why, and the remedy.
 
     Source: Zhang et al., Threshold-Consistent Margin Loss for Open-World Deep Metric Learning, ICLR 2024,
     section 4 (arXiv 2307.04047).
@@ -157,15 +155,7 @@ def tcm_loss(
         (0.68, 2, 4)
     """
     options = Options(
-        margin_plus,
-        margin_minus,
-        lambda_plus,
-        lambda_minus,
-        penalty=penalty,
-        reduction=reduction,
-        group_pairs=group_pairs,
-        precision=precision,
-        backend=backend,
+        margin_plus, margin_minus, lambda_plus, lambda_minus, penalty, reduction, group_pairs, precision, backend
     )
     options.check()
     options.warn_of_crossed_margins()
@@ -212,18 +202,6 @@ class TCMLoss(nn.Module):
     ) -> None:
         if positional:
             raise TypeError(_by_keyword(type(self).__name__, positional[0]))
-        options = Options(
-            margin_plus,
-            margin_minus,
-            lambda_plus,
-            lambda_minus,
-            penalty=penalty,
-            reduction=reduction,
-            group_pairs=group_pairs,
-            precision=precision,
-            backend=backend,
-        )
-        options.check()
         super().__init__()
         self.margin_plus = margin_plus
         self.margin_minus = margin_minus
@@ -234,19 +212,19 @@ class TCMLoss(nn.Module):
         self.penalty = penalty
         self.reduction = reduction
         self.group_pairs = group_pairs
-        # Of the last call: penalty sums [2], counts [2], dtype of the loss.
-        self._seen: tuple[Tensor, Tensor, torch.dtype] | None = None
-        self._warned = options.warn_of_crossed_margins()
+        # Penalty sums [2], counts [2] and dtype of the loss; another object after each call.
+        self.last_call: tuple[Tensor, Tensor, torch.dtype] | None = None
+        self._checked_options()
 
     @property
     def stats(self) -> TCMStats | None:
         """Of the last call, or None before the first."""
-        return None if self._seen is None else stats_of(*self._seen)
+        return None if self.last_call is None else stats_of(*self.last_call)
 
     @property
     def options(self) -> Options:
         """Those of `tcm_loss` that the module holds."""
-        return Options(**{name: getattr(self, name) for name in Options._fields})
+        return Options.of(self)
 
     def _checked_options(self) -> Options:
         options = self.options
@@ -274,7 +252,7 @@ class TCMLoss(nn.Module):
         options = self._checked_options()
         rows, columns = check_sets(embeddings, labels, ref_emb, ref_labels, None, groups, ref_groups)
         loss, penalty, count = loss_and_sums(rows, columns, None, options)
-        self._seen = penalty, count, loss.dtype
+        self.last_call = penalty, count, loss.dtype
         return loss
 
     def against_bank(
@@ -289,7 +267,7 @@ class TCMLoss(nn.Module):
         # Two sets of pairs, since the batch's own need their similarities, and their gradient, once for both orders.
         sums = add([pair_sums(rows, None, None, options), pair_sums(rows, bank, None, options)])
         loss = sums.loss(options.weights(rows.x)).to(loss_dtype(rows.x))
-        self._seen = sums.penalty.detach(), sums.hard, loss.dtype
+        self.last_call = sums.penalty.detach(), sums.hard, loss.dtype
         return loss, rows
 
     def extra_repr(self) -> str:

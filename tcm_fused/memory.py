@@ -33,9 +33,9 @@ class CrossBatchMemory(nn.Module):
     changes no similarity, so that they fit. Nothing waits for the device, but for `groups`. Under torch.compile it
     runs eagerly.
 
-    The bank is made of buffers, so it is saved, loaded and moved with the module (move it before loading; what does not
-    fit is not loaded at all). DistributedDataParallel overwrites the buffers of all ranks by those of rank 0: inside a
-    module that it wraps, use a memory of a `DistributedTCMLoss`, which is the same on all ranks, or
+    The bank is made of buffers, so it is saved, loaded and moved with the module (move it before loading; a bank that
+    does not fit is not loaded at all). DistributedDataParallel overwrites the buffers of all ranks by those of rank 0:
+    inside a module that it wraps, use a memory of a `DistributedTCMLoss`, which is the same on all ranks, or
     `broadcast_buffers=False`.
 
     Args:
@@ -49,7 +49,7 @@ class CrossBatchMemory(nn.Module):
             the CPU unless that is cast or moved.
 
     Raises:
-        TypeError, ValueError: an argument is not as above. Calls raise what `loss` raises, and
+        TypeError, ValueError: an argument is not as above. Calls raise the errors of `loss`, and
             ValueError if embeddings are not of the width, or on the device, of the bank.
 
     Source: Wang et al., Cross-Batch Memory for Embedding Learning, CVPR 2020 (arXiv 1912.06798).

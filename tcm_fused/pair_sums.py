@@ -9,8 +9,8 @@ from torch import Tensor
 from tcm_fused.arguments import Options, Rows, one_fp16_product
 from tcm_fused.backends import operators
 from tcm_fused.backends.choice import choose
-from tcm_fused.backends.numerics import loss_dtype, wide_dtype
-from tcm_fused.backends.operators import OPERATORS, WithGradient, wants_gradient
+from tcm_fused.backends.numerics import device_type, loss_dtype, wide_dtype
+from tcm_fused.backends.operators import OPERATORS, wants_gradient, with_gradient
 from tcm_fused.tracing import eager_when_compiled
 
 
@@ -38,9 +38,10 @@ class _Call(NamedTuple):
 
     @classmethod
     def of(cls, x: Tensor, options: Options) -> "_Call":
-        squared = options.penalty == "squared"
-        backend = choose(options.backend, x.device.type, x.dtype, squared)
-        return cls(OPERATORS[backend], options.margins(x), squared, one_fp16_product(x, options.precision))
+        kind = device_type(x), x.dtype
+        backend = choose(options.backend, *kind, options.penalty)
+        fp16 = one_fp16_product(*kind, options.precision)
+        return cls(OPERATORS[backend], options.margins(x), options.penalty == "squared", fp16)
 
 
 def loss_and_sums(
@@ -50,8 +51,11 @@ def loss_and_sums(
     weights = options.weights(rows.x)
     if rows.groups is None and options.reduction == "violating":
         ref_x, ref_y, _ = columns or (None, None, None)
-        operator, margins, *how = _Call.of(rows.x, options)
-        return operators.loss(operator.loss, rows.x, rows.y, ref_x, ref_y, row_offset, margins, weights, *how)
+        on, margins, squared, fp16 = _Call.of(rows.x, options)
+        loss, penalty, hard = operators.call(
+            on.loss, rows.x, rows.y, ref_x, ref_y, row_offset, margins, weights, squared, fp16
+        )
+        return loss, penalty, hard
     sums = pair_sums(rows, columns, row_offset, options)
     return sums.loss(weights).to(loss_dtype(rows.x)), sums.penalty.detach(), sums.hard
 
@@ -62,7 +66,7 @@ def pair_sums(rows: Rows, columns: Rows | None, row_offset: int | None, options:
     if rows.groups is not None:
         return _grouped(call, rows, columns, row_offset, options.reduction, options.group_pairs)
     ref_x, ref_y, _ = columns or (None, None, None)
-    penalty, hard = operators.penalties(call.operators.penalties, rows.x, rows.y, ref_x, ref_y, row_offset, *call[1:])
+    penalty, hard = operators.call(call.operators.penalties, rows.x, rows.y, ref_x, ref_y, row_offset, *call[1:])
     return PairSums(penalty, hard, _divisor(hard, rows.y, ref_y, row_offset, options.reduction))
 
 
@@ -101,9 +105,7 @@ def _grouped(
         for (_, y, _), grad in sets:
             if grad is not None:
                 grad[:, y >= 0] = torch.nan
-    for (x, _, _), grad in sets:
-        if grad is not None:
-            penalty = penalty + WithGradient.apply(x, torch.zeros_like(penalty), grad)
+    penalty = with_gradient(penalty, [grad for _, grad in sets], [x for (x, _, _), _ in sets])
     return PairSums(penalty, hard, divisor)
 
 

@@ -3,7 +3,7 @@
 // A tile's pairs go three ways.
 // 1. Every negative in the window, a range of cells around the mean similarity that is as wide as shared memory has
 //    room for, is counted there: one atomic addition to a 16-bit counter, two in each word.
-// 2. What needs more (positives, negatives beyond the window, pairs from the first threshold on) goes to a queue of the
+// 2. Any that needs more (positives, negatives beyond the window, pairs from the first threshold on) goes to a queue of the
 //    warp's, and from there 32 at a time to counts in global memory, by cell and by class. So the long way is walked by
 //    full warps, and its code is there a few times only.
 // 3. The largest similarity of each row and column of the tile, to positives and to negatives, raises that of the row's

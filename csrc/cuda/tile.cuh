@@ -246,7 +246,7 @@ __device__ __forceinline__ void examine(const Work& w, const Rectangle& rectangl
   if (lane == 0) reinterpret_cast<unsigned*>(w.occupied)[(tile * 2 + of) * 4 + k / 32] = occupied;
 }
 
-// Adds what worker 0 has found to the block of threads' part in the result.
+// Adds the sums of worker 0 to the block of threads' part in the result.
 __device__ __forceinline__ void add_total(const Work& w, const LossMemory& memory) {
   Partial& partial = w.partial[blockIdx.x];
   for (int side = 0; side < 2; ++side) {

@@ -14,70 +14,38 @@ from tcm_fused.backends.numerics import (
     unit_and_norms,
     wide_dtype,
 )
+from tcm_fused.backends.problem import Problem, Result
 
 BLOCK = 1024  # rows and columns of one similarity tile
 
 
-def loss_blocked(
-    x: Tensor,
-    y: Tensor,
-    ref_x: Tensor | None,
-    ref_y: Tensor | None,
-    row_offset: int | None,
-    margins: Tensor,
-    weights: Tensor,
-    squared: bool,
-    fp16: bool,
-    grad_x: bool,
-    grad_ref: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def run(problem: Problem) -> Result:
     """The loss tile by tile, with its gradient: O(N D + M D) memory, no wait for the device.
 
     The loss is piecewise linear in s, so the sums of the gradient, G+ = M+ X^ and G- = M- X^, need
     no counts: they are taken while the penalties are, and scaled at the end. With squared penalties the
     masks M are replaced by twice the violations of the hard pairs; the rest is the same.
 
-    Arguments and results: those of the operator; with `fp16` products may be TF32 where the user allows it.
+    With `fp16` products may be TF32 where the user allows it.
     """
-    with as_precise_as_asked(x.device.type, fp16):
-        sums = _sums(x, y, ref_x, ref_y, row_offset, margins, squared, grad_x, grad_ref)
-        n_plus, n_minus = sums.hard.clamp_min(1).to(sums.penalty.dtype)
-        # Not weights / n: weights on the CPU would have to be copied to the device, and that waits for it.
-        weight = torch.stack([weights[0] / n_plus, weights[1] / n_minus])
-        weight = torch.where(sums.finite & torch.isfinite(weights).all(), weight, torch.nan)
-        none = sums.penalty.new_empty(0, dtype=loss_dtype(x))
-        return (
-            (weight * sums.penalty).sum().to(none.dtype),
-            sums.rows.gradient(weight) if grad_x else none,
-            sums.columns.gradient(weight) if grad_ref and ref_x is not None else none.clone(),
+    weights = problem.weights
+    with as_precise_as_asked(problem.x.device.type, problem.fp16):
+        sums = _sums(problem)
+        none = sums.penalty.new_empty(0, dtype=loss_dtype(problem.x))
+        if weights is None:
+            loss = None
+            weight = torch.where(sums.finite, torch.ones_like(sums.penalty), torch.nan).diag()  # [penalty, side]
+        else:
+            n_plus, n_minus = sums.hard.clamp_min(1).to(sums.penalty.dtype)
+            # Not weights / n: weights on the CPU would have to be copied to the device, and that waits for it.
+            weight = torch.stack([weights[0] / n_plus, weights[1] / n_minus])
+            weight = torch.where(sums.finite & torch.isfinite(weights).all(), weight, torch.nan)
+            loss = (weight * sums.penalty).sum().to(none.dtype)
+        return Result(
+            loss,
+            sums.rows.gradient(weight) if problem.grad_x else none,
+            sums.columns.gradient(weight) if problem.grad_ref and problem.ref_x is not None else none.clone(),
             sums.penalty,
-            sums.hard,
-        )
-
-
-def penalties_blocked(
-    x: Tensor,
-    y: Tensor,
-    ref_x: Tensor | None,
-    ref_y: Tensor | None,
-    row_offset: int | None,
-    margins: Tensor,
-    squared: bool,
-    fp16: bool,
-    grad_x: bool,
-    grad_ref: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The two penalties of `loss_blocked`, each with its own gradient; likewise."""
-    with as_precise_as_asked(x.device.type, fp16):
-        sums = _sums(x, y, ref_x, ref_y, row_offset, margins, squared, grad_x, grad_ref)
-        one = torch.where(sums.finite, torch.ones_like(sums.penalty), torch.nan).diag()  # [side, weight]
-        none = sums.penalty.new_empty(0, dtype=loss_dtype(x))
-        return (
-            sums.penalty,
-            torch.stack([sums.rows.gradient(weight) for weight in one]) if grad_x else none,
-            torch.stack([sums.columns.gradient(weight) for weight in one])
-            if grad_ref and ref_x is not None
-            else none.clone(),
             sums.hard,
         )
 
@@ -91,7 +59,9 @@ class _Rows(NamedTuple):
     twice: bool  # the rows are the columns: each row's sum also stands for its column's
 
     def gradient(self, weight: Tensor) -> Tensor:
-        """[N, D], that of w+ penalty+  +  w- penalty- with weights [2]."""
+        """[N, D], that of w+ penalty+  +  w- penalty- with weights [2]; with weights [2, 2] two such, [2, N, D]."""
+        if weight.ndim == 2:
+            return torch.stack([self.gradient(one) for one in weight])
         grad = project(weight, self.g, self.x_hat, self.norms)
         return grad.mul_(2) if self.twice else grad
 
@@ -104,18 +74,9 @@ class _Sums(NamedTuple):
     finite: Tensor  # [] bool, of all that takes part
 
 
-def _sums(
-    x: Tensor,
-    y: Tensor,
-    ref_x: Tensor | None,
-    ref_y: Tensor | None,
-    row_offset: int | None,
-    margins: Tensor,
-    squared: bool,
-    grad_x: bool,
-    grad_ref: bool,
-) -> _Sums:
+def _sums(problem: Problem) -> _Sums:
     """One pass over the tiles."""
+    x, y, ref_x, ref_y, row_offset, margins, _, squared, _, grad_x, grad_ref = problem
     wide, dtype = wide_dtype(x.device), loss_dtype(x)
     x = x.to(dtype).contiguous()
     symmetric = ref_x is None or ref_y is None
@@ -144,10 +105,10 @@ def _sums(
             hard_plus = pair & same & (s <= margin_plus)
             hard_minus = pair & ~same & (s >= margin_minus)
             for side, (hard, violation) in enumerate([(hard_plus, margin_plus - s), (hard_minus, s - margin_minus)]):
-                excess = torch.where(hard, violation, 0)
-                penalty[side] += (excess**2 if squared else excess).sum(dtype=wide)
+                violation = torch.where(hard, violation, 0)
+                penalty[side] += (violation**2 if squared else violation).sum(dtype=wide)
                 count[side] += hard.sum()
-                slope = 2 * excess if squared else hard.to(s.dtype)
+                slope = 2 * violation if squared else hard.to(s.dtype)
                 if grad_x:
                     g_rows[side][block_rows] += product(slope, ref_hat[block_columns])
                 if grad_ref:

@@ -100,9 +100,8 @@ def _runs_on(architecture: str, gpu: tuple[int, int]) -> bool:
 
 
 @constant_when_compiled
-def choose(backend: str, device_type: str, dtype: torch.dtype, squared: bool = False) -> str:
+def choose(backend: str, device_type: str, dtype: torch.dtype, penalty: str = "hinge") -> str:
     """Which of BACKENDS runs `backend` on embeddings of `dtype` on `device_type`; RuntimeError if none does."""
-    penalty = "squared" if squared else "hinge"
     if backend == "auto":
         return _best(device_type, f"runs its slower PyTorch fallback on '{device_type}'", dtype, penalty)
     reason = why_unavailable(backend)

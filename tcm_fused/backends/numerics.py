@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 EPS = 1e-12  # smallest norm a row is divided by
+_CPU = torch.device("cpu")
 _EXACT = ("ieee", "none")  # settings of float32 products that are float32; nothing set is the latter
 
 
@@ -85,8 +86,15 @@ def _onednn_rounds_by_default() -> bool:
     return any(os.environ.get(name, "STRICT").upper() != "STRICT" for name in names)
 
 
+def device_type(x: Tensor) -> str:
+    """`x.device.type`, which is a string that torch makes anew each time: that would take 2 % of a small call."""
+    return "cpu" if x.is_cpu else x.device.type
+
+
 def has_float64(device: torch.device) -> bool:
     """Apple's GPUs have none, and not all of Intel's."""
+    if device == _CPU:  # see `device_type`
+        return True
     if device.type == "xpu":
         return bool(torch.xpu.get_device_properties(device).has_fp64)
     return device.type != "mps"

@@ -10,27 +10,21 @@ graph, with the autograd formula that is registered for it. In eager mode that r
 of a small batch: there a `torch.autograd.Function` calls the operator below autograd.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from tcm_fused.backends.blocked import loss_blocked, penalties_blocked
+from tcm_fused.backends import blocked
 from tcm_fused.backends.blocked_counts import counts_blocked
 from tcm_fused.backends.numerics import loss_dtype, wide_dtype
+from tcm_fused.backends.problem import Problem, Result
 
 _LIBRARY = torch.library.Library("tcm_fused", "FRAGMENT")
-# x [N, D] and ref_x [M, D] of one floating dtype, y [N] and ref_y [M] int64; without a reference set the rows are the
-# columns. margins [2] and weights [2]: m+ and m-, lambda+ and lambda-, contiguous, float64 (float32 for MPS); on the
-# CPU, where they are read at the call, or on the device of x, whose kernels read them. squared: penalties are the
-# squares of the violations. fp16: similarities may come from one product in fp16; a kernel that has nothing less than
-# fp32 ignores it.
+# Those of the loss are told in `Problem` and `Result`. The first result is the one that can be differentiated.
 _ROWS = "Tensor x, Tensor y, Tensor? ref_x, Tensor? ref_y, int? row_offset, Tensor margins, "
 _OPTIONS = "bool squared, bool fp16, bool grad_x, bool grad_ref"
-# penalty [2], sums in float64, and count [2]: hard positives and hard negatives. loss [] and gradients are float64 for
-# float64 embeddings and float32 otherwise; a gradient not asked for is empty. The first result is the one that can be
-# differentiated. Its gradients are [N, D] and [M, D] of the loss, [2, N, D] and [2, M, D] of the two penalties.
 _SCHEMAS = {
     "loss": f"({_ROWS}Tensor weights, {_OPTIONS}) "
     "-> (Tensor loss, Tensor grad_x, Tensor grad_ref, Tensor penalty, Tensor count)",
@@ -43,39 +37,19 @@ _SCHEMAS = {
 }
 
 
-def loss(
-    operator: Any,
-    x: Tensor,
-    y: Tensor,
-    ref_x: Tensor | None,
-    ref_y: Tensor | None,
-    row_offset: int | None,
-    margins: Tensor,
-    weights: Tensor,
-    squared: bool,
-    fp16: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss [], differentiable by x and ref_x, and without gradient penalty [2] and count [2]."""
+def call(
+    operator: Any, x: Tensor, y: Tensor, ref_x: Tensor | None, ref_y: Tensor | None, *options: Any
+) -> tuple[Tensor, ...]:
+    """The results of `loss` or `penalties` but for the gradients; the first is differentiable by x and ref_x."""
     wants = wants_gradient(x), ref_x is not None and wants_gradient(ref_x)
-    value, penalty, count = _run(operator, x, y, ref_x, ref_y, row_offset, margins, weights, squared, fp16, *wants)
-    return value, penalty, count
-
-
-def penalties(
-    operator: Any,
-    x: Tensor,
-    y: Tensor,
-    ref_x: Tensor | None,
-    ref_y: Tensor | None,
-    row_offset: int | None,
-    margins: Tensor,
-    squared: bool,
-    fp16: bool,
-) -> tuple[Tensor, Tensor]:
-    """Penalty [2], differentiable by x and ref_x, and count [2]."""
-    wants = wants_gradient(x), ref_x is not None and wants_gradient(ref_x)
-    value, count = _run(operator, x, y, ref_x, ref_y, row_offset, margins, squared, fp16, *wants)
-    return value, count
+    if torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None:
+        value, _, _, *others = operator(x, y, ref_x, ref_y, *options, *wants)
+        return value, *others
+    with torch._C._AutoDispatchBelowAutograd():
+        value, grad_x, grad_ref, *others = operator(x, y, ref_x, ref_y, *options, *wants)
+    if wants[0] or wants[1]:
+        value = with_gradient(value, (grad_x, grad_ref), (x, ref_x))
+    return value, *others
 
 
 def wants_gradient(x: Tensor) -> bool:
@@ -83,66 +57,53 @@ def wants_gradient(x: Tensor) -> bool:
     return torch.is_grad_enabled() and x.requires_grad
 
 
-def _run(operator: Any, *arguments: Any) -> tuple[Tensor, ...]:
-    """The operator's results without the gradients; the first of them is differentiable."""
-    if torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None:
-        value, _, _, *others = operator(*arguments)
-    elif arguments[-1] or arguments[-2]:
-        value, *others = _Differentiable.apply(arguments[0], arguments[2], operator, arguments)
-    else:
-        with torch._C._AutoDispatchBelowAutograd():
-            value, _, _, *others = operator(*arguments)
-    return value, *others
+def with_gradient(value: Tensor, grads: Sequence[Tensor | None], by: Sequence[Tensor | None]) -> Tensor:
+    """`value`, a new tensor, with the gradients that were found beside it: each of `grads` by the x in its place.
+
+    A value [] has gradients in the shape of x, a value [2] has them [2, ...].
+    """
+    return _Found.apply([value], grads, *by)
 
 
-class _Differentiable(torch.autograd.Function):
-    """An operator of the loss with the gradients that it returns."""
+class _Found(torch.autograd.Function):
+    """See `with_gradient`. The value comes in a list: autograd copies a tensor that is an argument and a result."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, ref_x: Tensor | None, operator: Any, arguments: tuple[Any, ...]
-    ) -> tuple[Tensor, ...]:
-        with torch._C._AutoDispatchBelowAutograd():
-            value, grad_x, grad_ref, *others = operator(*arguments)
-        _keep(ctx, x, ref_x, grad_x, grad_ref)
-        ctx.mark_non_differentiable(*others)
-        return value, *others
+    def forward(ctx: Any, value: list[Tensor], grads: Sequence[Tensor | None], *by: Tensor | None) -> Tensor:
+        _keep(ctx, grads, by)
+        return value[0]
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor | None, *_: Any) -> Any:
-        return *_gradients(ctx, upstream, ctx.needs_input_grad[:2]), None, None
+    def backward(ctx: Any, upstream: Tensor) -> Any:
+        return None, None, *_gradients(ctx, upstream, ctx.needs_input_grad[2:])
 
 
-def _keep(ctx: Any, x: Tensor, ref_x: Tensor | None, grad_x: Tensor, grad_ref: Tensor) -> None:
+def _keep(ctx: Any, grads: Sequence[Tensor | None], by: Sequence[Tensor | None]) -> None:
     """All that backward needs."""
-    ctx.save_for_backward(grad_x, grad_ref)
-    # Not saved with the others: backward does not read their values, which may change after forward.
-    ctx.embeddings = x, ref_x
-    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*grads)
+    ctx.by = by  # not saved with the others: backward does not read their values, which may change after forward
 
 
-def _gradients(ctx: Any, upstream: Tensor | None, needed: tuple[bool, ...]) -> list[Tensor | None]:
-    """Those by x and by ref_x, in their dtypes."""
-    grads: list[Tensor | None] = [None, None]
-    if upstream is not None:
-        scale = OnceDifferentiable.apply if torch.is_grad_enabled() else scale_saved
-        saved, embeddings = ctx.saved_tensors, ctx.embeddings
-        for k in (0, 1):
-            if needed[k]:
-                # Cast last: a gradient too small for float16 is multiplied by the loss scale before it is rounded.
-                grads[k] = scale(saved[k], upstream, *embeddings).to(embeddings[k].dtype)
+def _gradients(ctx: Any, upstream: Tensor, needed: Sequence[bool]) -> list[Tensor | None]:
+    """Those by each x of `ctx.by`, in its dtype."""
+    scale = _OnceDifferentiable.apply if torch.is_grad_enabled() else _scaled
+    grads: list[Tensor | None] = []
+    for saved, x, is_needed in zip(ctx.saved_tensors, ctx.by, needed, strict=True):
+        grad = scale(saved, upstream, *ctx.by) if is_needed else None
+        # Cast last: a gradient too small for float16 is multiplied by the loss scale before it is rounded.
+        grads.append(grad if grad is None or grad.dtype == x.dtype else grad.to(x.dtype))
     return grads
 
 
-def scale_saved(saved: Tensor, upstream: Tensor, *_: Any) -> Tensor:
+def _scaled(saved: Tensor, upstream: Tensor, *_: Any) -> Tensor:
     """saved [N, D] times upstream [], or saved [2, N, D] by upstream [2]."""
     if upstream.dtype != saved.dtype:
         upstream = upstream.to(saved.dtype)
     return upstream * saved if upstream.ndim == 0 else torch.addcmul(upstream[0] * saved[0], upstream[1], saved[1])
 
 
-class OnceDifferentiable(torch.autograd.Function):
-    """`scale_saved` with an error for its own gradient: the saved gradient is a constant only to first order.
+class _OnceDifferentiable(torch.autograd.Function):
+    """`_scaled` with an error for its own gradient: the saved gradient is a constant only to first order.
 
     It takes the embeddings as well, since it is their function that is differentiated once more.
     """
@@ -150,7 +111,7 @@ class OnceDifferentiable(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, saved: Tensor, upstream: Tensor, *embeddings: Tensor | None) -> Tensor:
         """The gradient [N, D]."""
-        return scale_saved(saved, upstream)
+        return _scaled(saved, upstream)
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:
@@ -161,61 +122,33 @@ class OnceDifferentiable(torch.autograd.Function):
         )
 
 
-class WithGradient(torch.autograd.Function):
-    """`value` [] with `grad`, found beside it, as its gradient by x; or value [2] with grad [2, N, D] by x [N, D]."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, value: Tensor, grad: Tensor) -> Tensor:
-        """`value` as it is."""
-        ctx.save_for_backward(grad)
-        ctx.x = x  # see `_keep`
-        return value.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> Any:
-        """The gradient by x, in its dtype; none by the others."""
-        scale = OnceDifferentiable.apply if torch.is_grad_enabled() else scale_saved
-        return scale(*ctx.saved_tensors, *upstream, ctx.x).to(ctx.x.dtype), None, None
-
-
 # Registration.
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _keep(ctx, inputs[0], inputs[2], *output[1:3])
+    _keep(ctx, output[1:3], (inputs[0], inputs[2]))
+    ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
 
 
 def _backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Any, ...]:
     needed = ctx.needs_input_grad
     grads: list[Tensor | None] = [None] * len(needed)
-    grads[0], grads[2] = _gradients(ctx, upstream, (needed[0], needed[2]))
+    if upstream is not None:
+        grads[0], grads[2] = _gradients(ctx, upstream, (needed[0], needed[2]))
     return tuple(grads)
 
 
-def _fake_loss(
-    x: Tensor, y: Tensor, ref_x: Tensor | None, ref_y: Tensor | None, row_offset: int | None, *options: Any
-) -> tuple[Tensor, ...]:
-    grads, penalty, count = _fake_results((), x, ref_x, *options[-2:])
-    return x.new_empty((), dtype=loss_dtype(x)), *grads, penalty, count
-
-
-def _fake_penalties(
-    x: Tensor, y: Tensor, ref_x: Tensor | None, ref_y: Tensor | None, row_offset: int | None, *options: Any
-) -> tuple[Tensor, ...]:
-    grads, penalty, count = _fake_results((2,), x, ref_x, *options[-2:])
-    return penalty, *grads, count
-
-
-def _fake_results(
-    sides: tuple[int, ...], x: Tensor, ref_x: Tensor | None, grad_x: bool, grad_ref: bool
-) -> tuple[list[Tensor], Tensor, Tensor]:
-    dtype = loss_dtype(x)
-    grads = [
+def _fake(problem: Problem) -> Result:
+    """Tensors of the shapes and dtypes of the results."""
+    x, dtype = problem.x, loss_dtype(problem.x)
+    sides = (2,) if problem.weights is None else ()
+    grad_x, grad_ref = (
         x.new_empty((*sides, *of.shape) if wanted and of is not None else 0, dtype=dtype)
-        for of, wanted in ((x, grad_x), (ref_x, grad_ref))
-    ]
-    return grads, x.new_empty(2, dtype=wide_dtype(x.device)), x.new_empty(2, dtype=torch.int64)
+        for of, wanted in ((x, problem.grad_x), (problem.ref_x, problem.grad_ref))
+    )
+    penalty, hard = x.new_empty(2, dtype=wide_dtype(x.device)), x.new_empty(2, dtype=torch.int64)
+    return Result(x.new_empty((), dtype=dtype), grad_x, grad_ref, penalty, hard)
 
 
 def _fake_counts(
@@ -228,19 +161,32 @@ def _fake_counts(
     )
 
 
-def _loss_triton(*arguments: Any) -> tuple[Tensor, ...]:
+def _triton(problem: Problem) -> Result:
     from tcm_fused.backends import triton_loss  # only here: Triton is optional, and takes a second to import
 
-    return triton_loss.loss_triton(*arguments)
+    return triton_loss.run(problem)
 
 
-def _penalties_triton(*arguments: Any) -> tuple[Tensor, ...]:
-    from tcm_fused.backends import triton_loss  # see above
+def _loss_of(run: Callable[[Problem], Result]) -> Callable[..., Any]:
+    """The operator `loss` that `run` computes."""
 
-    return triton_loss.penalties_triton(*arguments)
+    def loss(*arguments: Any) -> tuple[Any, ...]:
+        return tuple(run(Problem(*arguments)))
+
+    return loss
 
 
-_FAKES: dict[str, Callable[..., Any]] = {"loss": _fake_loss, "penalties": _fake_penalties, "counts": _fake_counts}
+def _penalties_of(run: Callable[[Problem], Result]) -> Callable[..., Any]:
+    """The operator `penalties` that `run` computes."""
+
+    def penalties(*arguments: Any) -> tuple[Any, ...]:
+        result = run(Problem._make((*arguments[:6], None, *arguments[6:])))
+        return result.penalty, result.grad_x, result.grad_ref, result.hard
+
+    return penalties
+
+
+_FAKES = {"loss": _loss_of(_fake), "penalties": _penalties_of(_fake), "counts": _fake_counts}
 
 
 def _register(name: str) -> Any:
@@ -268,12 +214,11 @@ OPERATORS = {
     "triton": Operators(_register("loss_triton"), _register("penalties_triton"), None),
     "torch": Operators(_register("loss_blocked"), _register("penalties_blocked"), _register("counts_blocked")),
 }
-for _name, _function in (
-    ("loss_blocked", loss_blocked),
-    ("penalties_blocked", penalties_blocked),
-    ("counts_blocked", counts_blocked),
+for _name, _run, _devices in (
+    ("triton", _triton, ("CUDA", "CPU")),  # torch calls ROCm CUDA, too; on CPUs Triton has its interpreter
+    ("blocked", blocked.run, ("CompositeExplicitAutograd",)),
 ):
-    _LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
-for _device in ("CUDA", "CPU"):  # torch calls ROCm CUDA, too; on CPUs Triton has its interpreter
-    _LIBRARY.impl("loss_triton", _loss_triton, _device)
-    _LIBRARY.impl("penalties_triton", _penalties_triton, _device)
+    for _device in _devices:
+        _LIBRARY.impl(f"loss_{_name}", _loss_of(_run), _device)
+        _LIBRARY.impl(f"penalties_{_name}", _penalties_of(_run), _device)
+_LIBRARY.impl("counts_blocked", counts_blocked, "CompositeExplicitAutograd")

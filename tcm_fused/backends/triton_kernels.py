@@ -437,21 +437,16 @@ def masked_sum(
         g = _block(out, o * ROWS, column, d, ROWS, WIDTH, False)
     if PARTS == 2:
         g *= LOW_SCALE  # exact, and undone below
+    for part in tl.static_range(PARTS - 1, -1, -1):  # the low part of x^ first
         for t in range(begin, end):
             k = tl.load(lists + t // PER_TILE) * (PER_TILE * STEP) + t % PER_TILE * STEP
             if TRANSPOSED:
                 m = tl.trans(_block(masks, mask_row + k, o * ROWS, width, STEP, ROWS, TMA, LONG))
             else:
                 m = _block(masks, mask_row + o * ROWS, k, width, ROWS, STEP, TMA, LONG)
-            g = tl.dot(m, _block(x, padded + x_begin + k, column, d, STEP, WIDTH, TMA), g)
-        g = g / LOW_SCALE
-    for t in range(begin, end):
-        k = tl.load(lists + t // PER_TILE) * (PER_TILE * STEP) + t % PER_TILE * STEP
-        if TRANSPOSED:
-            m = tl.trans(_block(masks, mask_row + k, o * ROWS, width, STEP, ROWS, TMA, LONG))
-        else:
-            m = _block(masks, mask_row + o * ROWS, k, width, ROWS, STEP, TMA, LONG)
-        g = tl.dot(m, _block(x, x_begin + k, column, d, STEP, WIDTH, TMA), g)
+            g = tl.dot(m, _block(x, part * padded + x_begin + k, column, d, STEP, WIDTH, TMA), g)
+        if part == 1:
+            g = g / LOW_SCALE
     # By `out_row`, which is d: with the same address as above the compiler keeps it for the whole sum, and spills.
     c = tl.arange(0, WIDTH)
     out += tl.cast(o * ROWS, tl.int64) * out_row + column

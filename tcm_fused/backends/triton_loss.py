@@ -1,7 +1,7 @@
 """The loss in Triton: the operators `tcm_fused::loss_triton` and `tcm_fused::penalties_triton`, for any GPU that Triton
 knows and without a compiler.
 
-How a call goes (`run`):
+How a call goes (`launch`):
 
 1. Sort rows and columns by label, those that take no part last, and store them as unit vectors X^ in fp16: once, or for
    fp32 accuracy as a high and a low part, x^ = high + low / 2^11 (`normalise`). A row's positives are then one range of
@@ -41,6 +41,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tcm_fused.backends import triton_kernels as kernels
 from tcm_fused.backends.numerics import EPS
+from tcm_fused.backends.problem import Problem, Result
 
 LONGEST = 2**31  # numbers that offsets of 32 bits reach
 MOST = 2**30 - 256  # rows, of which two parts are counted in 32 bits
@@ -112,68 +113,19 @@ class Embeddings:
         return self.norm.shape[1]
 
 
-def loss_triton(
-    x: Tensor,
-    y: Tensor,
-    ref_x: Tensor | None,
-    ref_y: Tensor | None,
-    row_offset: int | None,
-    margins: Tensor,
-    weights: Tensor,
-    squared: bool,
-    fp16: bool,
-    grad_x: bool,
-    grad_ref: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The operator `loss` of `tcm_fused.backends.operators`, for embeddings of 16 or 32 bits."""
-    check("loss_triton", x, y, ref_x, ref_y, row_offset, squared, margins, weights)
-    with _on(x.device):
-        config, processors = device_of(x.device)
-        loss, by_x, by_ref, penalty, count = run(
-            CONFIGS[config], processors, x, y, ref_x, ref_y, row_offset, margins, weights, fp16, grad_x, grad_ref
-        )
-        assert loss is not None
-        return loss, by_x, by_ref, penalty, count
+def run(problem: Problem) -> Result:
+    """The operator, for embeddings of 16 or 32 bits."""
+    check(problem)
+    device = problem.x.device
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        config, processors = device_of(device)
+        return launch(CONFIGS[config], processors, problem)
 
 
-def penalties_triton(
-    x: Tensor,
-    y: Tensor,
-    ref_x: Tensor | None,
-    ref_y: Tensor | None,
-    row_offset: int | None,
-    margins: Tensor,
-    squared: bool,
-    fp16: bool,
-    grad_x: bool,
-    grad_ref: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The operator `penalties`, likewise."""
-    check("penalties_triton", x, y, ref_x, ref_y, row_offset, squared, margins)
-    with _on(x.device):
-        config, processors = device_of(x.device)
-        _, by_x, by_ref, penalty, count = run(
-            CONFIGS[config], processors, x, y, ref_x, ref_y, row_offset, margins, None, fp16, grad_x, grad_ref
-        )
-        return penalty, by_x, by_ref, count
-
-
-def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-
-
-def check(
-    name: str,
-    x: Tensor,
-    y: Tensor,
-    ref_x: Tensor | None,
-    ref_y: Tensor | None,
-    row_offset: int | None,
-    squared: bool,
-    *numbers: Tensor,
-) -> None:
+def check(problem: Problem) -> None:
     """RuntimeError where kernels would read out of bounds: the operators may be called without `tcm_loss`."""
-    name = f"tcm_fused::{name}"
+    x, y, ref_x, ref_y, row_offset, margins, weights, squared, *_ = problem
+    name = f"tcm_fused::{'penalties' if weights is None else 'loss'}_triton"
     if squared:
         raise RuntimeError(f"{name}: there is no squared penalty")
     if (ref_x is None) != (ref_y is None):
@@ -194,28 +146,16 @@ def check(
     last = 0 if ref_x is None else ref_x.shape[0] - x.shape[0]
     if row_offset is not None and not 0 <= row_offset <= last:
         raise RuntimeError(f"{name}: row_offset must put every row among the columns")
-    for two in numbers:
+    for two in (margins,) if weights is None else (margins, weights):
         if two.shape != (2,) or two.dtype != torch.float64 or not two.is_contiguous():
             raise RuntimeError(f"{name}: margins and weights must be [2] float64, contiguous")
         if two.device.type != "cpu" and two.device != x.device:
             raise RuntimeError(f"{name}: margins and weights must be on the CPU or on the device of the embeddings")
 
 
-def run(
-    config: Config,
-    processors: int,
-    x: Tensor,
-    y: Tensor,
-    ref_x: Tensor | None,
-    ref_y: Tensor | None,
-    row_offset: int | None,
-    margins: Tensor,
-    weights: Tensor | None,
-    fp16: bool,
-    grad_x: bool,
-    grad_ref: bool,
-) -> tuple[Tensor | None, Tensor, Tensor, Tensor, Tensor]:
-    """Loss, gradients, penalty and count; without weights no loss, and the gradients of the two penalties."""
+def launch(config: Config, processors: int, problem: Problem) -> Result:
+    """All steps of a call, of which everything was checked."""
+    x, y, ref_x, ref_y, row_offset, margins, weights, _, fp16, grad_x, grad_ref = problem
     parts = 1 if fp16 else 2
     symmetric = ref_x is None or ref_y is None
     rows = prepare(config, x, y, parts, grad_x)
@@ -238,7 +178,7 @@ def run(
         BLOCK=512,
     )  # fmt: skip
     none = x.new_empty(0, dtype=torch.float32)
-    return (
+    return Result(
         loss,
         project(rows, w, 2.0 if symmetric else 1.0) if grad_x else none,
         project(columns, w, 1.0) if grad_ref and not symmetric else none.clone(),
@@ -351,7 +291,7 @@ class Walk:
         """First row and height, first column and width of each. Where rows are columns they grow taller as they narrow.
 
         A pair takes 4 bytes, 2 for each side. The masks get `panel_bytes`, or as much as one matrix of masked sums
-        where that is more, or what one row of tiles takes (`columns` high): 1 KiB a column.
+        where that is more, or as much as one row of tiles takes (`columns` high): 1 KiB a column.
         """
         config = self.config
         pairs = max(config.panel_bytes // 4, self.rows.padded * self.d, self.columns.padded * self.d)

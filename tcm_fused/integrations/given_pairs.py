@@ -1,13 +1,11 @@
 """The loss of pairs that are given one by one, as a miner gives them."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from tcm_fused.arguments import Options
+from tcm_fused.arguments import Options, check_differentiation
 from tcm_fused.backends.numerics import loss_dtype, project, unit_and_norms, wide_dtype
-from tcm_fused.backends.operators import OnceDifferentiable, scale_saved
+from tcm_fused.backends.operators import wants_gradient, with_gradient
 from tcm_fused.loss import TCMStats, stats_of
 
 CHUNK = 4096  # pairs worked at once, in two blocks of [CHUNK, D]; on a CPU 1024 to 16,384 take the same time
@@ -38,8 +36,10 @@ def pair_loss(
     Raises:
         ValueError: the lists of a side are of unequal length; on a CPU, an index is out of range. (On a GPU that is an
             error of the device.)
+        RuntimeError: derivatives other than those of backward() are asked for.
     """
     options.check()
+    check_differentiation(x, ref_x)
     names = ("anchors of positives", "positives", "anchors of negatives", "negatives")
     for name, index, rows in zip(names, pairs, (x.shape[0], ref_x.shape[0]) * 2, strict=True):
         if index.device.type == "cpu" and len(index) and not 0 <= index.min() <= index.max() < rows:
@@ -53,72 +53,55 @@ def pair_loss(
                 f"indices_tuple: lists must have one of each for a pair, and be of one length; got {len(pairs[side])} "
                 f"{names[side]} and {len(pairs[side + 1])} {names[side + 1]}"
             )
-    loss, penalty, count = _PairLoss.apply(x, ref_x, *pairs, options)
+    loss, grads, penalty, count = _loss_and_gradients(x, ref_x, pairs, options)
+    if any(grad is not None for grad in grads):
+        loss = with_gradient(loss, grads, (x, ref_x))
     return loss, stats_of(penalty, count, loss.dtype)
 
 
-class _PairLoss(torch.autograd.Function):
-    """Loss [], penalty [2] and count [2] with the gradient, which backward only scales."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        ref_x: Tensor,
-        a1: Tensor,
-        p: Tensor,
-        a2: Tensor,
-        n: Tensor,
-        options: Options,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        dtype, wide = torch.promote_types(loss_dtype(x), loss_dtype(ref_x)), wide_dtype(x.device)
-        x_hat, norms = unit_and_norms(x.to(dtype), _in_pairs(x, a1, a2))
-        ref_hat, ref_norms = unit_and_norms(ref_x.to(dtype), _in_pairs(ref_x, p, n))
-        margins, weights = options.margins(x), options.weights(x)
-        squared = options.penalty == "squared"
-        penalty = torch.zeros(2, dtype=wide, device=x.device)
-        count = torch.zeros(2, dtype=torch.int64, device=x.device)
-        g_rows = [torch.zeros_like(x_hat) for _ in range(2 if ctx.needs_input_grad[0] else 0)]  # G+, G-
-        g_columns = [torch.zeros_like(ref_hat) for _ in range(2 if ctx.needs_input_grad[1] else 0)]
-        for side, (rows, columns) in enumerate([(a1, p), (a2, n)]):
-            for i, j in zip(rows.split(CHUNK), columns.split(CHUNK), strict=True):
-                u, v = x_hat[i], ref_hat[j]  # [CHUNK, D]
-                s = (u * v).sum(1)
-                violation = s - margins[1] if side else margins[0] - s
-                hard = violation >= 0
-                excess = torch.where(hard, violation, 0)
-                penalty[side] += (excess**2 if squared else excess).sum(dtype=wide)
-                count[side] += hard.sum()
-                slope = (2 * excess if squared else hard.to(dtype))[:, None]
-                if g_rows:
-                    g_rows[side].index_add_(0, i, slope * v)
-                if g_columns:
-                    g_columns[side].index_add_(0, j, slope * u)
-        finite = torch.isfinite(x_hat).all() & torch.isfinite(ref_hat).all()
-        finite &= torch.isfinite(margins).all() & torch.isfinite(weights).all()
-        # Filled, not copied from the host, which would wait for the device.
-        given = torch.stack([count.new_full((), len(p)), count.new_full((), len(n))])
-        divisor = count if options.reduction == "violating" else given
-        n_plus, n_minus = divisor.clamp_min(1).to(wide)
-        weight = torch.stack([weights[0] / n_plus, weights[1] / n_minus])
-        weight, penalty = (torch.where(finite, t, torch.nan) for t in (weight, penalty))
-        ctx.save_for_backward(
-            project(weight, g_rows, x_hat, norms) if g_rows else None,
-            project(weight, g_columns, ref_hat, ref_norms) if g_columns else None,
-        )
-        ctx.embeddings = x, ref_x
-        ctx.mark_non_differentiable(penalty, count)
-        return (weight * penalty).sum().to(dtype), penalty, count
-
-    @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        grads: list[Tensor | None] = [None] * 7
-        scale = OnceDifferentiable.apply if torch.is_grad_enabled() else scale_saved
-        for argument, (saved, x) in enumerate(zip(ctx.saved_tensors, ctx.embeddings, strict=True)):
-            if saved is not None:
-                # Cast last: a gradient too small for float16 is multiplied by the loss scale before it is rounded.
-                grads[argument] = scale(saved, grad_loss, *ctx.embeddings).to(x.dtype)
-        return tuple(grads)
+def _loss_and_gradients(
+    x: Tensor, ref_x: Tensor, pairs: tuple[Tensor, ...], options: Options
+) -> tuple[Tensor, list[Tensor | None], Tensor, Tensor]:
+    """Loss [], its gradients by x and ref_x (None: not wanted), penalty [2] and count [2], in one pass."""
+    wants = wants_gradient(x), wants_gradient(ref_x)
+    x, ref_x = x.detach(), ref_x.detach()
+    a1, p, a2, n = pairs
+    dtype, wide = torch.promote_types(loss_dtype(x), loss_dtype(ref_x)), wide_dtype(x.device)
+    x_hat, norms = unit_and_norms(x.to(dtype), _in_pairs(x, a1, a2))
+    ref_hat, ref_norms = unit_and_norms(ref_x.to(dtype), _in_pairs(ref_x, p, n))
+    margins, weights = options.margins(x), options.weights(x)
+    squared = options.penalty == "squared"
+    penalty = torch.zeros(2, dtype=wide, device=x.device)
+    count = torch.zeros(2, dtype=torch.int64, device=x.device)
+    g_rows = [torch.zeros_like(x_hat) for _ in range(2 if wants[0] else 0)]  # G+, G-
+    g_columns = [torch.zeros_like(ref_hat) for _ in range(2 if wants[1] else 0)]
+    for side, (rows, columns) in enumerate([(a1, p), (a2, n)]):
+        for i, j in zip(rows.split(CHUNK), columns.split(CHUNK), strict=True):
+            u, v = x_hat[i], ref_hat[j]  # [CHUNK, D]
+            s = (u * v).sum(1)
+            violation = s - margins[1] if side else margins[0] - s
+            hard = violation >= 0
+            violation = torch.where(hard, violation, 0)
+            penalty[side] += (violation**2 if squared else violation).sum(dtype=wide)
+            count[side] += hard.sum()
+            slope = (2 * violation if squared else hard.to(dtype))[:, None]
+            if g_rows:
+                g_rows[side].index_add_(0, i, slope * v)
+            if g_columns:
+                g_columns[side].index_add_(0, j, slope * u)
+    finite = torch.isfinite(x_hat).all() & torch.isfinite(ref_hat).all()
+    finite &= torch.isfinite(margins).all() & torch.isfinite(weights).all()
+    # Filled, not copied from the host, which would wait for the device.
+    given = torch.stack([count.new_full((), len(p)), count.new_full((), len(n))])
+    divisor = count if options.reduction == "violating" else given
+    n_plus, n_minus = divisor.clamp_min(1).to(wide)
+    weight = torch.stack([weights[0] / n_plus, weights[1] / n_minus])
+    weight, penalty = (torch.where(finite, t, torch.nan) for t in (weight, penalty))
+    grads = [
+        project(weight, g_rows, x_hat, norms) if g_rows else None,
+        project(weight, g_columns, ref_hat, ref_norms) if g_columns else None,
+    ]
+    return (weight * penalty).sum().to(dtype), grads, penalty, count
 
 
 def _in_pairs(x: Tensor, *indices: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ class TCMCallback(Callback):
 
     Args:
         criterion: a module that has the TCM losses in it, if they are not in the `LightningModule`.
-        embeddings: takes what `validation_step` returned and the batch, and returns embeddings [N, D] and labels [N].
+        embeddings: takes the output of `validation_step` and the batch, and returns embeddings [N, D] and labels [N].
             None: no OPIS.
         options: those of `tcm_fused.OPIS`.
     """
@@ -72,7 +72,7 @@ class TCMCallback(Callback):
         self._pairs.warn_if_none("give the module that has it in it as criterion=")
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Set aside what was seen before the batch."""
+        """Set aside the calls before the batch."""
         self._pairs.start_batch()
 
     def on_train_batch_end(

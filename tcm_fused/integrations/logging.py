@@ -88,4 +88,4 @@ class HardPairs:
 
 def _call(module: nn.Module) -> object:
     """An object that each call of the loss replaces by another."""
-    return module._seen if isinstance(module, TCMLoss) else module.stats
+    return module.last_call if isinstance(module, TCMLoss) else module.stats

@@ -59,7 +59,7 @@ class ThresholdConsistentMarginLoss(losses.BaseMetricLossFunction):
         stats: the `TCMStats` of the last call, or None.
 
     Raises:
-        TypeError, ValueError: an argument does not fit; the message says what does.
+        TypeError, ValueError: an argument does not fit; the message says which would.
     """
 
     group_pairs = "within"  # the library's losses know no groups
@@ -84,19 +84,6 @@ class ThresholdConsistentMarginLoss(losses.BaseMetricLossFunction):
                 f"distance must be CosineSimilarity() with p=2 and power=1, got {distance!r}: the margins of TCM are "
                 "cosine similarities; leave the argument out"
             )
-        options = Options(
-            margin_plus,
-            margin_minus,
-            lambda_plus,
-            lambda_minus,
-            penalty=penalty,
-            reduction=reduction,
-            group_pairs=self.group_pairs,
-            precision=precision,
-            backend=backend,
-        )
-        options.check()
-        options.warn_of_crossed_margins()
         self.lambda_plus = lambda_plus
         self.lambda_minus = lambda_minus
         self.margin_plus = margin_plus
@@ -105,6 +92,8 @@ class ThresholdConsistentMarginLoss(losses.BaseMetricLossFunction):
         self.reduction = reduction
         self.precision = precision
         self.backend = backend
+        self.options.check()
+        self.options.warn_of_crossed_margins()
         self.stats: TCMStats | None = None
         self.add_to_recordable_attributes(
             list_of_names=["lambda_plus", "lambda_minus", "margin_plus", "margin_minus"], is_stat=False
@@ -113,7 +102,7 @@ class ThresholdConsistentMarginLoss(losses.BaseMetricLossFunction):
     @property
     def options(self) -> Options:
         """Those of `tcm_loss` that the module holds."""
-        return Options(**{name: getattr(self, name) for name in Options._fields})
+        return Options.of(self)
 
     def get_default_distance(self) -> CosineSimilarity:
         """Cosine similarity, the only one that TCM has."""

@@ -80,7 +80,7 @@ class TCMCallback(TrainerCallback):
         self._pairs.warn_if_none("give the module that has it in it as criterion=, if a function calls it")
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Set aside what was seen before the step."""
+        """Set aside the calls before the step."""
         self._pairs.start_batch()
 
     def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

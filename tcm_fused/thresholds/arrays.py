@@ -9,7 +9,7 @@ from typing import IO
 import numpy as np
 from numpy.lib import format as npy
 
-from tcm_fused.thresholds.rates import Array
+from tcm_fused.thresholds.sets import Array
 
 _MOST_PACKED = 200  # times: numbers that somebody measured do not shrink more
 _BOMB = 1 << 30  # bytes from which on that matters
@@ -59,7 +59,7 @@ def check_memory(size: float, packed: float) -> None:
     if size > _BOMB and size > _MOST_PACKED * packed:
         raise ValueError(
             f"{packed:,.0f} bytes would become {size:,.0f}, {size / max(packed, 1):,.0f} times as many: no embeddings "
-            "or labels can be packed so well; if they are what you want, save them with numpy.save"
+            "or labels can be packed so well; if they are meant to be so, save them with numpy.save"
         )
 
 
@@ -71,9 +71,9 @@ def _check_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, file_size: 
     check_memory(max(size or 0, member.file_size), min(member.compress_size, file_size))
 
 
-def _check_whole(what: str, size: int | None, there: int) -> None:
+def _check_whole(name: str, size: int | None, there: int) -> None:
     if size is not None and size > there:
-        raise ValueError(f"{what} is cut off: {there:,} of {size:,} bytes are there")
+        raise ValueError(f"{name} is cut off: {there:,} of {size:,} bytes are there")
 
 
 def _array_size(stream: IO[bytes]) -> int | None:

@@ -9,7 +9,6 @@ import numpy as np
 from tcm_fused.arguments import check_choice
 from tcm_fused.thresholds.rates import (
     HALF,
-    Array,
     Histogram,
     NothingToMeasure,
     Pairs,
@@ -22,6 +21,7 @@ from tcm_fused.thresholds.rates import (
     utility_of,
     worst_classes,
 )
+from tcm_fused.thresholds.sets import Array
 from tcm_fused.warn import warn_caller
 
 if TYPE_CHECKING:
@@ -259,7 +259,7 @@ def _tar(rates: Rates, bound: float) -> TAR:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Margins:
-    """What `suggest_margins` found. Pairs are ordered here, as in the loss: (i, j) and (j, i) count as two."""
+    """The result of `suggest_margins`. Pairs are ordered here, as in the loss: (i, j) and (j, i) count as two."""
 
     margin_plus: float
     margin_minus: float

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from tcm_fused.backends.choice import BACKENDS
 from tcm_fused.thresholds.calibration import calibrate, suggest_margins
 from tcm_fused.thresholds.files import SUFFIXES, Labelled, load
 from tcm_fused.thresholds.opis import opis
@@ -92,7 +93,7 @@ def _add(
     command.add_argument(
         "--backend",
         default="auto",
-        choices=("auto", "cpu", "cuda", "torch"),
+        choices=("auto", *(name for name, able in BACKENDS.items() if able.counted)),
         help="C++ kernel, CUDA kernel or PyTorch (default: auto)",
     )
     command.add_argument(
@@ -139,41 +140,18 @@ def _add_opis_options(command: argparse.ArgumentParser) -> None:
 
 
 def _opis(arguments: argparse.Namespace) -> None:
-    data, embeddings, labels = _read(arguments)
-    result = opis(embeddings, labels, **_opis_options(arguments), **_progress(data))
-    written = _write(arguments, result)
-    print(f"{_rows(data)}, {result.report(arguments.worst)}")
-    print("".join(written), end="")
+    data, result, written = _measure(arguments, opis, _opis_options(arguments))
+    print(f"{_rows(data)}, {result.report(arguments.worst)}\n{written}", end="")
 
 
 def _calibrate(arguments: argparse.Namespace) -> None:
-    data, embeddings, labels = _read(arguments)
-    found = calibrate(
-        embeddings,
-        labels,
-        far=arguments.far,
-        frr=arguments.frr,
-        backend=arguments.backend,
-        **_progress(data),
-    )
-    written = _write(arguments, found)
-    print(f"{_rows(data)}; {found.report(arguments.worst)}")
-    print("".join(written), end="")
+    data, found, written = _measure(arguments, calibrate, _rates(arguments))
+    print(f"{_rows(data)}; {found.report(arguments.worst)}\n{written}", end="")
 
 
 def _margins(arguments: argparse.Namespace) -> None:
-    data, embeddings, labels = _read(arguments)
-    found = suggest_margins(
-        embeddings,
-        labels,
-        far=arguments.far,
-        frr=arguments.frr,
-        backend=arguments.backend,
-        **_progress(data),
-    )
-    written = _write(arguments, found)
-    print(found.report())
-    print("".join(written), end="")
+    _, found, written = _measure(arguments, suggest_margins, _rates(arguments))
+    print(f"{found.report()}\n{written}", end="")
 
 
 def _compare(arguments: argparse.Namespace) -> None:
@@ -217,19 +195,34 @@ def _opis_options(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def _rates(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {"far": arguments.far, "frr": arguments.frr, "backend": arguments.backend}
+
+
 def _check_outputs(arguments: argparse.Namespace, inputs: list[Path | None]) -> None:
     """Before any work, so that none is lost."""
     check_picture(arguments.plot)
     if arguments.plot is not None:
-        importlib.import_module("tcm_fused.thresholds.plots")  # its error names what to install
+        importlib.import_module("tcm_fused.thresholds.plots")  # its error says how to install matplotlib
     check_outputs([arguments.json, arguments.plot], inputs)
 
 
-def _read(arguments: argparse.Namespace) -> tuple[Labelled, Any, Any]:
-    """The set, and its embeddings and labels where they are to be."""
+def _measure(
+    arguments: argparse.Namespace, measure: Callable[..., Any], options: dict[str, Any]
+) -> tuple[Labelled, Any, str]:
+    """The set, its result, and lines that say which files were written.
+
+    The files are written before the page is printed, which a reader may cut short, such as `| head`.
+    """
     _check_outputs(arguments, [arguments.embeddings, arguments.labels])
     data = load(arguments.embeddings, arguments.labels)
-    return data, *_placed(arguments, data)
+    result = measure(*_placed(arguments, data), **options, **_progress(data))
+    written = ""
+    if arguments.json:
+        written += _write_json(arguments.json, result.to_dict())
+    if arguments.plot:
+        written += _save_picture(arguments.plot, result.plot())
+    return data, result, written
 
 
 def _placed(arguments: argparse.Namespace, data: Labelled) -> tuple[Any, Any]:
@@ -253,19 +246,6 @@ def _progress(data: Labelled) -> dict[str, Any]:
 
 def _rows(data: Labelled) -> str:
     return f"{len(data.embeddings):,} rows of {data.embeddings.shape[1]} columns"
-
-
-def _write(arguments: argparse.Namespace, result: Any) -> list[str]:
-    """The files that were asked for; returns lines that say so, for the end of the page.
-
-    Before the page, which a reader may cut short, such as `| head`.
-    """
-    written = []
-    if arguments.json:
-        written.append(_write_json(arguments.json, result.to_dict()))
-    if arguments.plot:
-        written.append(_save_picture(arguments.plot, result.plot()))
-    return written
 
 
 def _write_json(path: Path, content: Any) -> str:

@@ -2,7 +2,7 @@
 
 Such a file does not say whether its first line names the columns, nor whether its first column numbers the rows. Where
 its content, or the number of rows of the file beside it, tells, that is followed; where they do not, the file is
-refused with what would make it clear: a guess would be another result without a word.
+refused, with a way to make it clear: a guess would be another result without a word.
 """
 
 import codecs
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tcm_fused.thresholds.arrays import check_memory
-from tcm_fused.thresholds.rates import Array
+from tcm_fused.thresholds.sets import Array
 from tcm_fused.thresholds.tables import NUMBER, as_numbers, import_pyarrow, is_missing, may_be_index, numbers
 
 _SEPARATORS = ",;\t"
@@ -203,7 +203,7 @@ def _separator(line: bytes) -> str | None:
 
 
 def _space(line: bytes) -> str | None:
-    """What numpy.savetxt puts between numbers unless told otherwise."""
+    """The separator of numpy.savetxt, unless that is told otherwise; None if the line is not of numbers so."""
     cells = line.decode().strip().split(" ")
     return " " if len(cells) > 1 and all(map(NUMBER.fullmatch, cells)) else None
 

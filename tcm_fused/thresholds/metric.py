@@ -146,7 +146,7 @@ class OPIS(Metric):
         return self._plot(val, ax)
 
     def set_dtype(self, dst_type: Any) -> "OPIS":
-        """Embeddings are kept in another dtype; labels stay what they are."""
+        """Embeddings are kept in another dtype; labels stay as they are."""
         labels = self.labels
         super().set_dtype(dst_type)
         self.labels = labels

@@ -11,7 +11,6 @@ import torch
 from tcm_fused.arguments import check_choice, check_number
 from tcm_fused.thresholds.rates import (
     HALF,
-    Array,
     Counts,
     Histogram,
     NothingToMeasure,
@@ -28,6 +27,7 @@ from tcm_fused.thresholds.rates import (
     utility_of,
     worst_classes,
 )
+from tcm_fused.thresholds.sets import Array
 from tcm_fused.warn import warn_caller
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class Curves(NamedTuple):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class OPISResult:
-    """What `opis` found: C classes at K thresholds, which ascend on the axis that was asked for.
+    """The result of `opis`: C classes at K thresholds, which ascend on the axis that was asked for.
 
     A pair is accepted at a threshold if its similarity is at least that, that is, its distance at most.
     """

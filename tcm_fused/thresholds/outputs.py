@@ -167,7 +167,7 @@ def _check_writable(path: Path) -> None:
 
 
 def _takes_content(path: Path) -> bool:
-    """Whether what is there may be written to; of an open descriptor, such as that of /dev/stdin, as it was opened."""
+    """Whether it may be written to; of an open descriptor, such as that of /dev/stdin, as it was opened."""
     descriptor = _descriptor(path)
     if descriptor is None:
         return os.access(path, os.W_OK)

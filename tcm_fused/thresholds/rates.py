@@ -1,4 +1,4 @@
-"""The pairs of a labelled set, counted by similarity, and the rates that follow: what `opis` and `calibrate` share."""
+"""The pairs of a labelled set, counted by similarity, and the rates that follow; for `opis` and `calibrate`."""
 
 import math
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -7,14 +7,11 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from tcm_fused.arguments import check_choice, check_set, int64_labels
 from tcm_fused.backends.choice import BACKENDS, choose_counter
-from tcm_fused.thresholds.sets import as_embeddings, as_labels, shown
-
-Array = NDArray[Any]
+from tcm_fused.thresholds.sets import Array, as_embeddings, as_labels, shown
 
 BITS = 17  # the grid of similarities has steps of 2^-17 = 7.6e-6
 HALF = 1 << BITS

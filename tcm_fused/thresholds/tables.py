@@ -1,7 +1,7 @@
 """Columns of tables as embeddings and labels, and tables of .parquet files.
 
 A column that may be an index, an identifier or the labels would be a feature like any other, and change the result
-without a word. So what does not fit to the others is refused, with what would make it clear.
+without a word. So one that does not fit to the others is refused, with a way to make it clear.
 """
 
 import re
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from tcm_fused.thresholds.arrays import check_memory
-from tcm_fused.thresholds.rates import Array
+from tcm_fused.thresholds.sets import Array
 
 NUMBER = re.compile(r"\s*[+-]?((\d+\.?\d*|\.\d+)(e[+-]?\d+)?|nan|inf|infinity)\s*", re.IGNORECASE | re.ASCII)
 _DECIMAL_COMMA = re.compile(r"\s*[+-]?\d+,\d+\s*")
@@ -20,7 +20,7 @@ _NO_FEATURE = {"class", "class_id", "id", "index", "label", "labels", "target", 
 
 
 def import_pyarrow(kind: str) -> Any:
-    """The module. ImportError, with what to install, if it is not there."""
+    """The module. ImportError, with the command that installs it, if it is not there."""
     try:
         import pyarrow
     except ImportError as error:

@@ -61,7 +61,7 @@ def run(parser: argparse.ArgumentParser, name: str, work: Callable[[], None], in
     except KeyboardInterrupt:
         parser.exit(128 + signal.SIGINT, f"\n{interrupted}\n")
     except BrokenPipeError:  # who reads has seen enough, such as `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what Python still flushes on leaving
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python still flushes it on leaving
         sys.exit(128 + signal.SIGPIPE)
     except _ERRORS as error:
         message = str(error) or type(error).__name__

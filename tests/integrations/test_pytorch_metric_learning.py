@@ -336,6 +336,18 @@ def test_pair_loss_is_differentiated_once_and_keeps_little() -> None:
     assert peak < 4 * (8 * n * d) + 6 * 4 * 4096 * d  # 2 unit vectors, 4 sums, 2 gradients; and blocks of [CHUNK, D]
 
 
+def test_only_backward_differentiates_given_pairs() -> None:
+    """Other derivatives are refused; nothing of them is dropped in silence."""
+    x, index, options = torch.eye(4), torch.arange(4), ThresholdConsistentMarginLoss().options
+
+    def loss(x: Tensor) -> Tensor:
+        return pair_loss(x, x, (index, index.flip(0), index, index.roll(1)), options)[0]
+
+    for derivative in (lambda: torch.func.jvp(loss, (x,), (x,)), lambda: torch.func.grad(loss)(x)):
+        with pytest.raises(RuntimeError, match="neither forward-mode derivatives"):
+            derivative()
+
+
 def test_as_the_library_trains(tmp_path: Path) -> None:
     """Its trainer, sampler and miner, as in its examples; the loss is copied and saved with the model."""
     x, y = batches.batch(64, 6, 4, torch.float32, seed=2)

@@ -8,6 +8,7 @@ import torch
 from ptx_machine.kernels import LossCall, kernels
 
 from tcm_fused.backends import triton_kernels, triton_loss
+from tcm_fused.backends.problem import Problem
 
 MOST = (2**31 - 1, 65_535, 65_535)  # of a grid's dimensions, on every architecture
 NAMES = ("normalise", "tile_sums", "similarity", "lists", "masked_sum", "collect", "totals", "project")
@@ -44,7 +45,8 @@ def test_triton_grids(config: str, n: int, m: int | None, d: int, grids: dict[st
     numbers = torch.empty(2, dtype=torch.float64, device="meta")
     ref_x, ref_y = (None, None) if m is None else embeddings(m, d)
     shape, gradients = triton_loss.CONFIGS[config], (True, m is not None)
-    triton_loss.run(shape, 132, *embeddings(n, d), ref_x, ref_y, None, numbers, numbers, True, *gradients)
+    problem = Problem(*embeddings(n, d), ref_x, ref_y, None, numbers, numbers, False, True, *gradients)
+    triton_loss.launch(shape, 132, problem)
     for name, launches in grids.items():
         assert launches, name
         for grid in launches:
@@ -56,10 +58,10 @@ def test_triton_refuses_more_rows_than_it_can_count() -> None:
     numbers = torch.empty(2, dtype=torch.float64, device="meta")
     x, y = embeddings(2**30, 1)
     with pytest.raises(RuntimeError, match=r"1,073,741,824 embeddings are more than 1,073,741,568"):
-        triton_loss.loss_triton(x, y, None, None, None, numbers, numbers, False, True, True, False)
+        triton_loss.run(Problem(x, y, None, None, None, numbers, numbers, False, True, True, False))
     few = embeddings(3, 1)
     with pytest.raises(RuntimeError, match="more than"):
-        triton_loss.penalties_triton(*few, x, y, None, numbers, False, True, True, True)
+        triton_loss.run(Problem(*few, x, y, None, numbers, None, False, True, True, True))
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tcm_fused import tcm_loss
 from tcm_fused.backends import choice
 from tcm_fused.backends.operators import OPERATORS
+from tcm_fused.backends.problem import Problem
 from tcm_fused.reference import tcm_reference
 
 if os.environ["TRITON_INTERPRET"] != "1":
@@ -68,8 +69,8 @@ def test_the_host_does_not_wait() -> None:
         for name in ("normalise", "tile_sums", "similarity", "lists", "masked_sum", "collect", "totals", "project"):
             patch.setattr(triton_kernels, name, _Nothing())
         with _NoWait():
-            triton_loss.loss_triton(*sets, numbers, numbers, False, False, True, True)
-            triton_loss.penalties_triton(x, y, None, None, None, numbers, False, True, True, False)
+            triton_loss.run(Problem(*sets, numbers, numbers, False, False, True, True))
+            triton_loss.run(Problem(x, y, None, None, None, numbers, None, False, True, True, False))
 
 
 class _Nothing:

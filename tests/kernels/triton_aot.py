@@ -1,7 +1,7 @@
 """Compiles every kernel that the Triton backend launches on an architecture, without a GPU, and tells what came out.
 
-`python tests/triton_aot.py sm_90` prints one JSON object a kernel. The launches are those of `triton_loss.run` itself,
-on tensors without memory, recorded instead of launched: argument types, alignments and constants are those of a GPU.
+`python tests/triton_aot.py sm_90` prints one JSON object a kernel. The launches are those of `triton_loss.launch`, on
+tensors without memory, recorded instead of launched: argument types, alignments and constants are those of a GPU.
 """
 
 import contextlib
@@ -23,6 +23,7 @@ from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tcm_fused.backends import triton_loss
+from tcm_fused.backends.problem import Problem
 
 TYPES = {
     torch.float16: "fp16",
@@ -63,8 +64,8 @@ def launches(name: str) -> Iterator[tuple[JITFunction, dict[str, str], dict[str,
         two = torch.empty(2, dtype=torch.float64, device="meta")
         wanted = (gradients != "none", gradients != "none" and m is not None)
         weights = None if gradients == "penalties" else two
-        arguments = (x, y, *reference, row_offset, two, weights, parts == 1, *wanted)
-        triton_loss.run(triton_loss.CONFIGS[name], 132, *arguments)
+        problem = Problem(x, y, *reference, row_offset, two, weights, False, parts == 1, *wanted)
+        triton_loss.launch(triton_loss.CONFIGS[name], 132, problem)
     yield from found.values()
 
 

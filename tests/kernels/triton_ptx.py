@@ -1,5 +1,5 @@
-"""Runs the Triton backend on the PTX machine: `triton_loss.run` launches its kernels as on a GPU, and each is compiled
-to PTX for the architecture and executed on the CPU.
+"""Runs the Triton backend on the PTX machine: `triton_loss.launch` runs as on a GPU, and each kernel is compiled to
+PTX for the architecture and executed on the CPU.
 
 `python tests/kernels/triton_ptx.py sm_90` prints one JSON object for each problem, with its errors.
 """
@@ -34,6 +34,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from triton_aot import specialise
 
 from tcm_fused.backends import triton_loss
+from tcm_fused.backends.problem import Problem as Contract
 
 NUMBERS = {"fp32": ctypes.c_float, "fp64": ctypes.c_double, "i32": ctypes.c_int32, "i64": ctypes.c_int64}
 
@@ -192,19 +193,12 @@ def solve(problem: Problem, config: str, sets: list[Tensor], options: dict[str, 
     x, y, *reference = sets
     ref_x, ref_y = reference or (None, None)
     two = [torch.tensor([options[f"{name}_plus"], options[f"{name}_minus"]]).double() for name in ("margin", "lambda")]
-    loss, dx, dref, penalty, count = triton_loss.run(
+    weights = None if problem.penalties else two[1]
+    how = (False, problem.fp16, problem.grad_x, problem.grad_ref and ref_x is not None)
+    loss, dx, dref, penalty, count = triton_loss.launch(
         replace(triton_loss.CONFIGS[config], panel_bytes=problem.panel_bytes),
         problem.processors,
-        x,
-        y,
-        ref_x,
-        ref_y,
-        problem.row_offset,
-        two[0],
-        None if problem.penalties else two[1],
-        problem.fp16,
-        problem.grad_x,
-        problem.grad_ref and ref_x is not None,
+        Contract(x, y, ref_x, ref_y, problem.row_offset, two[0], weights, *how),
     )
     counts = count.numpy()
     return Result(
