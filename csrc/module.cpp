@@ -8,6 +8,9 @@
 #include "cpu/pair_loops.h"
 #include "tcm_sources.h"  // written by setup.py
 
+namespace tcm::cpu {
+bool multiplies_codes();  // cpu/operators.cpp
+}
 namespace tcm::cuda {
 std::string runtime_error();  // cuda/operators.cpp
 }
@@ -21,6 +24,7 @@ PYBIND11_MODULE(_C, module) {
         {"cuda_architectures", TCM_CUDA_ARCHITECTURES},  // "sm_80 compute_100": machine code, PTX; or empty
         {"sources", TCM_SOURCES},                        // digest: see tcm_fused/backends/extension.py
         {"cpu_instruction_set", tcm::cpu::name(tcm::cpu::best_isa())},
+        {"cpu_codes", tcm::cpu::multiplies_codes() ? "decided in 8 bits" : "none: no fast products of bytes here"},
     };
   });
 #if TCM_CUDA

@@ -64,7 +64,7 @@ class CountWalk {
   void prepare() {
     constexpr int kPerThread = 4;  // tiles on a side for each thread, so that all threads have work to the end
     int64_t tile = (p_.n / (kPerThread * host_.threads) + 63) / 64 * 64;
-    rows_.sort(p_.y, p_.n, p_.d, static_cast<int>(std::clamp<int64_t>(tile, 64, kCountTile)), host_.transposed);
+    rows_.sort(p_.y, p_.n, p_.d, static_cast<int>(std::clamp<int64_t>(tile, 64, kCountTile)));
     host_.parallel(rows_.panels, [&](int64_t from, int64_t to) {
       for (int64_t panel = from; panel < to; ++panel) rows_.load(loops_, p_.x, p_.y, panel);
     });
@@ -180,8 +180,8 @@ class CountWalk {
     int64_t m = rows_.rows(i), n = rows_.rows(j), strip = i == j ? kStrip : m;
     for (int64_t row = 0; row < m; row += strip) {
       int64_t column = rows_.begin(j) + (i == j ? row : 0), end = rows_.begin(j) + n;
-      similarities(host_, rows_, rows_.begin(i) + row, rows_.begin(i) + std::min(strip, m - row) + row, rows_, column,
-                   end, w.s.get() + row * rows_.tile - rows_.begin(j), rows_.tile);
+      similarities(host_, loops_, rows_, rows_.begin(i) + row, rows_.begin(i) + std::min(strip, m - row) + row, rows_,
+                   column, end, w.s.get() + row * rows_.tile - rows_.begin(j), rows_.tile);
     }
   }
 

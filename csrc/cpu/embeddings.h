@@ -9,6 +9,7 @@
 #include <cstdlib>
 #include <limits>
 #include <memory>
+#include <mutex>
 #include <vector>
 
 #ifdef __linux__
@@ -25,6 +26,7 @@ namespace tcm::cpu {
 constexpr int kStrip = 128;  // rows of one product on the diagonal, which stops short of the part below it
 
 constexpr size_t kHugePage = 2 << 20;
+constexpr size_t kLine = 64;  // of the cache: matrix instructions are five times slower on operands that straddle them
 
 // Memory not touched yet comes in huge pages: 512 times fewer page faults, 2 % of the whole loss at N = 8192.
 inline void use_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] size_t bytes) {
@@ -56,9 +58,9 @@ class Array {
       return;
     }
 #endif
-    memory_ = std::calloc(bytes_, 1);
-    data_ = static_cast<T*>(memory_);
-    if (!data_) throw OutOfMemory(bytes_, kPurpose);
+    memory_ = std::calloc(bytes_ + kLine, 1);
+    if (!memory_) throw OutOfMemory(bytes_, kPurpose);
+    data_ = reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(memory_) + kLine - 1) / kLine * kLine);
   }
   void reset() {
 #ifdef __linux__
@@ -113,7 +115,6 @@ struct Embeddings {
   std::vector<int64_t> label;   // [size]
   std::vector<double> inverse;  // [size] 1 / max(|x|, kEps); 0 for a zero row
   Array<real> unit;             // [panels * tile, d] x^, then zeros
-  Array<real> transposed;       // [panels, d, tile] x^ of each panel transposed, if asked for
   std::atomic<bool> finite{true};
 
   int64_t begin(int64_t panel) const { return panel * tile; }
@@ -121,7 +122,7 @@ struct Embeddings {
   const real* unit_at(int64_t panel) const { return unit.get() + begin(panel) * d; }
 
   // Sorts; the rows themselves come with `load`, panel by panel.
-  void sort(const int64_t* y, int64_t n, int64_t width, int tile_rows, bool transpose) {
+  void sort(const int64_t* y, int64_t n, int64_t width, int tile_rows) {
     order.reserve(n);
     for (int64_t i = 0; i < n; ++i)
       if (y[i] >= 0) order.push_back(i);
@@ -129,7 +130,7 @@ struct Embeddings {
     size = order.size(), d = width, tile = tile_rows, panels = (size + tile - 1) / tile;
     label.resize(size), inverse.resize(size);
     unit.allocate(panels * tile * d);
-    if (transpose) transposed.allocate(panels * tile * d);
+    transposed_.allocate(panels * tile * d), is_transposed_.reset(new std::once_flag[panels]);
   }
 
   void load(const PairLoops<real>& loops, const real* x, const int64_t* y, int64_t panel) {
@@ -138,15 +139,26 @@ struct Embeddings {
       inverse[k] = normalise(loops, x + order[k] * d, d, unit.get() + k * d);
       if (std::isnan(inverse[k])) finite = false;
     }
-    if (transposed.get()) loops.transpose(unit_at(panel), tile, d, transposed.get() + begin(panel) * d);
   }
+
+  // x^ [d, tile] of a panel transposed, which is done, and takes memory, where it is first asked for.
+  const real* transposed_at(const PairLoops<real>& loops, int64_t panel) const {
+    real* out = transposed_.get() + begin(panel) * d;
+    std::call_once(is_transposed_[panel], [&] { loops.transpose(unit_at(panel), tile, d, out); });
+    return out;
+  }
+  void forget_transposed() { transposed_.reset(); }
+
+ private:
+  Array<real> transposed_;
+  std::unique_ptr<std::once_flag[]> is_transposed_;
 };
 
 // s[j], s[j + 1], ... of row i, and of each row to `end_i` in the next `stride` of s: the similarities of sorted rows
 // [i, end_i) and columns [j, end_j). s may be written up to the next multiple of 16 beyond both ends.
 template <class real>
-void similarities(const Host<real>& host, const Embeddings<real>& rows, int64_t i, int64_t end_i,
-                  const Embeddings<real>& columns, int64_t j, int64_t end_j, real* s, int64_t stride) {
+void similarities(const Host<real>& host, const PairLoops<real>& loops, const Embeddings<real>& rows, int64_t i,
+                  int64_t end_i, const Embeddings<real>& columns, int64_t j, int64_t end_j, real* s, int64_t stride) {
   int64_t d = rows.d, tile = columns.tile;
   const real* a = rows.unit.get() + i * d;
   if (!host.transposed) {  // one product of several panels is faster than one each: operands are packed less often
@@ -156,7 +168,7 @@ void similarities(const Host<real>& host, const Embeddings<real>& rows, int64_t 
   auto padded = [](int64_t size) { return (size + 15) / 16 * 16; };  // few sizes, so that few kernels are generated
   for (int64_t end; j < end_j; j = end) {
     end = std::min((j / tile + 1) * tile, end_j);
-    const real* b = columns.transposed.get() + j / tile * tile * d + j % tile;
+    const real* b = columns.transposed_at(loops, j / tile) + j % tile;
     host.product(a, padded(end_i - i), b, padded(end - j), d, tile, s + j, stride);
   }
 }

@@ -22,6 +22,14 @@ struct Host {
   // c [m, d] += a [m, n] b [n, d], m and n multiples of 64. Called by several threads at once.
   std::function<void(const real* a, int64_t m, int64_t n, const real* b, int64_t d, real* c)> add_product;
 
+  // s [m, n] = a [m, k] b, exactly, with b [k / 4, n, 4], for n = 64 and k a multiple of 64, a and b aligned to 64 bytes;
+  // null where the processor has nothing faster than float32 for it. Called by several threads at once; each calls
+  // `release_code_product` when it has done.
+  std::function<void(const uint8_t* a, int64_t m, const int8_t* b, int64_t n, int64_t k, int32_t* s, int64_t stride)>
+      code_product;
+  std::function<void()> release_code_product = [] {};
+  bool always_codes = false;  // use codes even where they are not expected to pay: for tests
+
   void parallel(int64_t size, const std::function<void(int64_t begin, int64_t end)>& body) const {
     if (threads == 1) return body(0, size);
     parallel_for(size, body);
@@ -34,9 +42,14 @@ template <class real>
 bool exact(const Host<real>& host) {
   constexpr int64_t kSize = 32;  // of a product that is large enough for such libraries
   constexpr real kOne = 1 + std::numeric_limits<real>::epsilon();
-  std::vector<real> a(kSize * kSize), b(kSize * kSize), s(kSize * kSize);
-  for (int64_t k = 0; k < kSize; ++k) a[k * kSize + k] = kOne, b[k * kSize + k] = 1;
-  host.product(a.data(), kSize, b.data(), kSize, kSize, kSize, s.data(), kSize);
+  constexpr auto diagonal = [](real value) {
+    std::vector<real> matrix(kSize * kSize);
+    for (int64_t k = 0; k < kSize; ++k) matrix[k * kSize + k] = value;
+    return matrix;
+  };
+  static const std::vector<real> a = diagonal(kOne), b = diagonal(1);
+  real s[kSize * kSize];
+  host.product(a.data(), kSize, b.data(), kSize, kSize, kSize, s, kSize);
   for (int64_t k = 0; k < kSize; ++k)
     if (s[k * kSize + k] != kOne) return false;
   return true;

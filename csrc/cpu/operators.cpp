@@ -21,9 +21,16 @@ namespace at::native::cpublas {
 __attribute__((weak, visibility("default"))) void brgemm(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb,
                                                          int64_t ldc, bool add, const float* a, const float* b,
                                                          float* c, bool vnni);
-}
+__attribute__((weak, visibility("default"))) void brgemm(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb,
+                                                         int64_t ldc, bool add, const unsigned char* a,
+                                                         const signed char* b, int32_t* c, bool vnni);
+__attribute__((weak, visibility("default"))) void brgemm_release(bool vnni);
+}  // namespace at::native::cpublas
 
 namespace tcm::cpu {
+
+bool multiplies_codes();  // whether products of codes are to be had, which is tried out once
+
 namespace {
 
 // A view of memory that somebody else owns, as the shim wants it.
@@ -50,8 +57,9 @@ void product(const real* a, int64_t m, const real* b, int64_t n, int64_t d, int6
 
 // oneDNN generates code for each shape and thread at its first use, and writes through a null pointer if there is no
 // memory for it. So that is asked for first, by one thread at a time.
-void brgemm(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldc, bool add, const float* a,
-            const float* b, float* c) {
+template <class left, class right, class sum>
+void brgemm(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldc, bool add, const left* a,
+            const right* b, sum* c) {
   constexpr size_t kCode = 4 << 20;
   static std::mutex mutex;
   static thread_local std::set<std::array<int64_t, 7>> generated;
@@ -59,7 +67,7 @@ void brgemm(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t l
   std::unique_lock<std::mutex> lock(mutex, std::defer_lock);
   bool is_new = !generated.contains(shape);
   if (is_new) lock.lock(), require_memory(kCode, "the code of a matrix product");
-  at::native::cpublas::brgemm(m, n, k, lda, ldb, ldc, add, a, b, c, false);
+  at::native::cpublas::brgemm(m, n, k, lda, ldb, ldc, add, a, b, c, sizeof(right) == 1);
   if (is_new) generated.insert(shape);
 }
 
@@ -103,15 +111,55 @@ void wide_add_product(const float* a, int64_t m, int64_t n, const float* b, int6
   for (int64_t k = 0; k < m * d; ++k) c[k] = static_cast<float>(out[k]);
 }
 
+void code_product(const uint8_t* a, int64_t m, const int8_t* b, int64_t n, int64_t k, int32_t* s, int64_t stride) {
+  brgemm(m, n, k, k, n, stride, false, a, b, s);
+}
+
+// Whether this processor multiplies bytes, and rightly: oneDNN throws where it has no instruction for them.
+bool try_code_product() {
+  using Product = void (*)(int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, bool, const unsigned char*,
+                           const signed char*, int32_t*, bool);
+  if (!static_cast<Product>(at::native::cpublas::brgemm) || !at::native::cpublas::brgemm_release) return false;
+  constexpr int kSize = 64;
+  alignas(64) uint8_t a[kSize * kSize];
+  alignas(64) int8_t b[kSize * kSize];
+  alignas(64) int32_t s[kSize * kSize];
+  for (int k = 0; k < kSize * kSize; ++k) {  // among them the largest, for instructions whose sums saturate
+    a[k] = static_cast<uint8_t>(k % 5 ? 255 - k % 7 : k % 256);
+    b[k] = static_cast<int8_t>(k % 3 ? k % 11 - 127 : k % 255 - 127);
+  }
+  try {
+    code_product(a, kSize, b, kSize, kSize, s, kSize);
+    at::native::cpublas::brgemm_release(true);
+  } catch (const std::bad_alloc&) {
+    throw;
+  } catch (...) {
+    return false;
+  }
+  for (int i = 0; i < kSize; ++i)
+    for (int j = 0; j < kSize; ++j) {
+      int32_t sum = 0;
+      for (int k = 0; k < kSize; ++k) sum += a[i * kSize + k] * b[(k / 4 * kSize + j) * 4 + k % 4];
+      if (s[i * kSize + j] != sum) return false;
+    }
+  return true;
+}
+
 // Products by oneDNN's kernels if this torch has them, else by aten::mm; in float64 if those were inexact.
-// TCM_FUSED_PRODUCTS (mm, wide) leaves out the first of these, so that the others are tested where they are not needed.
+// TCM_FUSED_PRODUCTS (mm, wide) leaves out the first of these, so that the others are tested where they are not needed;
+// "codes" has every tile looked at in eight bits, "float" none.
 void set_products(Host<float>& host) {
   const char* wish = std::getenv("TCM_FUSED_PRODUCTS");
   std::string products = wish ? wish : "";
-  if (at::native::cpublas::brgemm && products.empty())
+  using Product =
+      void (*)(int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, bool, const float*, const float*, float*, bool);
+  if (static_cast<Product>(at::native::cpublas::brgemm) && products != "mm" && products != "wide")
     host.product = transposed_product, host.transposed = true, host.add_product = add_brgemm;
   if (products == "wide" || !exact(host))
     host.product = wide_product, host.transposed = false, host.add_product = wide_add_product;
+  if (!multiplies_codes() || !(products.empty() || products == "codes")) return;
+  host.code_product = code_product, host.release_code_product = [] { at::native::cpublas::brgemm_release(true); };
+  host.always_codes = products == "codes";
 }
 void set_products(Host<double>&) {}
 
@@ -165,6 +213,11 @@ CountTensors counts_operator(CountArguments& a) {
 }
 
 }  // namespace
+
+bool multiplies_codes() {
+  static const bool right = try_code_product();
+  return right;
+}
 
 STABLE_TORCH_LIBRARY_IMPL(tcm_fused, CPU, library) {
   library.impl("loss", TORCH_BOX(&LossOperators<loss_operator>::loss));

@@ -1,6 +1,7 @@
 #include "pair_loops.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <limits>
 
@@ -111,19 +112,24 @@ TCM_INLINE void mask(const real* s, int words, real margin, real sign, uint64_t*
 }
 
 template <class real, int kWidth>
-TCM_INLINE void sparse_sum(const uint64_t* bits, int m, const real* x, int64_t d, real weight, real* g) {
+TCM_INLINE void sum_of_rows(const int64_t* list, int length, const real* x, int64_t d, real weight, real* g) {
   using C = Chunk<real, kWidth>;
+  for (int64_t c = 0; length > 0 && c < d; c += C::kSize) {
+    int size = static_cast<int>(std::min<int64_t>(C::kSize, d - c));
+    C sum = load<C>(x + list[0] * d + c, size);
+    for (int k = 1; k < length; ++k) add(sum, load<C>(x + list[k] * d + c, size));
+    add_to(g + c, size, weight, sum);
+  }
+}
+
+template <class real, int kWidth>
+TCM_INLINE void sparse_sum(const uint64_t* bits, int m, const real* x, int64_t d, real weight, real* g) {
   for (int i = 0; i < m; ++i, bits += kWords) {
-    int list[kTile], length = 0;
+    int64_t list[kTile];
+    int length = 0;
     for (int word = 0; word < kWords; ++word)
       for (uint64_t rest = bits[word]; rest; rest &= rest - 1) list[length++] = 64 * word + __builtin_ctzll(rest);
-    if (length == 0) continue;
-    for (int64_t c = 0; c < d; c += C::kSize) {
-      int size = static_cast<int>(std::min<int64_t>(C::kSize, d - c));
-      C sum = load<C>(x + list[0] * d + c, size);
-      for (int k = 1; k < length; ++k) add(sum, load<C>(x + list[k] * d + c, size));
-      add_to(g + i * d + c, size, weight, sum);
-    }
+    sum_of_rows<real, kWidth>(list, length, x, d, weight, g + i * d);
   }
 }
 
@@ -191,6 +197,96 @@ TCM_INLINE void transposed(const real* x, int64_t n, int64_t d, real* out) {
       for (int r = 0; r < kBlock; ++r) out[k * n + i + r] = x[(i + r) * d + k];
 }
 
+template <class real, int kWidth>
+TCM_INLINE real dot_product(const real* x, const real* y, int64_t d) {
+  using C = Chunk<real, kWidth>;
+  C sum{};
+  auto add_chunk = [&](int64_t c, int size) __attribute__((always_inline)) {
+    C a = load<C>(x + c, size), b = load<C>(y + c, size);
+#pragma GCC unroll 8
+    for (int k = 0; k < C::kVectors; ++k) sum.v[k] += a.v[k] * b.v[k];
+  };
+  int64_t whole = d / C::kSize * C::kSize;
+  for (int64_t c = 0; c < whole; c += C::kSize) add_chunk(c, C::kSize);
+  if (whole < d) add_chunk(whole, static_cast<int>(d - whole));
+  for (int step = C::kVectors / 2; step; step /= 2)
+    for (int k = 0; k < step; ++k) sum.v[k] += sum.v[k + step];
+  constexpr int kParts = C::kSize / C::kVectors;
+  real parts[kParts];
+  std::memcpy(parts, &sum.v[0], sizeof(parts));
+#pragma GCC unroll 4
+  for (int step = kParts / 2; step; step /= 2)
+#pragma GCC unroll 8
+    for (int k = 0; k < step; ++k) parts[k] += parts[k + step];
+  return parts[0];
+}
+
+template <class real>
+TCM_INLINE double exact_dot_product(const real* x, const real* y, int64_t d) {
+  double sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t k = 0; k < d; ++k) sum += static_cast<double>(x[k]) * y[k];
+  return sum;
+}
+
+template <class real>
+TCM_INLINE bool any_near(const real* s, int n, real margin, real window) {
+  int found = 0;
+#pragma omp simd reduction(| : found)
+  for (int j = 0; j < n; ++j) found |= std::abs(s[j] - margin) <= window;
+  return found != 0;
+}
+
+template <class real>
+TCM_INLINE double encoded(const real* x, int64_t d, uint8_t* code, float* scale, int32_t* shift) {
+  real peak = 0;
+#pragma omp simd reduction(max : peak)
+  for (int64_t k = 0; k < d; ++k) peak = std::max(peak, std::abs(x[k]));
+  float a = static_cast<float>(peak) / 127, inverse = 1 / a;
+  if (!(a > 0 && inverse < std::numeric_limits<float>::infinity())) a = inverse = 0;  // too small to be divided by
+  double rest = 0;
+  int32_t sum = 0;
+#pragma omp simd reduction(+ : rest, sum)
+  for (int64_t k = 0; k < d; ++k) {
+    float rounded = static_cast<float>(x[k]) * inverse + 128.5f;  // within [1, 256): rounded down next
+    int32_t c = std::clamp(static_cast<int32_t>(rounded), 1, 255);
+    double r = x[k] - static_cast<double>(a) * (c - 128);
+    code[k] = static_cast<uint8_t>(c), sum += c - 128, rest += r * r;
+  }
+  *scale = a, *shift = 128 * sum;
+  return std::sqrt(rest);
+}
+
+TCM_INLINE void range_of_codes(const int32_t* product, const int32_t* shift, int n, int32_t* least, int32_t* most) {
+  int32_t low = std::numeric_limits<int32_t>::max(), high = std::numeric_limits<int32_t>::min();
+#pragma omp simd reduction(min : low) reduction(max : high)
+  for (int j = 0; j < n; ++j) {
+    int32_t q = product[j] - shift[j];
+    low = std::min(low, q), high = std::max(high, q);
+  }
+  *least = low, *most = high;
+}
+
+TCM_INLINE void mask_codes(const int32_t* product, const CodeColumns& c, int words, const CodeRow& row,
+                           uint64_t* bits) {
+  for (int word = 0; word < words; ++word) {
+    uint32_t half[2];
+    for (int h = 0; h < 2; ++h) {
+      uint32_t found = 0;
+      int begin = 64 * word + 32 * h;
+      const int32_t *p = product + begin, *shift = c.shift + begin;
+      const float *scale = c.scale + begin, *error = c.error + begin;
+#pragma omp simd reduction(| : found)
+      for (int j = 0; j < 32; ++j) {
+        float s = row.scale * (scale[j] * static_cast<float>(p[j] - shift[j]));
+        found |= s + row.slope * error[j] >= row.from ? uint32_t{1} << j : 0;
+      }
+      half[h] = found;
+    }
+    bits[word] = half[0] | static_cast<uint64_t>(half[1]) << 32;
+  }
+}
+
 template <class real>
 TCM_INLINE double sum_of_squares(const real* x, int64_t d) {
   double sum = 0;
@@ -242,6 +338,9 @@ TCM_INLINE void projected(const RowSums<real>& sums, const real* unit, int64_t d
     target static void mask_row(const real* s, int words, real margin, real sign, uint64_t* bits) {                    \
       mask(s, words, margin, sign, bits);                                                                              \
     }                                                                                                                  \
+    target static void row_sum(const int64_t* list, int length, const real* x, int64_t d, real weight, real* g) {      \
+      sum_of_rows<real, width>(list, length, x, d, weight, g);                                                         \
+    }                                                                                                                  \
     target static void sparse(const uint64_t* bits, int m, const real* x, int64_t d, real weight, real* g) {           \
       sparse_sum<real, width>(bits, m, x, d, weight, g);                                                               \
     }                                                                                                                  \
@@ -249,14 +348,32 @@ TCM_INLINE void projected(const RowSums<real>& sums, const real* unit, int64_t d
       dense_sum<real, width>(bits, m, n, x, d, weight, g);                                                             \
     }                                                                                                                  \
     target static void transpose(const real* x, int64_t n, int64_t d, real* out) { transposed(x, n, d, out); }         \
+    target static double exact_dot(const real* x, const real* y, int64_t d) { return exact_dot_product(x, y, d); }     \
+    target static real dot(const real* x, const real* y, int64_t d) { return dot_product<real, width>(x, y, d); }      \
+    target static bool is_near(const real* s, int n, real margin, real window) {                                       \
+      return any_near(s, n, margin, window);                                                                           \
+    }                                                                                                                  \
+    target static double encode(const real* x, int64_t d, uint8_t* code, float* scale, int32_t* shift) {               \
+      return encoded(x, d, code, scale, shift);                                                                        \
+    }                                                                                                                  \
+    target static void code_range(const int32_t* product, const int32_t* shift, int n, int32_t* least,                 \
+                                  int32_t* most) {                                                                     \
+      range_of_codes(product, shift, n, least, most);                                                                  \
+    }                                                                                                                  \
+    target static void code_mask(const int32_t* product, const CodeColumns& columns, int words, const CodeRow& row,    \
+                                 uint64_t* bits) {                                                                     \
+      mask_codes(product, columns, words, row, bits);                                                                  \
+    }                                                                                                                  \
     target static double squares(const real* x, int64_t d) { return sum_of_squares(x, d); }                            \
     target static void scale(const real* x, int64_t d, double factor, real* out) { scaled(x, d, factor, out); }        \
     target static void gradient_row(const RowSums<real>& sums, const real* unit, int64_t d, real w_plus, real w_minus, \
                                     double inverse, real* out) {                                                       \
       projected(sums, unit, d, w_plus, w_minus, inverse, out);                                                         \
     }                                                                                                                  \
-    static constexpr PairLoops<real> kLoops{scan_row,  scan_squared, cell_row,  mask_row, sparse, dense,               \
-                                            weigh_row, weighted,     transpose, squares,  scale,  gradient_row};       \
+    static constexpr PairLoops<real> kLoops{scan_row,  scan_squared, cell_row,  mask_row,    row_sum,                  \
+                                            sparse,    dense,        weigh_row, weighted,    transpose,                \
+                                            exact_dot, dot,          is_near,   encode,      code_range,               \
+                                            code_mask, squares,      scale,     gradient_row};                         \
   };
 
 TCM_PAIR_LOOPS(Baseline, 16, )

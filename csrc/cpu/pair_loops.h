@@ -19,6 +19,15 @@ struct RowSums {
   const real *plus, *shared_plus, *minus, *shared_minus;
 };
 
+// Columns in eight bits, see codes.h, and how a row is compared with them.
+struct CodeColumns {
+  const float *scale, *error;
+  const int32_t* shift;
+};
+struct CodeRow {
+  float scale, slope, from;
+};
+
 // A pair is hard where its violation, sign * (s - margin), is not negative: sign is -1 for positives and +1 for
 // negatives. NaN is never hard.
 template <class real>
@@ -32,6 +41,8 @@ struct PairLoops {
   real (*cell_row)(const real* s, int n, int32_t half, int32_t* cell, real* best);
   // Bit j of bits [words]: is pair j of s [64 words] hard?
   void (*mask_row)(const real* s, int words, real margin, real sign, uint64_t* bits);
+  // g [d] += weight * the sum of the rows `list` [length] of x.
+  void (*row_sum)(const int64_t* list, int length, const real* x, int64_t d, real weight, real* g);
   // g [m, d] += weight * M x, with M [m, n] the 0/1 matrix in bits [m, kWords] and x [n, d]: pair by pair,
   void (*sparse_sum)(const uint64_t* bits, int m, const real* x, int64_t d, real weight, real* g);
   // and at a cost that hardly depends on the number of pairs.
@@ -42,6 +53,19 @@ struct PairLoops {
   void (*weighted_sum)(const real* weight, int m, int n, const real* x, int64_t d, real* g);
   // out [d, n] = x [n, d] transposed, n a multiple of 16.
   void (*transpose)(const real* x, int64_t n, int64_t d, real* out);
+  // x . y, of d numbers, in float64: the same for (y, x).
+  double (*exact_dot)(const real* x, const real* y, int64_t d);
+  // The same as far as `real` goes.
+  real (*dot)(const real* x, const real* y, int64_t d);
+  // Whether any of s [n] lies within `window` of the margin.
+  bool (*is_near)(const real* s, int n, real margin, real window);
+  // code [d] = round(x / scale) + 128 with scale = max |x| / 127, and shift = 128 times the sum of the codes less 128;
+  // returns |x - scale (code - 128)|.
+  double (*encode)(const real* x, int64_t d, uint8_t* code, float* scale, int32_t* shift);
+  // The least and the largest of product - shift, both [n].
+  void (*code_range)(const int32_t* product, const int32_t* shift, int n, int32_t* least, int32_t* most);
+  // Bit j of bits [words]: row.scale * (scale[j] * (product[j] - shift[j])) + row.slope * error[j] >= row.from?
+  void (*code_mask)(const int32_t* product, const CodeColumns& columns, int words, const CodeRow& row, uint64_t* bits);
   // Sum of squares of x [d].
   double (*squares)(const real* x, int64_t d);
   // out [d] = x [d] * factor
