@@ -211,7 +211,8 @@ def test_signals(tmp_path: Path, number: signal.Signals) -> None:
     """In the middle of writing: the old file stays, nothing else does, and the process ends by the signal."""
     (tmp_path / "out").write_text("old")
     script = f"""{WRITE}
-import time
+import signal, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a job in the background ignores
 def save(part):
     part.write_text("ne")
     print("ready", flush=True)
