@@ -64,7 +64,7 @@ class CountWalk {
   void prepare() {
     constexpr int kPerThread = 4;  // tiles on a side for each thread, so that all threads have work to the end
     int64_t tile = (p_.n / (kPerThread * host_.threads) + 63) / 64 * 64;
-    rows_.sort(p_.y, p_.n, p_.d, static_cast<int>(std::clamp<int64_t>(tile, 64, kCountTile)));
+    rows_.sort(p_.y, p_.n, p_.d, static_cast<int>(std::clamp<int64_t>(tile, 64, kCountTile)), host_.transposed);
     host_.parallel(rows_.panels, [&](int64_t from, int64_t to) {
       for (int64_t panel = from; panel < to; ++panel) rows_.load(loops_, p_.x, p_.y, panel);
     });

@@ -122,7 +122,7 @@ struct Embeddings {
   const real* unit_at(int64_t panel) const { return unit.get() + begin(panel) * d; }
 
   // Sorts; the rows themselves come with `load`, panel by panel.
-  void sort(const int64_t* y, int64_t n, int64_t width, int tile_rows) {
+  void sort(const int64_t* y, int64_t n, int64_t width, int tile_rows, bool transpose) {
     order.reserve(n);
     for (int64_t i = 0; i < n; ++i)
       if (y[i] >= 0) order.push_back(i);
@@ -130,7 +130,7 @@ struct Embeddings {
     size = order.size(), d = width, tile = tile_rows, panels = (size + tile - 1) / tile;
     label.resize(size), inverse.resize(size);
     unit.allocate(panels * tile * d);
-    transposed_.allocate(panels * tile * d), is_transposed_.reset(new std::once_flag[panels]);
+    if (transpose) transposed_.allocate(panels * tile * d), is_transposed_.reset(new std::once_flag[panels]);
   }
 
   void load(const PairLoops<real>& loops, const real* x, const int64_t* y, int64_t panel) {
@@ -141,7 +141,7 @@ struct Embeddings {
     }
   }
 
-  // x^ [d, tile] of a panel transposed, which is done, and takes memory, where it is first asked for.
+  // x^ [d, tile] of a panel transposed, if `sort` was told so: done, and taking memory, where it is first asked for.
   const real* transposed_at(const PairLoops<real>& loops, int64_t panel) const {
     real* out = transposed_.get() + begin(panel) * d;
     std::call_once(is_transposed_[panel], [&] { loops.transpose(unit_at(panel), tile, d, out); });

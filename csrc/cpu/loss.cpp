@@ -137,7 +137,7 @@ class LossWalk {
 
   // Step 1.
   void prepare(EmbeddingSums<real>& e, const real* x, const int64_t* y, int64_t n, int tile, bool wants_gradient) {
-    e.sort(y, n, p_.d, tile);
+    e.sort(y, n, p_.d, tile, host_.transposed && &e == &columns());
     e.panel_sum.allocate(e.panels * e.d);
     e.wants_gradient = wants_gradient;
     e.turn.reset(new std::atomic<int64_t>[e.groups()]);
