@@ -18,7 +18,7 @@ demo: $(VENV)/built
 test: lint
 	$(PYTEST)
 
-# Under a minute: definition, loss on each backend, errors, and something of each room.
+# Under a minute: definition, loss on each backend, errors, and something of each folder of tests.
 quick: $(VENV)/built
 	$(PYTEST) --quick $(addprefix tests/, loss/test_oracle.py loss/test_loss.py loss/test_groups.py \
 		loss/test_inputs.py loss/test_module.py loss/test_errors.py \

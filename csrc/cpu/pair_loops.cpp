@@ -11,10 +11,10 @@ namespace tcm::cpu {
 namespace {
 
 // A chunk of columns: as much of a row as is accumulated in registers at once, kWidth bytes in each.
-template <class real, int kWidth>
+template <class real, int kWidth, int kHeld = kWidth == 64 ? 4 : 8>
 struct Chunk {
   typedef real Vector __attribute__((vector_size(kWidth)));
-  static constexpr int kVectors = kWidth == 64 ? 4 : 8;
+  static constexpr int kVectors = kHeld;
   static constexpr int kSize = kVectors * kWidth / sizeof(real);
   Vector v[kVectors];
 };
@@ -156,10 +156,10 @@ TCM_INLINE void weighted_sum(const real* weight, int m, int n, const real* x, in
 
 // A masked sum over 4 rows of x has 16 possible values: with these in a table, each row of the mask
 // costs one addition for 4 pairs and no multiplication, whatever the density (the method of four
-// Russians: Arlazarov et al., 1970). kTables x 4 rows of x at a time keep the tables in the first-level cache.
+// Russians: Arlazarov et al., 1970). The tables of kTables x 4 rows of x, 16 KiB, fit into half of the first-level cache.
 template <class real, int kWidth>
 TCM_INLINE void dense_sum(const uint64_t* bits, int m, int n, const real* x, int64_t d, real weight, real* g) {
-  using C = Chunk<real, kWidth>;
+  using C = Chunk<real, kWidth, 128 / kWidth>;
   constexpr int kTables = 8;
   C table[kTables][16];
   for (int64_t c = 0; c < d; c += C::kSize) {

@@ -44,7 +44,7 @@ def why_unavailable(backend: str) -> str | None:
         return None
     if backend == "triton":
         return _why_no_triton()
-    if _IMPORT_ERROR is not None:
+    if backend in ("cpu", "cuda") and _IMPORT_ERROR is not None:
         return f"{_IMPORT_ERROR}, or use backend='torch'"
     return _why_no_cuda() if backend == "cuda" else None
 
