@@ -135,7 +135,8 @@ def plant(folder: Path) -> None:
     for path in (ROOT / "csrc").glob("*.h"):
         (folder / "csrc" / path.name).write_text(path.read_text())
     for path in (ROOT / "csrc/cpu").iterdir():
-        source, found = path.read_text(), {}
+        source = path.read_text()
+        found: dict[str, str] = {}
         for number, fault in enumerate(FAULTS.values(), 1):
             if fault.file != path.name:
                 continue
