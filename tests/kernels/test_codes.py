@@ -99,6 +99,20 @@ def test_margins_at_the_ends_and_beyond(margin: float, products: str) -> None:
             check("cpu", *sets, margin_plus=margin, margin_minus=-margin, penalty=penalty, exact=abs(margin) > 1)
 
 
+@pytest.mark.parametrize("classes", [1, 9])
+def test_margins_that_are_not_finite(classes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In compiled code nobody refuses them: counts are the same with codes and without, for NaN none."""
+    x, y = batch("classes", 200, 40, classes, 1)
+    for bad in (np.nan, np.inf, -np.inf, 1e300):
+        for margin in ((bad, 0.3), (0.5, bad)):
+            found = []
+            for products in ("codes", "float"):
+                monkeypatch.setenv("TCM_FUSED_PRODUCTS", products)
+                found.append(loss(x, y, margin=margin)[-1].tolist())
+            assert found[0] == found[1]
+            assert not np.isnan(bad) or found[0][margin.index(bad)] == 0
+
+
 def mixed(n: int, d: int) -> list[Tensor]:
     """Large classes: some whose pairs are all hard, some far apart, some scattered around a margin of 0.3."""
     rng = np.random.default_rng(4)

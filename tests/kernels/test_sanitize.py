@@ -17,7 +17,7 @@ KERNELS = [ROOT / "csrc/cpu" / name for name in ("loss.cpp", "counts.cpp", "pair
     [
         pytest.param("-O3 -fno-math-errno -fno-trapping-math", 400, 2000, id="release"),
         pytest.param("-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all", 120, 400, id="asan-ubsan"),
-        pytest.param("-O1 -g -fsanitize=thread", 25, 50, id="tsan"),
+        pytest.param("-O1 -g -fsanitize=thread", 25, 20, id="tsan"),
     ],
 )
 def test_kernels_without_torch(tmp_path: Path, flags: str, cases: int, batches: int) -> None:
