@@ -273,6 +273,7 @@ class LossWalk {
   // Whether codes are there and are expected to save time: a look at few pairs, the same ones at every call.
   bool codes_pay() const {
     if (!host_.code_product || p_.d >= kMostWidth || rows_.size == 0 || columns().size == 0) return false;
+    if (std::isnan(margin(kPlus)) || std::isnan(margin(kMinus))) return false;  // nothing is hard, nor surely not hard
     if (host_.always_codes) return true;
     if (std::min(rows_.size, columns().size) < kLeastCoded) return false;
     int64_t all = rows_.panels * columns().panels, tiles = std::clamp<int64_t>(all / 8, 1, 32), dear = 0;

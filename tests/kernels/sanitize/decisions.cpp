@@ -27,7 +27,8 @@ class Rows {
         cone_(pick(random, (const double[]){0, 0.3, 1, 10, 1000})),
         flips_(pick(random, (const double[]){0, 0.02, 0.5})),
         steps_(pick(random, (const int[]){5, 20, 60, 100})),
-        even_(chance(random, 0.5)) {
+        even_(chance(random, 0.7)),
+        apart_(draw_apart()) {
     for (auto& a : axis_) a = normal_(random_);
   }
 
@@ -52,13 +53,14 @@ class Rows {
   }
 
   // x = q + r with q = K sign, and r = 0.49 of a step along the signs of the partner, or against them. One entry is 127,
-  // so that a step is 1.
+  // so that a step is 1. Where the signs are all alike or all opposite the bound is reached, e_i e_j and all.
   void aligned(double* a, double* b) {
     std::vector<double> signs(d_), partner(d_);
-    double apart = chance(random_, 0.3) ? 0 : uniform(random_, 0, 0.5), toward = chance(random_, 0.5) ? 0.49 : -0.49;
+    if (!even_) apart_ = draw_apart();
+    double toward = chance(random_, 0.5) ? 0.49 : -0.49;
     for (int64_t k = 0; k < d_; ++k) {
       signs[k] = (axis_[k] < 0 ? -1 : 1) * (chance(random_, flips_) ? -1 : 1);
-      partner[k] = signs[k] * (chance(random_, apart) ? -1 : 1);
+      partner[k] = signs[k] * (chance(random_, apart_) ? -1 : 1);
     }
     int64_t peak = random_() % d_;
     int here = even_ ? steps_ : 1 + static_cast<int>(random_() % steps_);
@@ -70,13 +72,16 @@ class Rows {
     }
   }
 
+  double draw_apart() { return pick(random_, (const double[]){0, 1, uniform(random_, 0, 0.5)}); }
+
   int64_t d_;
   Random& random_;
   std::normal_distribution<double> normal_;
   std::vector<double> axis_;
   double cone_, flips_;
   int steps_;
-  bool even_;  // aligned rows have the same scale
+  bool even_;     // whether aligned rows have the same scale, and partners the same similarity
+  double apart_;  // share of signs in which partners differ
 };
 
 // Two sets of rows of one kind each, or now and then of another; some of them zero, or of extreme length.
@@ -145,8 +150,8 @@ int main(int argc, char** argv) {
     c.d = pick(random, (const int64_t[]){1, 2, 16, 64, 65, 130});
     if (chance(random, 0.02)) c.n = 60 + random() % 260, c.m = 60 + random() % 100;
     if (chance(random, 0.008)) c.n = 520 + random() % 40, c.m = 70, c.d = 16;  // tiles of several blocks of codes
-    if (chance(random, 0.04)) c.n = 1 + random() % 4, c.m = 1 + random() % 4, c.d = 2048 << random() % 2;
-    c.classes = pick(random, (const int64_t[]){1, 2, 1000});
+    if (chance(random, 0.05)) c.n = 1 + random() % 3, c.m = pick(random, (const int[]){1, 2, 64}), c.d = 2048;
+    c.classes = pick(random, (const int64_t[]){1, 2, 1000, 1000});
     c.symmetric = random() % 2, c.grad_x = random() % 4, c.grad_ref = !c.symmetric && random() % 2;
     if (c.symmetric) c.m = c.n;
     c.row_offset = !c.symmetric && c.m >= c.n && random() % 2 ? static_cast<int64_t>(random() % (c.m - c.n + 1)) : -1;

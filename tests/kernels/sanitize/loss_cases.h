@@ -225,9 +225,11 @@ inline void fail(const Case& c, const char* what, double got, double wanted) {
   std::exit(1);
 }
 
+// Within 16 roundings, or a quarter of those of a sum of `d` numbers: they add up where all numbers are alike.
 template <class real>
 void compare(const Case& c, const char* what, real got, double wanted, double reach) {
-  if (!(std::abs(got - wanted) <= 16 * std::numeric_limits<real>::epsilon() * (reach + 1e-30)))
+  double roundings = std::max<double>(16, std::min(c.d, kStep) / 4.0);
+  if (!(std::abs(got - wanted) <= roundings * std::numeric_limits<real>::epsilon() * (reach + 1e-30)))
     fail(c, what, got, wanted);
 }
 
