@@ -9,7 +9,7 @@ from typing import IO
 import numpy as np
 from numpy.lib import format as npy
 
-from tcm_fused.thresholds.rates import Array
+from tcm_fused.thresholds.sets import Array
 
 _MOST_PACKED = 200  # times: numbers that somebody measured do not shrink more
 _BOMB = 1 << 30  # bytes from which on that matters

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tcm_fused.thresholds.arrays import check_memory
-from tcm_fused.thresholds.rates import Array
+from tcm_fused.thresholds.sets import Array
 from tcm_fused.thresholds.tables import NUMBER, as_numbers, import_pyarrow, is_missing, may_be_index, numbers
 
 _SEPARATORS = ",;\t"

@@ -9,8 +9,7 @@ import numpy as np
 
 from tcm_fused.thresholds import arrays, csv_files, tables
 from tcm_fused.thresholds.csv_files import Csv
-from tcm_fused.thresholds.rates import Array
-from tcm_fused.thresholds.sets import as_labels
+from tcm_fused.thresholds.sets import Array, as_labels
 
 SUFFIXES = (".npy", ".npz", ".csv", ".parquet")
 

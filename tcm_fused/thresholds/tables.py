@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from tcm_fused.thresholds.arrays import check_memory
-from tcm_fused.thresholds.rates import Array
+from tcm_fused.thresholds.sets import Array
 
 NUMBER = re.compile(r"\s*[+-]?((\d+\.?\d*|\.\d+)(e[+-]?\d+)?|nan|inf|infinity)\s*", re.IGNORECASE | re.ASCII)
 _DECIMAL_COMMA = re.compile(r"\s*[+-]?\d+,\d+\s*")
