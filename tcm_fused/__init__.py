@@ -6,7 +6,9 @@ from tcm_fused.distributed import DistributedTCMLoss
 from tcm_fused.loss import TCMLoss, TCMStats, tcm_loss
 from tcm_fused.memory import CrossBatchMemory
 from tcm_fused.thresholds.calibration import Calibration, Margins, calibrate, suggest_margins
+from tcm_fused.thresholds.evaluation import Evaluation, evaluate
 from tcm_fused.thresholds.opis import OPISResult, opis
+from tcm_fused.thresholds.threshold import Threshold
 
 if TYPE_CHECKING:
     from tcm_fused.thresholds.metric import OPIS
@@ -17,12 +19,15 @@ __all__ = [
     "Calibration",
     "CrossBatchMemory",
     "DistributedTCMLoss",
+    "Evaluation",
     "Margins",
     "OPISResult",
     "TCMLoss",
     "TCMStats",
+    "Threshold",
     "__version__",
     "calibrate",
+    "evaluate",
     "opis",
     "suggest_margins",
     "tcm_loss",

@@ -160,6 +160,7 @@ def calibrate(
     frr: float | None = None,
     precision: float | None = None,
     coverage: float | None = None,
+    false_alarm: float | None = None,
     f_beta: float | None = None,
     eer: bool = False,
     min_dcf: float | None = None,
@@ -180,6 +181,8 @@ def calibrate(
     precision: the lowest threshold at which at least this share of the accepted pairs is positive.
     coverage: the highest threshold at which at least this share of the queries (of the rows, without `ref_emb`) has an
         accepted pair.
+    false_alarm: the lowest threshold at which at most this share of the queries without a positive (whose class is not
+        in the gallery; without `ref_emb`, classes of one sample) has an accepted pair.
 
     And measures, of which the best threshold is taken (in the middle, where a gap between the pairs has several):
 
@@ -204,7 +207,15 @@ def calibrate(
         (0.25, 0.5, [0.0, 1.0])
     """
     target = one_target(
-        costs, far=far, frr=frr, precision=precision, coverage=coverage, f_beta=f_beta, eer=eer, min_dcf=min_dcf
+        costs,
+        far=far,
+        frr=frr,
+        precision=precision,
+        coverage=coverage,
+        false_alarm=false_alarm,
+        f_beta=f_beta,
+        eer=eer,
+        min_dcf=min_dcf,
     )
     pairs = Pairs(embeddings, labels, backend, progress, ref_emb, ref_labels, groups, ref_groups, group_pairs)
     first = pairs.count(np.empty(0))
@@ -266,7 +277,7 @@ def _tar(curve: Curve, bound: float) -> TAR:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Margins:
-    """What `suggest_margins` found. Pairs are ordered here, as in the loss: of one set (i, j) and (j, i) count as two."""
+    """What `suggest_margins` found. Pairs are ordered here, as in the loss: of one set both orders count."""
 
     margin_plus: float
     margin_minus: float

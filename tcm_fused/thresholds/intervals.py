@@ -4,9 +4,9 @@ Pairs are not independent: one odd class, or one bad picture, is in many. An int
 Pearson's of the binomial) is therefore too narrow. Classes are what a new data set draws anew, so the spread is that
 from class to class: each class is left out in turn, with all pairs of which either row is in it (`jackknife_variance`,
 the two-way form: to first order the bootstrap over classes, and exact, with nothing drawn at random). Clopper's and
-Pearson's interval is then taken for the number of independent pairs that would spread as much (`rate_interval`, Korn and
-Graubard 1998): it stays within 0 and 1 and is sound for rare errors. Where nothing was observed there is no spread, and
-the rule of three gives the upper end, 3 / n: that takes the n pairs as independent, so it is the least one can say.
+Pearson's interval is then taken for the number of independent pairs that would spread as much (`rate_interval`, by
+Korn and Graubard 1998): it stays within 0 and 1 and is sound for rare errors. Where nothing was observed there is no
+spread, and the rule of three gives the upper end, 3 / n: that takes the n pairs as independent, so it is the least.
 """
 
 import math
@@ -34,7 +34,7 @@ class Interval(NamedTuple):
 
 
 def binomial_interval(events: float, total: float) -> Interval:
-    """Clopper's and Pearson's interval of a share of independent trials; the rule of three where none or all are events.
+    """Clopper's and Pearson's interval of a share of independent trials; the rule of three where it is 0 or 1.
 
     Raises:
         NothingToMeasure: there are no trials.

@@ -181,14 +181,14 @@ def number_classes(own: Side, reference: Side | None, group_pairs: str) -> tuple
         if reference is not None and not bool((side.y >= 0).any()):
             labels = "labels" if side is own else "ref_labels"
             raise NothingToMeasure(f"{side.name} has no row that takes part: {labels} must name one, 0 or above")
-    labels = [side.y[side.y >= 0] for side in sides]
-    ids, inverse, sizes = torch.cat(labels).unique(return_inverse=True, return_counts=True)
+    given = [side.y[side.y >= 0] for side in sides]
+    ids, inverse, sizes = torch.cat(given).unique(return_inverse=True, return_counts=True)
     if len(ids) < 2:
         raise NothingToMeasure(
             f"labels must name at least two classes (0 or above), got {len(ids)}: no pair is negative"
         )
     groups = [None if side.groups is None else side.groups[side.y >= 0].cpu().numpy() for side in sides]
-    parts = [part.cpu().numpy() for part in inverse.split([len(part) for part in labels])]
+    parts = [part.cpu().numpy() for part in inverse.split([len(part) for part in given])]
     positives, negatives = _pairs_of_classes(parts, groups, group_pairs, len(ids))
     counted = positives > 0
     if not counted.any():
@@ -198,7 +198,7 @@ def number_classes(own: Side, reference: Side | None, group_pairs: str) -> tuple
     order = np.concatenate((np.flatnonzero(counted), np.flatnonzero(~counted)))
     place = torch.from_numpy(np.argsort(order)).to(own.y.device)
     numbered = []
-    for side, part in zip(sides, inverse.split([len(part) for part in labels]), strict=True):
+    for side, part in zip(sides, inverse.split([len(part) for part in given]), strict=True):
         y = torch.full_like(side.y, -1)
         y[side.y >= 0] = place[part]
         numbered.append(side._replace(y=y))

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from tcm_fused.thresholds.calibration import Calibration, Margins
+from tcm_fused.thresholds.evaluation import Evaluation
 from tcm_fused.thresholds.opis import OPISResult
 from tcm_fused.thresholds.rates import percent
 
@@ -63,7 +64,7 @@ def plot_utility(result: OPISResult, axes: Axes | None = None) -> Axes:
     return axes
 
 
-def plot_similarities(result: OPISResult | Calibration | Margins, axes: Axes | None = None) -> Axes:
+def plot_similarities(result: OPISResult | Calibration | Margins | Evaluation, axes: Axes | None = None) -> Axes:
     """Similarities of positive and negative pairs, with the range, the threshold or the margins that were found."""
     own = axes is None
     axes = axes or _new_axes()
@@ -79,10 +80,10 @@ def plot_similarities(result: OPISResult | Calibration | Margins, axes: Axes | N
         marks.append((result.margin_minus, f"$m_-$ = {_similarity(result.margin_minus)}", ROSE))
         marks.append((result.margin_plus, f"$m_+$ = {_similarity(result.margin_plus)}", BLUE))
         _entitle(axes, f"Mined: {_rate(result.share_plus)} of positives,", f"{_rate(result.share_minus)} of negatives")
-    elif isinstance(result, Calibration):
-        at = result.threshold
-        marks.append((at.similarity, f"threshold {_similarity(at.similarity)}", GREEN))
-        _entitle(axes, f"False accepts {_rate(at.far)},", f"false rejects {_rate(at.frr)}")
+    elif isinstance(result, Calibration | Evaluation):
+        at, rates = result.threshold.similarity, result if isinstance(result, Evaluation) else result.threshold
+        marks.append((at, f"threshold {_similarity(at)}", GREEN))
+        _entitle(axes, f"False accepts {_rate(rates.far)},", f"false rejects {_rate(rates.frr)}")
     else:
         _draw_range(axes, result.similarity, result.far)
     ends = result.similarity[[0, -1]].tolist() if isinstance(result, OPISResult) else [mark for mark, _, _ in marks]

@@ -100,7 +100,7 @@ class Counts(NamedTuple):
 
     @property
     def recall_at_1(self) -> float:
-        """Share of the queries with a positive whose nearest is one; a tie with a negative, but for rounding, is not."""
+        """Share of the queries with a positive whose nearest is one; a tie, but for rounding, is no hit."""
         hit = self.is_hit[self.best[0] > -torch.inf]
         return int(hit.sum()) / len(hit)
 
@@ -161,6 +161,11 @@ class Pairs:
         self.pairs = int(classes.positives.sum()) + int(classes.negatives.sum()) // 2
         self.recall_at_1 = math.nan  # until `count`
         self._progress = progress
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of similarities: float32, or float64 where there are such embeddings."""
+        return self._dtype
 
     @property
     def x(self) -> Tensor:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
+from torch import Tensor
 
 from tcm_fused.arguments import check_number
 from tcm_fused.thresholds.pairing import NothingToMeasure
@@ -24,6 +25,8 @@ class Curve:
     negatives: int
     answered: Array | None = None  # [K] int64, queries of which a pair is accepted
     queries: int = 0
+    alarms: Array | None = None  # [K] int64, those of them that have no positive
+    strangers: int = 0  # queries that have no positive
 
     @property
     def far(self) -> Array:
@@ -51,11 +54,9 @@ class Curve:
     @classmethod
     def of_counts(cls, counts: Counts) -> "Curve":
         """On the grid without similarity 1, where rounding decides about equal rows."""
-        rates = counts.rates
-        nearest = counts.best.amax(0)
-        nearest = nearest[nearest > -math.inf]
-        cell = (nearest * HALF).floor().long().clamp(-HALF, HALF) + HALF
-        answered = cell.bincount(minlength=2 * HALF + 1).flip(0).cumsum(0).flip(0).cpu().numpy()
+        rates, nearest = counts.rates, counts.best.amax(0)
+        known = counts.best[0] > -math.inf
+        answered, alarms = _reached(nearest), _reached(nearest[~known])
         return cls(
             np.arange(2 * HALF) / HALF - 1,
             rates.accepted_positives[:-1],
@@ -63,7 +64,9 @@ class Curve:
             rates.positives,
             rates.negatives,
             answered[:-1],
-            len(nearest),
+            int(answered[0]),
+            alarms[:-1],
+            int(alarms[0]),
         )
 
     @classmethod
@@ -77,6 +80,14 @@ class Curve:
         accepted = np.append(len(hit) - first, 0)
         thresholds = np.append(ascending[first], np.nextafter(ascending[-1], np.inf))
         return cls(thresholds, positives, accepted - positives, int(hit.sum()), int(len(hit) - hit.sum()))
+
+
+def _reached(similarities: Tensor) -> Array:
+    """[2 HALF + 1] how many reach each threshold of the grid."""
+    found = similarities[similarities > -math.inf]
+    cell = (found * HALF).floor().long().clamp(-HALF, HALF) + HALF
+    counts: Array = cell.bincount(minlength=2 * HALF + 1).flip(0).cumsum(0).flip(0).cpu().numpy()
+    return counts
 
 
 class Cost(NamedTuple):
@@ -108,12 +119,12 @@ class Target(NamedTuple):
         return {self.name: self.value, **costs}
 
 
-_BOUNDS = ("far", "frr", "precision", "coverage")
+_BOUNDS = ("far", "frr", "precision", "coverage", "false_alarm")
 
 
 def one_target(costs: Any = (1.0, 1.0), **targets: Any) -> Target:
-    """The one that is given, of those that may be: bounds `far`, `frr`, `precision` and `coverage`, and `f_beta`, `eer`
-    and `min_dcf` with its costs of a miss and of a false accept.
+    """The one that is given, of those that may be: the bounds, and `f_beta`, `eer` and `min_dcf` with its costs of a
+    miss and of a false accept.
 
     Raises:
         TypeError, ValueError: not exactly one is given, or it is out of range.
@@ -180,6 +191,11 @@ def _why_none(curve: Curve, target: Target) -> str:
             f"no threshold meets far={target.value}: at similarity 1 the false accept rate is still "
             f"{curve.far[-1]:.3g}; rows of different classes are the same"
         )
+    if target.name == "false_alarm":
+        return (
+            f"no threshold meets false_alarm={target.value}: at similarity 1 the rate is still "
+            f"{float(curve.alarms[-1] / curve.strangers) if curve.alarms is not None else math.nan:.3g}"
+        )
     best = np.nanmax(curve.precision)
     return f"no threshold meets precision={target.value}: the highest at any is {best:.3g}"
 
@@ -231,11 +247,20 @@ def _covering(curve: Curve, bound: float) -> int:
     return int(np.flatnonzero(curve.answered / max(curve.queries, 1) >= bound)[-1])
 
 
+def _without_alarms(curve: Curve, bound: float) -> int | None:
+    if curve.alarms is None or curve.strangers == 0:
+        raise NothingToMeasure(
+            "false_alarm needs queries without a positive: all classes of queries are in the gallery"
+        )
+    return lowest_far(curve.alarms / curve.strangers, bound)
+
+
 _RULES: dict[str, Callable[[Curve, Target], int | None]] = {
     "far": lambda curve, target: lowest_far(curve.far, target.value),
     "frr": lambda curve, target: highest_frr(curve.frr, target.value),
     "precision": lambda curve, target: _precise(curve, target.value),
     "coverage": lambda curve, target: _covering(curve, target.value),
+    "false_alarm": lambda curve, target: _without_alarms(curve, target.value),
     "f_beta": lambda curve, target: middle(curve.f_beta(target.value), np.max),
     "eer": lambda curve, target: equal_error(curve),
     "min_dcf": lambda curve, target: middle(curve.cost(target.cost or Cost(target.value)), np.min),

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tcm_fused.arguments import check_number
 from tcm_fused.thresholds.outputs import check_outputs, write_whole
-from tcm_fused.thresholds.rates import as_distance
+from tcm_fused.thresholds.rates import as_distance, plain
 from tcm_fused.thresholds.sets import as_embeddings
 
 _FORMAT = "tcm_fused.threshold"
@@ -38,8 +38,8 @@ class Threshold:
     """
 
     similarity: float
-    far: float | None = None  # false accept rate on the data that it was found on
-    frr: float | None = None  # false reject rate there
+    far: float = math.nan  # false accept rate on the data that it was found on
+    frr: float = math.nan  # false reject rate there
     target: dict[str, float] = field(default_factory=dict, hash=False)  # as asked for, such as {"far": 0.001}
     columns: int | None = None  # D of the embeddings that it was found on
     pairs: tuple[int, int] | None = None  # positive and negative pairs there
@@ -53,8 +53,8 @@ class Threshold:
             raise ValueError(f"metric must be 'cosine' or 'score', got {self.metric!r}")
         if self.metric == COSINE and not -1 <= self.similarity <= 1:
             raise ValueError(
-                f"threshold must be a cosine similarity, from -1 to 1, got {self.similarity}; of a Euclidean distance d "
-                "of unit vectors it is 1 - d^2 / 2, of a cosine distance d it is 1 - d"
+                f"threshold must be a cosine similarity, from -1 to 1, got {self.similarity}; of a Euclidean distance "
+                "d of unit vectors it is 1 - d^2 / 2, of a cosine distance d it is 1 - d"
             )
         object.__setattr__(self, "similarity", float(self.similarity))
 
@@ -94,28 +94,23 @@ class Threshold:
         if dtype == torch.float64:
             return self.similarity
         near = torch.tensor(self.similarity, dtype=dtype, device="cpu")
-        return float(
-            near if float(near) >= self.similarity else torch.nextafter(near, torch.full_like(near, torch.inf))
-        )
+        is_lower = float(near) < self.similarity
+        return float(torch.nextafter(near, torch.full_like(near, torch.inf)) if is_lower else near)
 
     def check_columns(self, columns: int) -> None:
         """ValueError unless it is one for embeddings of so many columns."""
         if self.metric != COSINE:
-            raise ValueError(
-                "this threshold is one on the scores of trials, and not on cosine similarity of embeddings"
-            )
+            raise ValueError("this threshold is one on scores of trials, and not on cosine similarity of embeddings")
         if self.columns is not None and self.columns != columns:
             raise ValueError(
-                f"this threshold is for embeddings of {self.columns} columns, got {columns}: it is that of another model"
+                f"this threshold is for embeddings of {self.columns} columns, got {columns}: it is another model's"
             )
 
     def _similarity(self, a: Any, b: Any) -> Tensor:
         rows = [_rows(name, value) for name, value in (("a", a), ("b", b))]
         first, second = (torch.nn.functional.normalize(x.double(), dim=-1, eps=1e-12) for x in rows)
         if first.shape[-1] != second.shape[-1] or (first.ndim == second.ndim == 2 and len(first) != len(second)):
-            raise ValueError(
-                f"a and b must be pairs of embeddings, got shapes {list(first.shape)} and {list(second.shape)}"
-            )
+            raise ValueError(f"a and b must be pairs of rows, got shapes {list(first.shape)} and {list(second.shape)}")
         self.check_columns(first.shape[-1])
         return (first * second.to(first.device)).sum(-1)
 
@@ -125,8 +120,8 @@ class Threshold:
         return {
             "similarity": self.similarity,
             **similar,
-            "far": self.far,
-            "frr": self.frr,
+            "far": plain(self.far),
+            "frr": plain(self.frr),
             "target": dict(self.target),
             "columns": self.columns,
             "pairs": None if self.pairs is None else list(self.pairs),
@@ -168,7 +163,7 @@ class Threshold:
 
     def __repr__(self) -> str:
         found = f" for {_asked(self.target)}" if self.target else ""
-        rates = "" if self.far is None or self.frr is None else f", FAR {self.far:.4g}, FRR {self.frr:.4g}"
+        rates = "" if math.isnan(self.far) else f", FAR {self.far:.4g}, FRR {self.frr:.4g}"
         return f"Threshold({self.metric} {self.similarity!r}{found}{rates})"
 
 
@@ -194,7 +189,8 @@ def _fields(content: dict[str, Any]) -> dict[str, Any]:
         if content[name] is not None and not (isinstance(content[name], (int, float)) and 0 <= content[name] <= 1):
             raise ValueError(f"{name} is {content[name]!r}")
     return {
-        **{name: content[name] for name in ("similarity", "far", "frr", "metric")},
+        **{name: content[name] for name in ("similarity", "metric")},
+        **{name: math.nan if content[name] is None else content[name] for name in ("far", "frr")},
         "target": target,
         "columns": columns,
         "pairs": None if pairs is None else (pairs[0], pairs[1]),
@@ -205,7 +201,8 @@ def _numbers(name: str, value: Any) -> Tensor:
     if isinstance(value, Tensor):
         if value.is_complex() or value.dtype == torch.bool:
             raise TypeError(f"{name} must be numbers, got {value.dtype}")
-        return value.detach() if value.is_floating_point() else value.double()
+        wide = value.dtype in (torch.float32, torch.float64)
+        return value.detach() if wide else value.detach().float() if value.is_floating_point() else value.double()
     try:
         return torch.from_numpy(np.array(value, dtype=np.float64))
     except (TypeError, ValueError) as error:
