@@ -9,6 +9,7 @@ from tcm_fused.thresholds.calibration import Calibration, Margins, calibrate, su
 from tcm_fused.thresholds.evaluation import Evaluation, evaluate
 from tcm_fused.thresholds.opis import OPISResult, opis
 from tcm_fused.thresholds.threshold import Threshold
+from tcm_fused.thresholds.trials import TrialResult, evaluate_trials
 
 if TYPE_CHECKING:
     from tcm_fused.thresholds.metric import OPIS
@@ -25,9 +26,11 @@ __all__ = [
     "TCMLoss",
     "TCMStats",
     "Threshold",
+    "TrialResult",
     "__version__",
     "calibrate",
     "evaluate",
+    "evaluate_trials",
     "opis",
     "suggest_margins",
     "tcm_loss",

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from tcm_fused.arguments import check_choice
+from tcm_fused.thresholds.frames import class_table, frame, markdown
 from tcm_fused.thresholds.pairing import NothingToMeasure
 from tcm_fused.thresholds.rates import (
     HALF,
@@ -75,7 +76,10 @@ class Calibration:
     pairs: tuple[int, int]  # unordered positive and negative pairs: rates below 1 / pairs cannot be told from 0
     recall_at_1: float
     left_out: int  # classes of one sample
+    class_positives: Array  # [C] pairs of two samples of each class
+    class_negatives: Array  # [C] pairs of which one sample is in the class
     histogram: Histogram
+    curve: Curve  # the rates at about 500 thresholds, for pictures
     class_names: Array | None = None  # [C] text of class_ids, which are its places then; None of integer labels
 
     @property
@@ -140,8 +144,24 @@ class Calibration:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, in types that JSON knows; NaN becomes None. `class_names` where there are some."""
-        leave_out = ("class_names",) if self.class_names is None else ()
+        leave_out = ("curve", *(("class_names",) if self.class_names is None else ()))
         return {**fields(self, leave_out), "equal_error_rate": self.equal_error_rate, "spread": self.spread()}
+
+    def columns(self) -> dict[str, Any]:
+        """The classes as columns of a table."""
+        return class_table(self)
+
+    def to_frame(self) -> Any:
+        """The classes as a pandas DataFrame."""
+        return frame(self.columns())
+
+    def to_markdown(self) -> str:
+        """The thresholds with their rates as a table."""
+        rows = {"threshold": self.threshold, "equal error": self.equal_error, "best utility": self.best_utility}
+        values = {
+            name: [getattr(at, name) for at in rows.values()] for name in ("similarity", "distance", "far", "frr")
+        }
+        return markdown({"": list(rows), **values})
 
     def plot(self, axes: "Axes | None" = None) -> "Axes":
         """Draw the similarities of positives and negatives with the threshold; needs matplotlib."""
@@ -247,7 +267,10 @@ def calibrate(
         pairs=(rates.positives, rates.negatives),
         recall_at_1=counts.recall_at_1,
         left_out=pairs.left_out,
+        class_positives=pairs.class_positives,
+        class_negatives=pairs.class_negatives,
         histogram=rates.histogram(),
+        curve=curve.thinned(),
         class_names=pairs.class_names,
     )
 

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from tcm_fused.arguments import check_choice
-from tcm_fused.thresholds.frames import class_columns, frame, markdown
+from tcm_fused.thresholds.frames import class_table, frame, markdown
 from tcm_fused.thresholds.intervals import Interval, rate_interval
 from tcm_fused.thresholds.rates import Counts, Histogram, Pairs, Worst, fields, lowest, share, worst_classes
 from tcm_fused.thresholds.sets import Array
-from tcm_fused.thresholds.targets import check_beta, f_beta
+from tcm_fused.thresholds.targets import Curve, check_beta, f_beta
 from tcm_fused.thresholds.threshold import Threshold, as_threshold
 
 if TYPE_CHECKING:
@@ -69,6 +69,7 @@ class Evaluation:
     class_negatives: Array  # [C]
     left_out: int  # classes without a positive pair
     histogram: Histogram
+    curve: Curve  # the rates at about 500 thresholds, for pictures
     groups: Groups | None = None
     class_names: Array | None = None  # [C] text of class_ids, which are its places then; None of integer labels
 
@@ -119,12 +120,7 @@ class Evaluation:
 
     def columns(self) -> dict[str, Any]:
         """The classes as columns of a table."""
-        rates = {"far": self.class_far, "frr": self.class_frr}
-        return {
-            **class_columns(self, **rates),
-            "positive_pairs": self.class_positives,
-            "negative_pairs": self.class_negatives,
-        }
+        return class_table(self)
 
     def to_frame(self) -> Any:
         """The classes as a pandas DataFrame."""
@@ -146,7 +142,7 @@ class Evaluation:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, in types that JSON knows; NaN becomes None."""
-        return fields(self, ("class_names",) if self.class_names is None else ())
+        return fields(self, ("curve", *(("class_names",) if self.class_names is None else ())))
 
     def plot(self, axes: "Axes | None" = None) -> "Axes":
         """Draw the similarities of positives and negatives with the threshold; needs matplotlib."""
@@ -212,6 +208,7 @@ def evaluate(
         class_negatives=pairs.class_negatives,
         left_out=pairs.left_out,
         histogram=counts.rates.histogram(),
+        curve=Curve.of_counts(counts).thinned(),
         groups=_groups(counts, pairs.group_names),
         class_names=pairs.class_names,
     )

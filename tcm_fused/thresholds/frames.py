@@ -3,12 +3,11 @@
 import csv
 import io
 import math
-from collections.abc import Mapping
 from typing import Any
 
 from tcm_fused.thresholds.sets import Array, shown
 
-Columns = Mapping[str, Any]  # name -> values, all of one length
+Columns = dict[str, Any]  # name -> values, all of one length
 
 
 def frame(columns: Columns) -> Any:
@@ -41,6 +40,13 @@ def class_columns(result: Any, **values: Array) -> Columns:
     """Class (its name where labels were text), samples, and a column for each of the `values`."""
     names = result.class_ids if result.class_names is None else result.class_names
     return {"class": names, "samples": result.class_sizes, **values}
+
+
+def class_table(result: Any) -> Columns:
+    """The classes of a `Calibration` or `Evaluation`, with their rates and pairs."""
+    rates = {"far": result.class_far, "frr": result.class_frr}
+    pairs = {"positive_pairs": result.class_positives, "negative_pairs": result.class_negatives}
+    return class_columns(result, **rates, **pairs)
 
 
 def _rows(columns: Columns) -> list[tuple[Any, ...]]:

@@ -61,13 +61,25 @@ def rate_interval(rate: float, without: Array, total: int) -> Interval:
     classes = len(without)
     if classes < 3 or np.isnan(without).any():
         return Interval(0.0, 1.0)
-    variance = jackknife_variance(without)
-    # As many independent pairs as spread like these; fewer for the few classes that the spread is known from.
-    effective = total if variance == 0 else min(rate * (1 - rate) / variance, total)
-    effective *= min((_NORMAL / student_quantile(classes - 1)) ** 2, 1.0)
+    effective = _effective(rate, without, total)
     events = rate * effective
     low = beta_quantile(events, effective - events + 1, _ALPHA / 2)
     return Interval(low, beta_quantile(events + 1, effective - events, 1 - _ALPHA / 2))
+
+
+def _effective(rate: float, without: Array, total: float) -> float:
+    """As many independent pairs as spread like these; fewer for the few classes that the spread is known from."""
+    variance = jackknife_variance(without)
+    independent = total if variance == 0 else min(rate * (1 - rate) / variance, total)
+    return independent * min((_NORMAL / student_quantile(len(without) - 1)) ** 2, 1.0)
+
+
+def effective_pairs(events: Array, pairs: Array) -> float:
+    """As many independent pairs as spread like those of classes [C], of which `events` [C] are of one kind."""
+    rate, without = events.sum() / pairs.sum(), (events.sum() - events) / np.maximum(pairs.sum() - pairs, 1)
+    if len(pairs) < 3 or rate in (0, 1):
+        return float(pairs.sum())
+    return _effective(float(rate), without, float(pairs.sum()))
 
 
 def jackknife_variance(without: Array) -> float:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from tcm_fused.arguments import check_choice, check_number
+from tcm_fused.thresholds.frames import class_columns, frame, markdown
 from tcm_fused.thresholds.pairing import NothingToMeasure
 from tcm_fused.thresholds.rates import (
     HALF,
@@ -112,6 +113,18 @@ class OPISResult:
     def to_dict(self) -> dict[str, Any]:
         """Everything but the pictures' extra curves, in types that JSON knows; `class_names` where there are some."""
         return fields(self, leave_out=("curves", *(("class_names",) if self.class_names is None else ())))
+
+    def columns(self) -> dict[str, Any]:
+        """The classes as columns of a table."""
+        return class_columns(self, utility=self.class_utility)
+
+    def to_frame(self) -> Any:
+        """The classes as a pandas DataFrame."""
+        return frame(self.columns())
+
+    def to_markdown(self) -> str:
+        """The scores as a table."""
+        return markdown({"score": list(SCORES), "value": [getattr(self, name) for name in SCORES]})
 
     def plot(self, axes: "Axes | None" = None) -> "Axes":
         """Draw the utility of all classes over the threshold; needs matplotlib. See `plot_utility`."""

@@ -51,6 +51,29 @@ class Curve:
         """The detection cost, [K]."""
         return cost.of(self.far, self.frr)
 
+    def thinned(self, most: int = 512) -> "Curve":
+        """The same counts at fewer thresholds: where either rate passes one of about `most` levels, for a picture."""
+        places = [np.array([0, len(self.thresholds) - 1])]
+        for falling, total in ((self.accepted_negatives, self.negatives), (self.accepted_positives, self.positives)):
+            for count in (falling, total - falling):  # both ends of the rates in detail
+                levels = np.append(0, np.geomspace(1, max(total, 1), most // 4))
+                ascending = count if count[-1] >= count[0] else count[::-1]
+                at = np.searchsorted(ascending, levels, side="right").clip(max=len(count) - 1)
+                places.append(at if ascending is count else len(count) - 1 - at)
+        k = np.unique(np.concatenate(places))
+        kept = [None if v is None else v[k] for v in (self.answered, self.alarms)]
+        return Curve(
+            self.thresholds[k],
+            self.accepted_positives[k],
+            self.accepted_negatives[k],
+            self.positives,
+            self.negatives,
+            kept[0],
+            self.queries,
+            kept[1],
+            self.strangers,
+        )
+
     @classmethod
     def of_counts(cls, counts: Counts) -> "Curve":
         """On the grid without similarity 1, where rounding decides about equal rows."""
