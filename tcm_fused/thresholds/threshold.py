@@ -153,7 +153,7 @@ class Threshold:
         except ValueError as error:
             raise ValueError(f"{path} is no threshold but no JSON either: {error}") from error
         if not isinstance(content, dict) or content.get("format") != _FORMAT:
-            raise ValueError(f"{path} is no threshold: calibrate --threshold-file and Threshold.save write them")
+            raise ValueError(f"{path} is no threshold: calibrate --save and Threshold.save write them")
         if content.get("version") != _VERSION:
             raise ValueError(f"{path} has version {content.get('version')!r}, this program reads {_VERSION}")
         try:
