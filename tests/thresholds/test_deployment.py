@@ -95,7 +95,7 @@ def test_two_sets_and_groups_reach_every_command(
         "ref_groups": data["ref_g"],
         "group_pairs": "across",
     }
-    np.savetxt(tmp_path / "g.csv", groups, fmt="%d", header="camera", comments="")
+    np.savetxt(tmp_path / "g.csv", cameras["groups"], fmt="%d", header="camera", comments="")
     grouped = ("--groups", tmp_path / "g.csv", "--ref-groups", files / "ref_g.npy", "--group-pairs", "across")
     calls: dict[str, Any] = {
         "opis": (opis, ["--far", "0.05", "0.3"], {"far_range": (0.05, 0.3)}),
