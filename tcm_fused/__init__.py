@@ -8,6 +8,7 @@ from tcm_fused.memory import CrossBatchMemory
 from tcm_fused.thresholds.calibration import Calibration, Margins, calibrate, suggest_margins
 from tcm_fused.thresholds.evaluation import Evaluation, evaluate
 from tcm_fused.thresholds.opis import OPISResult, opis
+from tcm_fused.thresholds.probability import MatchProbability, match_probability
 from tcm_fused.thresholds.threshold import Threshold
 from tcm_fused.thresholds.trials import TrialResult, evaluate_trials
 
@@ -22,6 +23,7 @@ __all__ = [
     "DistributedTCMLoss",
     "Evaluation",
     "Margins",
+    "MatchProbability",
     "OPISResult",
     "TCMLoss",
     "TCMStats",
@@ -31,6 +33,7 @@ __all__ = [
     "calibrate",
     "evaluate",
     "evaluate_trials",
+    "match_probability",
     "opis",
     "suggest_margins",
     "tcm_loss",

@@ -15,6 +15,7 @@ from tcm_fused.thresholds.calibration import Calibration
 from tcm_fused.thresholds.evaluation import Evaluation
 from tcm_fused.thresholds.intervals import binomial_interval, effective_pairs
 from tcm_fused.thresholds.plots import BLUE, GREEN, GREY, INK, ROSE, SAND, finish, new_axes
+from tcm_fused.thresholds.probability import Reliability
 from tcm_fused.thresholds.sets import Array, shown
 from tcm_fused.thresholds.targets import Curve
 from tcm_fused.thresholds.trials import TrialResult
@@ -193,3 +194,22 @@ def _probit(rates: Array, low: float) -> Array:
 
 def _percent(rate: float) -> str:
     return "0 %" if rate == 0 or math.isnan(rate) else f"{100 * rate:.3g} %"
+
+
+def plot_reliability(reliability: Reliability, axes: Axes | None = None) -> Axes:
+    """The share of pairs that match over the probability that was told for them: on the dotted line if it holds."""
+    own = axes is None
+    axes = axes or new_axes()
+    axes.plot([0, 1], [0, 1], color=GREY, linestyle=":", linewidth=1.4, label="as told")
+    size = np.log10(1 + reliability.pairs)
+    sizes = 20 + 90 * size / max(size.max(), 1e-9)
+    axes.plot(reliability.told, reliability.found, color=BLUE, linewidth=1.4, zorder=2)
+    axes.scatter(reliability.told, reliability.found, s=sizes, color=BLUE, zorder=3, label="bins; larger of more pairs")
+    axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
+    axes.set_xlabel("probability of a match, as told")
+    axes.set_ylabel("share of pairs that match")
+    axes.set_title(
+        f"Brier score {reliability.brier:.3g}, calibration error {reliability.error:.3g}", loc="left", color=INK
+    )
+    finish(axes, own, columns=2)
+    return axes
