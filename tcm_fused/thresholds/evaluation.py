@@ -10,6 +10,7 @@ import numpy as np
 from tcm_fused.arguments import check_choice
 from tcm_fused.thresholds.frames import class_table, frame, markdown
 from tcm_fused.thresholds.intervals import Interval, rate_interval
+from tcm_fused.thresholds.pairing import NothingToMeasure
 from tcm_fused.thresholds.rates import Counts, Histogram, Pairs, Worst, fields, lowest, share, worst_classes
 from tcm_fused.thresholds.sets import Array
 from tcm_fused.thresholds.targets import Curve, check_beta, f_beta
@@ -212,6 +213,15 @@ def evaluate(
         groups=_groups(counts, pairs.group_names),
         class_names=pairs.class_names,
     )
+
+
+def rates_or_nan(embeddings: Any, labels: Any, threshold: Threshold, backend: str = "auto") -> dict[str, float]:
+    """FAR and FRR at a deployed threshold, for a training run: NaN where the rows have none, and no error."""
+    try:
+        found = evaluate(embeddings, labels, threshold=threshold, backend=backend)
+    except NothingToMeasure:
+        return {"far": math.nan, "frr": math.nan}
+    return {"far": found.far, "frr": found.frr}
 
 
 def _rates(tp: Array, fp: Array, positives: Array, negatives: Array, beta: float) -> dict[str, Any]:
