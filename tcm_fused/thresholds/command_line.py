@@ -149,8 +149,8 @@ def add_tables(command: argparse.ArgumentParser, csv: str = "the classes") -> No
 
 
 def add_targets(command: argparse.ArgumentParser, also: Sequence[str] = ()) -> Any:
-    """The options of which one says how a threshold is found; returns their group."""
-    group = command.add_mutually_exclusive_group(required=True)
+    """The options of which one says how a threshold is found (see `targets`); returns their group."""
+    group = command.add_mutually_exclusive_group()
     group.add_argument("--far", type=float, metavar="RATE", help="most false accepts, between 0 and 1")
     group.add_argument("--frr", type=float, metavar="RATE", help="most false rejects, between 0 and 1")
     group.add_argument("--precision", type=float, metavar="SHARE", help="least share of right ones among the accepted")
@@ -176,9 +176,16 @@ def add_targets(command: argparse.ArgumentParser, also: Sequence[str] = ()) -> A
 
 
 def targets(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Those options, as the functions take them."""
+    """Those options, as the functions take them; ValueError if there is none."""
     names = ("far", "frr", "precision", "coverage", "false_alarm", "f_beta", "eer", "min_dcf")
-    found = {name: getattr(arguments, name) for name in names if getattr(arguments, name, None) is not None}
+    given = {name: getattr(arguments, name, None) for name in names}
+    found = {name: value for name, value in given.items() if value is not None and value is not False}
+    if not found:
+        others = [name for name in names[2:] if hasattr(arguments, name)]
+        raise ValueError(
+            "one of the arguments --far --frr is required, or one of "
+            + " ".join(f"--{name.replace('_', '-')}" for name in (*others, "threshold") if hasattr(arguments, name))
+        )
     return found | {"costs": tuple(arguments.costs)}
 
 
@@ -209,8 +216,9 @@ def _opis(arguments: argparse.Namespace) -> None:
 
 
 def _calibrate(arguments: argparse.Namespace) -> None:
+    asked = targets(arguments)
     sets = read_sets(arguments)
-    found = calibrate(**sets.arguments, **targets(arguments), backend=arguments.backend)
+    found = calibrate(**sets.arguments, **asked, backend=arguments.backend)
     written = write(arguments, found)
     print(f"{sets.rows}; {found.report(arguments.worst)}")
     print("".join(written), end="")

@@ -100,15 +100,15 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 def _trials(arguments: argparse.Namespace) -> None:
     if arguments.picture in ("far", "frr") and arguments.plot is not None:
         raise ValueError(f"--picture {arguments.picture} is one of classes, which trials have not")
+    asked: dict[str, Any] = targets(arguments) if arguments.threshold is None else {}
     check_files(arguments, [arguments.trials, arguments.embeddings, arguments.names])
     trials = read_trials(arguments.trials)
     scores, subjects = _scores(arguments, trials)
     metric = SCORE if trials.scores is not None else COSINE
-    given: dict[str, Any] = targets(arguments)
     if arguments.threshold is not None:
-        given = {"threshold": _threshold(arguments.threshold, metric)}
+        asked = {"threshold": _threshold(arguments.threshold, metric)}
     folds = trials.folds if arguments.folds is None else arguments.folds
-    found = evaluate_trials(scores, trials.same, **given, folds=folds, subjects=subjects, metric=metric)
+    found = evaluate_trials(scores, trials.same, **asked, folds=folds, subjects=subjects, metric=metric)
     written = write(arguments, found)
     print(found.report())
     print("".join(written), end="")
@@ -142,12 +142,10 @@ def _names(path: Path) -> list[str]:
 def _report(arguments: argparse.Namespace) -> None:
     from tcm_fused.thresholds.report import page
 
-    threshold = None if arguments.threshold is None else _threshold(arguments.threshold)
+    judge = calibrate if arguments.threshold is None else evaluate
+    asked = targets(arguments) if arguments.threshold is None else {"threshold": _threshold(arguments.threshold)}
     sets = read_sets(arguments)
-    if threshold is None:
-        found: Any = calibrate(**sets.arguments, **targets(arguments), backend=arguments.backend)
-    else:
-        found = evaluate(**sets.arguments, threshold=threshold, backend=arguments.backend)
+    found: Any = judge(**sets.arguments, **asked, backend=arguments.backend)
     text = page(found, f"{arguments.embeddings.name}: {sets.rows}", arguments.worst)
     written = [*write(argparse.Namespace(**{**vars(arguments), "picture": None}), found)]
     written.append(write_text(arguments.out, text))

@@ -110,6 +110,7 @@ class Evaluation:
         for name, (text, counts) in of.items():
             value, interval = getattr(self, name), getattr(self, f"{name}_interval")
             if not math.isnan(value):
+                counts += ", by the rule of three" if value in (0, 1) else ""
                 lines.append(f"{text:14} {100 * value:9.4g} %   ({interval}){'':2}{counts}")
         return lines
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from tcm_fused.arguments import check_choice, check_set, int64_labels
 from tcm_fused.thresholds.sets import Array, Labels, as_embeddings, as_labels
 
-PANEL = 1 << 28  # bytes of a memory map that are looked at together
+PANEL = 1 << 26  # bytes of a memory map that are looked at together; the work takes about ten times that
 LARGE = 1 << 30  # bytes from which on a memory map is walked in panels, rather than copied as unit rows
 
 
@@ -123,7 +123,8 @@ def _together(name: str, first: Any, second: Any) -> tuple[Tensor, Tensor | None
 
 def _recoded(labels: Labels, names: Array) -> Tensor:
     assert labels.names is not None
-    place = torch.from_numpy(np.searchsorted(names.astype(str), labels.names.astype(str)).astype(np.int64))
+    code = {name: place for place, name in enumerate(names)}
+    place = torch.tensor([code[name] for name in labels.names], dtype=torch.int64)
     return place.to(labels.y.device)[labels.y]
 
 

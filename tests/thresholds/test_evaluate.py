@@ -203,3 +203,4 @@ def test_rule_of_three_where_nothing_was_observed() -> None:
     assert found.frr_interval == (0, 3 / positives)
     assert found.precision_interval == (1 - 3 / positives, 1)
     assert found.coverage_interval == (1 - 3 / 150, 1)
+    assert f"0 of {negatives:,} negative pairs, by the rule of three" in str(found)
