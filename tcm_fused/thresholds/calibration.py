@@ -1,6 +1,7 @@
 """Which threshold to deploy and which margins to train with: `calibrate`, `suggest_margins`."""
 
 import math
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,7 +14,6 @@ from tcm_fused.thresholds.rates import (
     HALF,
     Histogram,
     Pairs,
-    Rates,
     Worst,
     as_distance,
     check_rate,
@@ -86,6 +86,24 @@ class Calibration:
     def equal_error_rate(self) -> float:
         """Mean of the two rates at `equal_error`."""
         return (self.equal_error.far + self.equal_error.frr) / 2
+
+    @property
+    def similarity(self) -> float:
+        """That of `threshold`."""
+        return self.threshold.similarity
+
+    @property
+    def distance(self) -> float:
+        """The Euclidean distance of `threshold`."""
+        return self.threshold.distance
+
+    def accepts(self, a: Any, b: Any = None) -> Any:
+        """Whether `threshold` accepts pairs, by their similarities or by their embeddings: see `Threshold.accepts`."""
+        return self.threshold.accepts(a, b)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write `threshold` into a file, for `Threshold.load`."""
+        self.threshold.save(path)
 
     def spread(self) -> dict[str, dict[str, float]]:
         """Mean, standard deviation, lowest and highest of the classes' rates."""
@@ -241,9 +259,8 @@ def calibrate(
     first = pairs.count(np.empty(0))
     rates, curve = first.rates, Curve.of_counts(first)
     chosen = choose(curve, target)
-    if target.name in ("far", "frr"):
-        where = "above the most similar negative" if target.name == "far" else "below the least similar positive"
-        _warn_if_finer(target.name, target.value, rates, f"the threshold lies just {where}")
+    if target.name in _JUST:
+        _warn_if_finer(target.name, target.value, curve, f"the threshold lies just {_JUST[target.name]}")
     # For each class at the chosen threshold.
     counts = pairs.count(curve.thresholds[[chosen]])
     positives, negatives, _ = counts.accepted(np.array([0]))
@@ -275,13 +292,24 @@ def calibrate(
     )
 
 
-def _warn_if_finer(name: str, bound: float, rates: Rates, meaning: str) -> None:
+_JUST = {
+    "far": "above the most similar negative",
+    "frr": "below the least similar positive",
+    "false_alarm": "above all queries that nothing matches",
+}
+
+
+def _warn_if_finer(name: str, bound: float, curve: Curve, meaning: str) -> None:
     """A bound of less than one pair: all that the data can tell is where there is none."""
-    total, kind = (rates.negatives, "negative") if name == "far" else (rates.positives, "positive")
+    total, kind = {
+        "far": (curve.negatives, "negative pairs"),
+        "frr": (curve.positives, "positive pairs"),
+        "false_alarm": (curve.strangers, "queries that nothing matches"),
+    }[name]
     if bound * total < 1:
         warn_caller(
-            f"{name}={bound:g} is finer than the data: one of {total:,} {kind} pairs is a rate of {1 / total:.2g}. So "
-            f"{meaning}, and says little about such rates; they need about {math.ceil(1 / bound):,} {kind} pairs"
+            f"{name}={bound:g} is finer than the data: one of {total:,} {kind} is a rate of {1 / total:.2g}. So "
+            f"{meaning}, and says little about such rates; they need about {math.ceil(1 / bound):,} {kind}"
         )
 
 
@@ -380,8 +408,8 @@ def suggest_margins(
             f"no margin_minus meets far={far}: the share {curve.far[-1]:.3g} of the negative pairs has similarity 1; "
             "rows of different classes are the same"
         )
-    _warn_if_finer("far", far, rates, "margin_minus lies just above the most similar negative, no negative is mined")
-    _warn_if_finer("frr", frr, rates, "margin_plus lies just below the least similar positive, no positive is mined")
+    _warn_if_finer("far", far, curve, "margin_minus lies just above the most similar negative, no negative is mined")
+    _warn_if_finer("frr", frr, curve, "margin_plus lies just below the least similar positive, no positive is mined")
     orders = 1 if pairs.is_open else 2  # in which the loss sees a pair
     count_plus = orders * (rates.positives - int(rates.accepted_positives[plus]))
     count_minus = orders * int(rates.accepted_negatives[minus])

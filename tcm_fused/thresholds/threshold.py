@@ -168,7 +168,8 @@ class Threshold:
 
 
 def as_threshold(value: Any) -> Threshold:
-    """A threshold of a number; one stays."""
+    """A threshold of a number, or that of a result which has one; one stays."""
+    value = getattr(value, "threshold", value)
     return value if isinstance(value, Threshold) else Threshold(value)
 
 

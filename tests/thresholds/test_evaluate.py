@@ -129,6 +129,14 @@ def test_targets_that_cannot_be_met() -> None:
         calibrate(*stranger, false_alarm=0.1)
 
 
+def test_false_alarms_finer_than_the_data() -> None:
+    x, y = batches.batch(60, 4, 10)
+    y[:3] = torch.tensor([20, 21, 22])
+    with pytest.warns(UserWarning, match="false_alarm=0.1 is finer than the data: one of 3 queries that nothing"):
+        found = calibrate(x, y, false_alarm=0.1)
+    assert evaluate(x, y, threshold=found).false_alarm_rate == 0
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [

@@ -42,6 +42,15 @@ def test_save_and_load(tmp_path: Path) -> None:
     assert math.isnan(Threshold.load(tmp_path / "t.json").far)
 
 
+def test_a_calibration_stands_for_its_threshold(tmp_path: Path) -> None:
+    found = calibrate(X, Y, far=0.1)
+    found.save(tmp_path / "t.json")
+    assert Threshold.load(tmp_path / "t.json") == found.threshold
+    assert (found.similarity, found.distance) == (found.threshold.similarity, found.threshold.distance)
+    assert found.accepts([found.similarity, -0.9]).tolist() == [True, False]
+    assert evaluate(X, Y, threshold=found).far == found.threshold.far
+
+
 def test_distances() -> None:
     found = Threshold(0.5)
     assert found.distance == pytest.approx(1.0)

@@ -222,6 +222,11 @@ def test_panels_of_a_memory_map(tmp_path: Any, monkeypatch: pytest.MonkeyPatch, 
         groups, want = found.groups, expected[form].groups
         assert groups is want is None or (groups and want and groups.far.tolist() == want.far.tolist())
     assert len(Pairs(mapped["embeddings"], sets["labels"], "auto", False)._blocks) == 10
+    for dtype in (np.float16, np.float32):
+        np.save(tmp_path / "narrow.npy", sets["embeddings"].astype(dtype))
+        narrow = np.load(tmp_path / "narrow.npy", mmap_mode="r")
+        whole = evaluate(sets["embeddings"].astype(dtype), sets["labels"], threshold=0.2, backend="torch")
+        assert evaluate(narrow, sets["labels"], threshold=0.2).far == pytest.approx(whole.far, abs=1e-3)
     broken = sets["embeddings"].copy()
     broken[45, 2] = np.nan
     np.save(tmp_path / "broken.npy", broken)
