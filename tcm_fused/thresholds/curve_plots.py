@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from tcm_fused.thresholds.calibration import Calibration
 from tcm_fused.thresholds.evaluation import Evaluation
 from tcm_fused.thresholds.intervals import binomial_interval, effective_pairs
-from tcm_fused.thresholds.plots import BLUE, GREEN, GREY, INK, ROSE, SAND, finish, new_axes
+from tcm_fused.thresholds.plots import BLUE, GREEN, GREY, INK, ROSE, SAND, finish, new_axes, shortened, width_of
 from tcm_fused.thresholds.probability import Reliability
 from tcm_fused.thresholds.sets import Array, shown
 from tcm_fused.thresholds.targets import Curve
@@ -49,7 +49,8 @@ def plot_det(results: Curves, axes: Axes | None = None) -> Axes:
     ends = _probit(np.array([low, 1 - low]), low)
     axes.plot(ends, ends, color=GREY, linestyle=":", linewidth=1.2, label="equal errors")
     seen = [_corners(curve) for curve in curves]
-    lowest = [max(low, 0.7 * min(float(side[k][side[k] > 0].min(initial=1)) for side in seen)) for k in (0, 1)]
+    lowest = [_least([side[k] for side in seen], low) for k in (0, 1)]
+    apart = 0.5 / width_of(axes)  # of the width, that ticks need
     for axis, limit, least in ((axes.xaxis, axes.set_xlim, lowest[0]), (axes.yaxis, axes.set_ylim, lowest[1])):
         first, last = _probit(np.array([least, 0.99]), low)
         limit(first, last)
@@ -57,7 +58,7 @@ def plot_det(results: Curves, axes: Axes | None = None) -> Axes:
         kept = []
         for tick in (t for t in _TICKS if least <= t <= 0.99):  # but for those too near to the one before
             here = _probit(np.array([tick]), low)
-            if here[0] - at[0] > 0.085 * (last - first):
+            if here[0] - at[0] > apart * (last - first):
                 at = here
                 kept.append(tick)
         axis.set_ticks(_probit(np.array(kept), low).tolist(), [_percent(tick) for tick in kept])
@@ -102,7 +103,6 @@ def plot_rates(result: Calibration | Evaluation, rate: str = "far", most: int = 
 
     Of more than `most` classes the curve of all and the names of none; a line is the rate over all pairs.
     """
-    own = axes is None
     axes = axes or new_axes()
     groups = getattr(result, "groups", None)
     kind, names, values = _rates_of(result, groups, rate)
@@ -130,17 +130,17 @@ def plot_rates(result: Calibration | Evaluation, rate: str = "far", most: int = 
     axes.set_ylim(bottom=0)
     axes.set_ylabel(f"{text} of the {kind} (%)")
     axes.set_title(f"{text.capitalize()} of each {kind}", loc="left", color=INK)
-    finish(axes, own, columns=1)
+    finish(axes, own=False, columns=1, corner=True)  # below the picture there are names
     return axes
 
 
 def _rates_of(result: Calibration | Evaluation, groups: Any, rate: str) -> tuple[str, list[str], Array]:
     if groups is not None:
         names = groups.ids if groups.names is None else groups.names
-        return "group", [shown(str(name))[:24] for name in names], groups.far if rate == "far" else groups.frr
+        return "group", [shortened(shown(str(name)), 20) for name in names], groups.far if rate == "far" else groups.frr
     names = result.class_ids if result.class_names is None else result.class_names
     values = result.class_far if rate == "far" else result.class_frr
-    return "class", [shown(str(name))[:24] for name in names], values
+    return "class", [shortened(shown(str(name)), 20) for name in names], values
 
 
 def _named(results: Curves) -> dict[str, Any]:
@@ -156,6 +156,13 @@ def _corners(curve: Curve) -> tuple[Array, Array]:
     far, frr = curve.far, curve.frr
     changes = np.flatnonzero((np.diff(far, prepend=np.nan) != 0) | (np.diff(frr, prepend=np.nan) != 0))
     return far[changes], frr[changes]
+
+
+def _least(rates: Sequence[Array], low: float) -> float:
+    """Where the axis begins."""
+    between = np.concatenate(rates)
+    between = between[(between > 0) & (between < 1)]
+    return max(low, 0.7 * float(between.min())) if len(between) else low
 
 
 def _equal_error(curve: Curve) -> float:

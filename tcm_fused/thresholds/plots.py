@@ -95,7 +95,7 @@ def plot_similarities(
     axes.set_xlim(*_extent(edges, counts, ends))
     _draw_marks(axes, sorted(marks), named=own)
     axes.ticklabel_format(axis="x", useOffset=False)  # similarities near 1 as they are, and therefore few
-    ticks = round(1.4 * _width(axes) * (1 if np.diff(axes.get_xlim())[0] > 0.1 else 0.4))
+    ticks = round(1.4 * width_of(axes) * (1 if np.diff(axes.get_xlim())[0] > 0.1 else 0.4))
     axes.xaxis.set_major_locator(MaxNLocator(max(ticks, 2), steps=[1, 2, 2.5, 5, 10]))
     is_score = isinstance(result, TrialResult) and result.threshold.metric == SCORE
     axes.set_xlabel("score" if is_score else "cosine similarity")
@@ -118,7 +118,7 @@ def _draw_marks(axes: Axes, marks: list[tuple[float, str, str]], named: bool) ->
     since they may be near each other.
     """
     left, right = axes.get_xlim()
-    room = 95 / (72 * _width(axes))  # for a name, of the width
+    room = 95 / (72 * width_of(axes))  # for a name, of the width
     for place, (x, text, colour) in enumerate(marks):
         label = None if named else text
         axes.axvline(x, color=colour, linewidth=1.8, linestyle=("--", "-.")[place % 2], label=label)
@@ -173,7 +173,7 @@ def plot_pareto(results: Mapping[str, OPISResult], axes: Axes | None = None) -> 
         # A power of ten would stand beside the axis, where the title is.
         axis.set_major_formatter(formatter if largest > 1e-3 else "{x:.4g}")
     finish(axes, own, columns=3, corner=True)
-    names = [_shortened(name) for _, _, name in points]
+    names = [shortened(name) for _, _, name in points]
     if not _name_points(axes, points, names):
         _name_points(axes, points, [str(k + 1) for k in range(len(points))], must=True)
         _add_key(axes, own, [f"{k + 1}  {name}" for k, name in enumerate(names)])
@@ -240,7 +240,7 @@ def _write_name(
 
 def _add_key(axes: Axes, own: bool, lines: list[str]) -> None:
     """Names by number below the picture; one of our own grows by them."""
-    columns = max(1, min(3, int(10.5 * _width(axes) / max(map(len, lines)))))
+    columns = max(1, min(3, int(10.5 * width_of(axes) / max(map(len, lines)))))
     rows = math.ceil(len(lines) / columns)
     filled = [lines[k * rows : (k + 1) * rows] for k in range(columns)]
     below = 78  # points, for the axis's own text and the legend
@@ -262,10 +262,10 @@ def _add_key(axes: Axes, own: bool, lines: list[str]) -> None:
         )
 
 
-def _shortened(name: str) -> str:
+def shortened(name: str, most: int = 44) -> str:
     """A name for a picture: on one line, without its middle where it is long, and no formula."""
     name = " ".join(name.split())
-    name = name if len(name) <= 44 else f"{name[:26]}...{name[-15:]}"
+    name = name if len(name) <= most else f"{name[: most * 3 // 5]}...{name[most * 3 // 5 + 3 - most :]}"
     return name.replace("$", r"\$")
 
 
@@ -274,7 +274,7 @@ def new_axes() -> Axes:
     return Figure(figsize=(7.2, 4.6), dpi=150, layout="constrained").subplots()
 
 
-def _width(axes: Axes) -> float:
+def width_of(axes: Axes) -> float:
     """In inches, before the layout is settled."""
     figure = axes.get_figure(root=True)
     assert figure is not None
@@ -283,7 +283,7 @@ def _width(axes: Axes) -> float:
 
 def _entitle(axes: Axes, first: str, second: str) -> None:
     """On one line where the axes are wide enough."""
-    axes.set_title(first + ("\n" if _width(axes) < 4.2 else " ") + second, loc="left", color=INK)
+    axes.set_title(first + ("\n" if width_of(axes) < 4.2 else " ") + second, loc="left", color=INK)
 
 
 def finish(axes: Axes, own: bool, columns: int, corner: bool = False) -> None:
