@@ -242,7 +242,7 @@ def _seen(encoder: nn.Module) -> Iterator[list[tuple[Features, Tensor]]]:
 
 
 class ThresholdEvaluator(BaseEvaluator):
-    """What one threshold does to sentences of known classes, as an evaluator of the library.
+    """The rates of one threshold on sentences of known classes, as an evaluator of the library.
 
     With `threshold` it is that of `tcm_fused.evaluate`: "far", "frr", "precision", "coverage", "f_beta" (by which the
     best model is chosen) and "recall_at_1". Without, each evaluation finds its own by a target of `tcm_fused.calibrate`
@@ -252,7 +252,7 @@ class ThresholdEvaluator(BaseEvaluator):
     NaN.
 
     Args:
-        sentences: what the model encodes.
+        sentences: texts, or other inputs that the model encodes.
         labels: their classes, integers or text, one each.
         threshold: a `tcm_fused.Threshold`, or a cosine similarity.
         name: put before the names of the figures.

@@ -328,7 +328,7 @@ def _tar(curve: Curve, bound: float) -> TAR:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Margins:
-    """What `suggest_margins` found. Pairs are ordered here, as in the loss: of one set both orders count."""
+    """The result of `suggest_margins`. Pairs are ordered here, as in the loss: of one set both orders count."""
 
     margin_plus: float
     margin_minus: float

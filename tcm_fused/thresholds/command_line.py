@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from tcm_fused.backends.choice import BACKENDS
 from tcm_fused.thresholds.calibration import calibrate, suggest_margins
 from tcm_fused.thresholds.files import SUFFIXES, Labelled, load, load_column
 from tcm_fused.thresholds.frames import csv_text
@@ -103,7 +104,7 @@ def add_command(
     command.add_argument(
         "--backend",
         default="auto",
-        choices=("auto", "cpu", "cuda", "torch"),
+        choices=("auto", *(name for name, able in BACKENDS.items() if able.counted)),
         help="C++ kernel, CUDA kernel or PyTorch (default: auto)",
     )
     command.add_argument(
@@ -284,7 +285,7 @@ def check_files(arguments: argparse.Namespace, inputs: Sequence[Path | None]) ->
     """Before any work, so that none is lost."""
     check_picture(arguments.plot)
     if arguments.plot is not None:
-        importlib.import_module("tcm_fused.thresholds.plots")  # its error names what to install
+        importlib.import_module("tcm_fused.thresholds.plots")  # its error says how to install matplotlib
     outputs = [getattr(arguments, name, None) for name in ("json", "plot", "csv", "markdown", "save", "out")]
     check_outputs(outputs, inputs)
 

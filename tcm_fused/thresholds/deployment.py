@@ -1,4 +1,4 @@
-"""The commands on a threshold: what it does to other data (`evaluate`), to a list of pairs (`trials`), and a page of it
+"""The commands on a threshold: its rates on other data (`evaluate`), on a list of pairs (`trials`), and a page of it
 (`report`)."""
 
 import argparse

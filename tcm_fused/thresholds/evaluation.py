@@ -36,7 +36,7 @@ class Groups(NamedTuple):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Evaluation:
-    """What one threshold does to a set: rates over all pairs, each with its 95 % interval, and for each of C classes.
+    """The result of `evaluate`: rates over all pairs, each with its 95 % interval, and for each of C classes.
 
     An interval is for other classes of the same kind: from the spread when each class is left out in turn (see
     `tcm_fused.thresholds.intervals`). Where nothing was observed it is the rule of three. NaN: there is no such rate.
@@ -167,7 +167,7 @@ def evaluate(
     backend: str = "auto",
     progress: bool = False,
 ) -> Evaluation:
-    """What a threshold does to these embeddings: FAR, FRR, precision, coverage and F-score with intervals, by class.
+    """FAR, FRR, precision, coverage and F-score of a threshold on these embeddings, with intervals, and by class.
 
     One pass over the pairs; rates are exact, for similarities in the precision of `opis`.
 

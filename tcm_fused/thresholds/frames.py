@@ -11,7 +11,7 @@ Columns = dict[str, Any]  # name -> values, all of one length
 
 
 def frame(columns: Columns) -> Any:
-    """A pandas DataFrame; ImportError, with what to install, without pandas."""
+    """A pandas DataFrame; ImportError, with the command that installs it, without pandas."""
     try:
         import pandas as pd
     except ImportError as error:

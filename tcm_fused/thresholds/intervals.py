@@ -1,7 +1,7 @@
 """95 % intervals of rates over pairs that share embeddings.
 
 Pairs are not independent: one odd class, or one bad picture, is in many. An interval that counts each pair (Clopper and
-Pearson's of the binomial) is therefore too narrow. Classes are what a new data set draws anew, so the spread is that
+Pearson's of the binomial) is therefore too narrow. A new data set draws other classes, so the spread is that
 from class to class: each class is left out in turn, with all pairs of which either row is in it (`jackknife_variance`,
 the two-way form: to first order the bootstrap over classes, and exact, with nothing drawn at random). Clopper's and
 Pearson's interval is then taken for the number of independent pairs that would spread as much (`rate_interval`, by

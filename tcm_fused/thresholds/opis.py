@@ -54,7 +54,7 @@ class Curves(NamedTuple):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class OPISResult:
-    """What `opis` found: C classes at K thresholds, which ascend on the axis that was asked for.
+    """The result of `opis`: C classes at K thresholds, which ascend on the axis that was asked for.
 
     A pair is accepted at a threshold if its similarity is at least that, that is, its distance at most.
     """

@@ -130,7 +130,7 @@ class Cost(NamedTuple):
 
 
 class Target(NamedTuple):
-    """What a threshold is to meet."""
+    """The aim of a threshold: a bound, or a measure that is to be best."""
 
     name: str
     value: float

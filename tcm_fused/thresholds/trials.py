@@ -35,7 +35,7 @@ class Folds(NamedTuple):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class TrialResult:
-    """What a threshold does to a list of P trials."""
+    """The result of `evaluate_trials` on P trials."""
 
     threshold: Threshold
     far: float  # false accept rate: accepted share of the trials that do not match
