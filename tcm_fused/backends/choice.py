@@ -147,8 +147,8 @@ def choose_between(backend: str, device_type: str, dtype: torch.dtype) -> Any:
     choose_counter(backend, device_type, dtype)  # its errors
     if backend not in able:
         raise RuntimeError(
-            f"backend={backend!r} counts pairs of one set only: two sets, and pairs across groups, are counted by "
-            f"{' or '.join(map(repr, able))}; leave backend out"
+            f"backend={backend!r} counts pairs of one set only: two sets, pairs across groups, and memory maps that "
+            f"memory has no room for, are counted by {' or '.join(map(repr, able))}; leave backend out"
         )
     return OPERATORS[backend].between
 

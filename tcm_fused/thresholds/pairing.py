@@ -5,8 +5,11 @@ that a counter has to walk.
 """
 
 import mmap
+import os
+import resource
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,8 +19,9 @@ from torch import Tensor
 from tcm_fused.arguments import check_choice, check_set, int64_labels
 from tcm_fused.thresholds.sets import Array, Labels, as_embeddings, as_labels
 
-PANEL = 1 << 26  # bytes of a memory map that are looked at together; the work takes about ten times that
-LARGE = 1 << 30  # bytes from which on a memory map is walked in panels, rather than copied as unit rows
+_PANEL = 1 << 26  # bytes of a memory map that are looked at together, at most
+_COPIES = 4  # of the rows, that a counter takes at most
+_PANELS = 48  # that would fill the memory; a pair of them is worked on in about ten
 
 
 class NothingToMeasure(ValueError):
@@ -40,7 +44,11 @@ class Side(NamedTuple):
     @property
     def panel(self) -> int:
         """How many rows are looked at together: all, but of a memory map."""
-        return max(len(self.y), 1) if self.file is None else max(PANEL // (4 * self.x.shape[1]), 1)
+        return (
+            max(len(self.y), 1)
+            if self.file is None
+            else max(min(_PANEL, room() // _PANELS) // (4 * self.x.shape[1]), 1)
+        )
 
     def release(self) -> None:
         """Let go of the pages of a memory map that were read; the file still has them."""
@@ -307,9 +315,23 @@ def _split(rows: Tensor | slice, side: Side) -> Iterator[Tensor | slice]:
 
 
 def _file_behind(embeddings: Any, x: Tensor) -> mmap.mmap | None:
-    """The memory map that the rows are read from; None if they are few enough to be copied as unit rows."""
-    array = embeddings
-    while isinstance(array, np.ndarray) and x.nbytes >= LARGE and not array.flags.writeable:
+    """The memory map that the rows are read from; None if there is room for them as unit rows."""
+    array = embeddings if _COPIES * x.nbytes > room() else None
+    while isinstance(array, np.ndarray) and not array.flags.writeable:
         array = array.base
     found = isinstance(array, mmap.mmap) and x.data_ptr() == embeddings.__array_interface__["data"][0]
     return array if found else None
+
+
+def room() -> int:
+    """Bytes of memory that this process may take: of the machine, of its container, or as `ulimit` says."""
+    found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    limits = (resource.getrlimit(which)[0] for which in (resource.RLIMIT_DATA, resource.RLIMIT_AS))
+    found += [limit for limit in limits if limit != resource.RLIM_INFINITY]
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            text = Path(path).read_text().strip()
+        except OSError:
+            continue
+        found += [int(text)] if text.isdecimal() else []
+    return min(found)

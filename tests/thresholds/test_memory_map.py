@@ -18,8 +18,6 @@ from pathlib import Path
 import numpy as np, torch
 torch.set_num_threads(1)
 from tcm_fused import evaluate
-from tcm_fused.thresholds import pairing
-pairing.LARGE, pairing.PANEL = 1 << 22, 6 << 20
 rng = np.random.default_rng(0)
 small, y = rng.normal(size=(64, 24)).astype(np.float32), np.arange(64) % 8
 evaluate(small, y, threshold=0.5)  # all is loaded

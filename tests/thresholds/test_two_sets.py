@@ -212,8 +212,8 @@ def test_panels_of_a_memory_map(tmp_path: Any, monkeypatch: pytest.MonkeyPatch, 
         np.save(tmp_path / f"{name}.npy", sets[name])
         mapped[name] = np.load(tmp_path / f"{name}.npy", mmap_mode="r")
     expected = {form: evaluate(**arguments(form, sets), threshold=0.2) for form in FORMS}
-    monkeypatch.setattr(pairing, "LARGE", 1)
-    monkeypatch.setattr(pairing, "PANEL", 4 * 6 * 16)
+    monkeypatch.setattr(pairing, "room", lambda: 4 * 6 * 16 * 48)  # 48 panels of 16 rows
+    monkeypatch.setattr(pairing, "_COPIES", 100)
     for form in FORMS:
         found = evaluate(**arguments(form, mapped), threshold=0.2)
         assert found.to_dict()["far"] == expected[form].far
@@ -227,6 +227,8 @@ def test_panels_of_a_memory_map(tmp_path: Any, monkeypatch: pytest.MonkeyPatch, 
         narrow = np.load(tmp_path / "narrow.npy", mmap_mode="r")
         whole = evaluate(sets["embeddings"].astype(dtype), sets["labels"], threshold=0.2, backend="torch")
         assert evaluate(narrow, sets["labels"], threshold=0.2).far == pytest.approx(whole.far, abs=1e-3)
+    with pytest.raises(RuntimeError, match="memory maps that memory has no room for"):
+        evaluate(mapped["embeddings"], sets["labels"], threshold=0.2, backend="cpu")
     broken = sets["embeddings"].copy()
     broken[45, 2] = np.nan
     np.save(tmp_path / "broken.npy", broken)
