@@ -161,9 +161,9 @@ def _group_column(side: Side, groups: Tensor) -> Tensor:
 
 def check_finite(side: Side) -> None:
     """NothingToMeasure if a row that takes part is not finite."""
-    bad, first = 0, -1
-    for start in range(0, len(side.y), side.panel):
-        rows = slice(start, start + side.panel)
+    bad, first, step = 0, -1, side.panel
+    for start in range(0, len(side.y), step):
+        rows = slice(start, start + step)
         # By the norm, which takes no memory of the size of x as isfinite() of each component does.
         peak = torch.linalg.vector_norm(side.x[rows], torch.inf, dim=1)
         wrong = (~peak.isfinite() & (side.y[rows] >= 0)).nonzero()
