@@ -6,7 +6,11 @@ from tcm_fused.distributed import DistributedTCMLoss
 from tcm_fused.loss import TCMLoss, TCMStats, tcm_loss
 from tcm_fused.memory import CrossBatchMemory
 from tcm_fused.thresholds.calibration import Calibration, Margins, calibrate, suggest_margins
+from tcm_fused.thresholds.evaluation import Evaluation, evaluate
 from tcm_fused.thresholds.opis import OPISResult, opis
+from tcm_fused.thresholds.probability import MatchProbability, match_probability
+from tcm_fused.thresholds.threshold import Threshold
+from tcm_fused.thresholds.trials import TrialResult, evaluate_trials
 
 if TYPE_CHECKING:
     from tcm_fused.thresholds.metric import OPIS
@@ -17,12 +21,19 @@ __all__ = [
     "Calibration",
     "CrossBatchMemory",
     "DistributedTCMLoss",
+    "Evaluation",
     "Margins",
+    "MatchProbability",
     "OPISResult",
     "TCMLoss",
     "TCMStats",
+    "Threshold",
+    "TrialResult",
     "__version__",
     "calibrate",
+    "evaluate",
+    "evaluate_trials",
+    "match_probability",
     "opis",
     "suggest_margins",
     "tcm_loss",

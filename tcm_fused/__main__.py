@@ -10,7 +10,7 @@ import torch
 
 from tcm_fused import __version__
 from tcm_fused.backends import choice
-from tcm_fused.thresholds.command_line import add_commands
+from tcm_fused.thresholds import command_line, deployment
 from tcm_fused.thresholds.terminal import Parser, printable_lines, run
 
 
@@ -54,7 +54,8 @@ def _parser() -> Parser:
     command = commands.add_parser("info", help="version, device, available backends and build facts")
     command.add_argument("--json", action="store_true", help="print one JSON object")
     command.set_defaults(run=_info)
-    add_commands(commands)
+    command_line.add_commands(commands)
+    deployment.add_commands(commands)
     return parser
 
 

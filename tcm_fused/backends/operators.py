@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from tcm_fused.backends import blocked
+from tcm_fused.backends.blocked_between import counts_between_blocked
 from tcm_fused.backends.blocked_counts import counts_blocked
 from tcm_fused.backends.numerics import loss_dtype, wide_dtype
 from tcm_fused.backends.problem import Problem, Result
@@ -205,6 +206,7 @@ class Operators(NamedTuple):
     loss: Any
     penalties: Any
     counts: Any  # None: it counts no pairs
+    between: Any = None  # of two sets, see `counts_between_blocked`; None: it counts no pairs of two sets
 
 
 _KERNELS = Operators(_register("loss"), _register("penalties"), _register("counts"))
@@ -212,7 +214,12 @@ OPERATORS = {
     "cpu": _KERNELS,
     "cuda": _KERNELS,
     "triton": Operators(_register("loss_triton"), _register("penalties_triton"), None),
-    "torch": Operators(_register("loss_blocked"), _register("penalties_blocked"), _register("counts_blocked")),
+    "torch": Operators(
+        _register("loss_blocked"),
+        _register("penalties_blocked"),
+        _register("counts_blocked"),
+        counts_between_blocked,
+    ),
 }
 for _name, _run, _devices in (
     ("triton", _triton, ("CUDA", "CPU")),  # torch calls ROCm CUDA, too; on CPUs Triton has its interpreter

@@ -33,7 +33,8 @@ class TCMCallback(Callback):
     "tcm/NAME/hard_positives" and so on, nan at a batch that did not call it, and "_epoch" over those that did.
 
     For each validation, of all its embeddings together and from all processes: "tcm/opis", "tcm/eps_opis" and
-    "tcm/recall_at_1", which `ModelCheckpoint(monitor="tcm/opis")` can watch. With several validation loaders the names
+    "tcm/recall_at_1", which `ModelCheckpoint(monitor="tcm/opis")` can watch; with the option `threshold`, the one that
+    is deployed, its rates "tcm/far" and "tcm/frr" too. With several validation loaders the names
     end in "/dataloader_0", "/dataloader_1", ... A score that the embeddings do not have (no class twice, as in a run of
     one batch, or embeddings that have collapsed) is NaN; the first time there is a warning with the reason. Lightning's
     `EarlyStopping` ends a run at NaN unless it has `check_finite=False`.

@@ -1,4 +1,4 @@
-"""sentence-transformers: TCM as one of its losses, and `WithTCM`, which adds TCM to any other.
+"""sentence-transformers: TCM as one of its losses, `WithTCM`, which adds TCM to any other, and `ThresholdEvaluator`.
 
 Example:
     from tcm_fused.integrations.sentence_transformers import WithTCM
@@ -17,17 +17,28 @@ Which pairs are positive depends on the columns of the dataset:
   labels of a batch and returns for each column its sentences' classes, [B] integers, negative where one is left out.
 """
 
+import inspect
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tcm_fused.loss import TCMLoss
+from tcm_fused.thresholds.calibration import calibrate
+from tcm_fused.thresholds.evaluation import evaluate
+from tcm_fused.thresholds.frames import csv_text
+from tcm_fused.thresholds.outputs import write_whole
+from tcm_fused.thresholds.pairing import NothingToMeasure
+from tcm_fused.thresholds.targets import one_target
+from tcm_fused.thresholds.threshold import Threshold, as_threshold
 
 try:
     from sentence_transformers.sentence_transformer import losses
+    from sentence_transformers.sentence_transformer.evaluation import BaseEvaluator
 except ImportError as error:
     raise ImportError(
         "tcm_fused.integrations.sentence_transformers needs that library, 6.2 or later: "
@@ -228,3 +239,99 @@ def _seen(encoder: nn.Module) -> Iterator[list[tuple[Features, Tensor]]]:
         yield calls
     finally:
         hook.remove()
+
+
+class ThresholdEvaluator(BaseEvaluator):
+    """The rates of one threshold on sentences of known classes, as an evaluator of the library.
+
+    With `threshold` it is that of `tcm_fused.evaluate`: "far", "frr", "precision", "coverage", "f_beta" (by which the
+    best model is chosen) and "recall_at_1". Without, each evaluation finds its own by a target of `tcm_fused.calibrate`
+    (`far=1e-3`, say; none: the equal error): "threshold", "far", "frr", "equal_error_rate" and "recall_at_1"; the best
+    model has the fewest false rejects at a bound on false accepts, the fewest false accepts at one on false rejects,
+    and else the lowest equal error rate. A figure that the sentences do not have, as of a model that has collapsed, is
+    NaN.
+
+    Args:
+        sentences: texts, or other inputs that the model encodes.
+        labels: their classes, integers or text, one each.
+        threshold: a `tcm_fused.Threshold`, or a cosine similarity.
+        name: put before the names of the figures.
+        batch_size: of the encoding.
+        write_csv: append the figures to `threshold_evaluation_NAME_results.csv` in the folder that the library names.
+        target: of `tcm_fused.calibrate`.
+    """
+
+    def __init__(
+        self,
+        sentences: Sequence[Any],
+        labels: Sequence[Any],
+        *,
+        threshold: Threshold | float | None = None,
+        name: str = "",
+        batch_size: int = 32,
+        write_csv: bool = True,
+        **target: Any,
+    ) -> None:
+        super().__init__()
+        if len(sentences) != len(labels):
+            raise ValueError(f"labels must be as many as sentences, {len(sentences)}, got {len(labels)}")
+        if threshold is not None and target:
+            raise ValueError(f"give a threshold or a target to find one by, got both: {', '.join(target)}")
+        if threshold is None:
+            target = target or {"eer": True}
+            known = set(inspect.signature(calibrate).parameters)
+            if wrong := set(target) - known:
+                raise TypeError(f"{', '.join(sorted(wrong))}: no target of calibrate")
+            asked = one_target(**{"far": None, "frr": None} | target).name
+            self.primary_metric = {"far": "frr", "frr": "far"}.get(asked, "equal_error_rate")
+            self.greater_is_better = False
+        else:
+            self.primary_metric = "f_beta"
+        self.sentences, self.labels, self.name, self.batch_size = sentences, labels, name, batch_size
+        self.threshold = None if threshold is None else as_threshold(threshold)
+        self.target = target
+        self.write_csv = write_csv
+
+    def __call__(
+        self, model: Any, output_path: str | None = None, epoch: int = -1, steps: int = -1
+    ) -> dict[str, float]:
+        """The figures of a model, by name."""
+        embeddings = model.encode(
+            list(self.sentences), batch_size=self.batch_size, convert_to_tensor=True, show_progress_bar=False
+        )
+        figures = self._figures(embeddings)
+        if output_path is not None and self.write_csv:
+            self._append(Path(output_path), {"epoch": epoch, "steps": steps} | figures)
+        metrics: dict[str, float] = self.prefix_name_to_metrics(figures, self.name)
+        self.store_metrics_in_model_card_data(model, metrics, epoch, steps)
+        return metrics
+
+    def _figures(self, embeddings: Tensor) -> dict[str, float]:
+        names: tuple[str, ...]
+        if self.threshold is not None:
+            names = ("far", "frr", "precision", "coverage", "f_beta", "recall_at_1")
+            try:
+                result = evaluate(embeddings, self.labels, threshold=self.threshold)
+            except NothingToMeasure:
+                return dict.fromkeys(names, math.nan)
+            return {name: getattr(result, name) for name in names}
+        names = ("threshold", "far", "frr", "equal_error_rate", "recall_at_1")
+        try:
+            found = calibrate(embeddings, self.labels, **self.target)
+        except NothingToMeasure:
+            return dict.fromkeys(names, math.nan)
+        at = found.threshold
+        values = (at.similarity, at.far, at.frr, found.equal_error_rate, found.recall_at_1)
+        return dict(zip(names, values, strict=True))
+
+    def _append(self, folder: Path, row: dict[str, Any]) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"threshold_evaluation_{self.name + '_' if self.name else ''}results.csv"
+        text = csv_text({name: [value] for name, value in row.items()})
+        if path.exists():
+            text = path.read_text(encoding="utf-8") + text.partition("\n")[2]
+        write_whole(path, lambda part: part.write_text(text, encoding="utf-8"))
+
+    def get_config_dict(self) -> dict[str, Any]:
+        """The threshold or the target, as the library writes them on a model card."""
+        return self.target if self.threshold is None else {"threshold": self.threshold.similarity}

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 from tcm_fused.arguments import check_set
 from tcm_fused.integrations.logging import HardPairs
+from tcm_fused.thresholds.evaluation import rates_or_nan
 from tcm_fused.thresholds.opis import check_options, opis, scores_or_nan, warn_of_nan
+from tcm_fused.thresholds.threshold import Threshold, as_threshold
 
 try:
     from transformers import Trainer, TrainerCallback
@@ -47,6 +49,8 @@ class TCMCallback(TrainerCallback):
             without gradients, with the model in evaluation mode. None: no OPIS. For `SentenceTransformerTrainer`:
             `lambda model, batch: (model(trainer.collect_features(batch)[0][0])["sentence_embedding"], batch["label"])`.
         criterion: a module that has the TCM losses in it, if the trainer has none: where a function calls them.
+        threshold: a `tcm_fused.Threshold` or a cosine similarity that is deployed: its rates are "eval_far" and
+            "eval_frr".
         options: those of `tcm_fused.opis`.
     """
 
@@ -55,16 +59,19 @@ class TCMCallback(TrainerCallback):
         trainer: Trainer,
         embed: Callable[[nn.Module, Any], tuple[Tensor, Tensor]] | None = None,
         criterion: nn.Module | None = None,
+        threshold: Threshold | float | None = None,
         **options: Any,
     ) -> None:
-        if options and embed is None:
-            raise TypeError(f"{', '.join(options)}: options of OPIS, which needs embed=")
+        if (options or threshold is not None) and embed is None:
+            given = ", ".join([*options, *(["threshold"] if threshold is not None else [])])
+            raise TypeError(f"{given}: options of OPIS, which needs embed=")
         known = inspect.signature(opis).bind(None, None, **options)  # so that a wrong option is an error here
         known.apply_defaults()
         check_options(*(known.arguments[name] for name in inspect.signature(check_options).parameters))
         self.trainer = trainer
         self.embed = embed
         self.options = options
+        self.threshold = None if threshold is None else as_threshold(threshold)
         self._pairs = HardPairs({})  # of the training that is under way
         self.criterion = criterion
         self._warned = False  # of a score that is NaN
@@ -110,6 +117,8 @@ class TCMCallback(TrainerCallback):
         if isinstance(result, str) and not self._warned:
             self._warned = True
             warn_of_nan(result)
+        if self.threshold is not None:
+            found |= rates_or_nan(embeddings, labels, self.threshold, self.options.get("backend", "auto"))
         # Each evaluation has its own prefix, "eval", or "eval_NAME" of several sets, which callbacks are not told.
         prefix = next((key.removesuffix("_runtime") for key in metrics if key.endswith("_runtime")), "eval")
         scores = {f"{prefix}_{name}": value for name, value in found.items()}

@@ -1,27 +1,38 @@
 """Which threshold to deploy and which margins to train with: `calibrate`, `suggest_margins`."""
 
 import math
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from tcm_fused.arguments import check_choice
+from tcm_fused.thresholds.frames import class_table, frame, markdown
+from tcm_fused.thresholds.pairing import NothingToMeasure
 from tcm_fused.thresholds.rates import (
     HALF,
     Histogram,
-    NothingToMeasure,
     Pairs,
-    Rates,
     Worst,
     as_distance,
     check_rate,
+    fields,
     lowest,
-    plain,
-    utility_of,
+    share,
     worst_classes,
 )
 from tcm_fused.thresholds.sets import Array
+from tcm_fused.thresholds.targets import (
+    Curve,
+    best_utility,
+    choose,
+    equal_error,
+    highest_frr,
+    lowest_far,
+    one_target,
+)
+from tcm_fused.thresholds.threshold import Threshold
 from tcm_fused.warn import warn_caller
 
 if TYPE_CHECKING:
@@ -53,8 +64,8 @@ class TAR(NamedTuple):
 class Calibration:
     """The result of `calibrate`: a threshold, and its rates for all pairs and for each of C classes."""
 
-    bound: dict[str, float]  # as asked for: {"far": ...} or {"frr": ...}
-    threshold: Operation
+    bound: dict[str, float]  # as asked for: {"far": ...}, {"frr": ...} and so on
+    threshold: Threshold
     class_ids: Array  # [C] labels of the classes that have at least two samples, ascending
     class_sizes: Array  # [C]
     class_far: Array  # [C] false accept rate of each class: of the pairs with one sample in it
@@ -65,13 +76,34 @@ class Calibration:
     pairs: tuple[int, int]  # unordered positive and negative pairs: rates below 1 / pairs cannot be told from 0
     recall_at_1: float
     left_out: int  # classes of one sample
+    class_positives: Array  # [C] pairs of two samples of each class
+    class_negatives: Array  # [C] pairs of which one sample is in the class
     histogram: Histogram
+    curve: Curve  # the rates at about 500 thresholds, for pictures
     class_names: Array | None = None  # [C] text of class_ids, which are its places then; None of integer labels
 
     @property
     def equal_error_rate(self) -> float:
         """Mean of the two rates at `equal_error`."""
         return (self.equal_error.far + self.equal_error.frr) / 2
+
+    @property
+    def similarity(self) -> float:
+        """That of `threshold`."""
+        return self.threshold.similarity
+
+    @property
+    def distance(self) -> float:
+        """The Euclidean distance of `threshold`."""
+        return self.threshold.distance
+
+    def accepts(self, a: Any, b: Any = None) -> Any:
+        """Whether `threshold` accepts pairs, by their similarities or by their embeddings: see `Threshold.accepts`."""
+        return self.threshold.accepts(a, b)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write `threshold` into a file, for `Threshold.load`."""
+        self.threshold.save(path)
 
     def spread(self) -> dict[str, dict[str, float]]:
         """Mean, standard deviation, lowest and highest of the classes' rates."""
@@ -130,8 +162,24 @@ class Calibration:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, in types that JSON knows; NaN becomes None. `class_names` where there are some."""
-        leave_out = ("class_names",) if self.class_names is None else ()
-        return {**plain(self, leave_out), "equal_error_rate": self.equal_error_rate, "spread": self.spread()}
+        leave_out = ("curve", *(("class_names",) if self.class_names is None else ()))
+        return {**fields(self, leave_out), "equal_error_rate": self.equal_error_rate, "spread": self.spread()}
+
+    def columns(self) -> dict[str, Any]:
+        """The classes as columns of a table."""
+        return class_table(self)
+
+    def to_frame(self) -> Any:
+        """The classes as a pandas DataFrame."""
+        return frame(self.columns())
+
+    def to_markdown(self) -> str:
+        """The thresholds with their rates as a table."""
+        rows = {"threshold": self.threshold, "equal error": self.equal_error, "best utility": self.best_utility}
+        values = {
+            name: [getattr(at, name) for at in rows.values()] for name in ("similarity", "distance", "far", "frr")
+        }
+        return markdown({"": list(rows), **values})
 
     def plot(self, axes: "Axes | None" = None) -> "Axes":
         """Draw the similarities of positives and negatives with the threshold; needs matplotlib."""
@@ -143,20 +191,46 @@ class Calibration:
 def calibrate(
     embeddings: Any,
     labels: Any,
+    ref_emb: Any = None,
+    ref_labels: Any = None,
     *,
     far: float | None = None,
     frr: float | None = None,
+    precision: float | None = None,
+    coverage: float | None = None,
+    false_alarm: float | None = None,
+    f_beta: float | None = None,
+    eer: bool = False,
+    min_dcf: float | None = None,
+    costs: tuple[float, float] = (1.0, 1.0),
+    groups: Any = None,
+    ref_groups: Any = None,
+    group_pairs: str = "within",
     backend: str = "auto",
     progress: bool = False,
 ) -> Calibration:
-    """The threshold that meets a bound on one error rate, and its cost in all and for each class.
+    """The threshold that meets a bound on one rate, or is best by a measure, and its cost in all and for each class.
 
-    Give one of `far` and `frr`. far: the lowest threshold whose false accept rate (share of all negative pairs with at
-    least that similarity) is at most `far`. frr: the highest threshold whose false reject rate (share of all positive
-    pairs below it) is at most `frr`. Thresholds are multiples of 2^-17 = 7.6e-6 in similarity, below 1; rates at them
-    are exact, for similarities in the precision of `opis`.
+    Give exactly one of these. Bounds:
 
-    Two passes over the pairs. Arguments otherwise as in `opis`.
+    far: the lowest threshold whose false accept rate (share of all negative pairs with at least that similarity) is at
+        most `far`.
+    frr: the highest threshold whose false reject rate (share of all positive pairs below it) is at most `frr`.
+    precision: the lowest threshold at which at least this share of the accepted pairs is positive.
+    coverage: the highest threshold at which at least this share of the queries (of the rows, without `ref_emb`) has an
+        accepted pair.
+    false_alarm: the lowest threshold at which at most this share of the queries without a positive (whose class is not
+        in the gallery; without `ref_emb`, classes of one sample) has an accepted pair.
+
+    And measures, of which the best threshold is taken (in the middle, where a gap between the pairs has several):
+
+    f_beta: the F-score (1 + b^2) P R / (b^2 P + R) of precision and recall, with this b.
+    eer: True: the equal error, where false accept and false reject rate are nearest to each other.
+    min_dcf: the least detection cost C_miss P FRR + C_accept (1 - P) FAR, with this prior P of a match and
+        `costs` (C_miss, C_accept).
+
+    Thresholds are multiples of 2^-17 = 7.6e-6 in similarity, below 1; rates at them are exact, for similarities in the
+    precision of `opis`. Two passes over the pairs. Sets, groups and other arguments as in `opis`.
 
     A bound finer than the data (of fewer than one pair) gives the threshold at which no pair at all is wrong, with a
     warning: such a rate needs about 1 / bound pairs.
@@ -170,96 +244,91 @@ def calibrate(
         >>> found.threshold.far, found.threshold.frr, found.class_frr.tolist()
         (0.25, 0.5, [0.0, 1.0])
     """
-    name, bound = _one_bound(far, frr)
-    pairs = Pairs(embeddings, labels, backend, progress)
-    rates = pairs.count(np.empty(0)).rates
-    curves = _curves(rates)
-    chosen = _lowest_far(curves[0], bound) if name == "far" else _highest_frr(curves[1], bound)
-    if chosen is None:
-        raise NothingToMeasure(
-            f"no threshold meets far={bound}: at similarity 1 the false accept rate is still {curves[0][-1]:.3g}; "
-            "rows of different classes are the same"
-        )
-    where = "above the most similar negative" if name == "far" else "below the least similar positive"
-    _warn_if_finer(name, bound, rates, f"the threshold lies just {where}")
-    equal = _middle(np.abs(curves[0] - curves[1]), np.min)
-    best = _middle(utility_of(1 - curves[1], 1 - curves[0], 1.0), np.max)
+    target = one_target(
+        costs,
+        far=far,
+        frr=frr,
+        precision=precision,
+        coverage=coverage,
+        false_alarm=false_alarm,
+        f_beta=f_beta,
+        eer=eer,
+        min_dcf=min_dcf,
+    )
+    pairs = Pairs(embeddings, labels, backend, progress, ref_emb, ref_labels, groups, ref_groups, group_pairs)
+    first = pairs.count(np.empty(0))
+    rates, curve = first.rates, Curve.of_counts(first)
+    chosen = choose(curve, target)
+    if target.name in _JUST:
+        _warn_if_finer(target.name, target.value, curve, f"the threshold lies just {_JUST[target.name]}")
     # For each class at the chosen threshold.
-    counts = pairs.count(np.array([chosen / HALF - 1]))
+    counts = pairs.count(curve.thresholds[[chosen]])
     positives, negatives, _ = counts.accepted(np.array([0]))
     return Calibration(
-        bound={name: bound},
-        threshold=_operation(curves, chosen),
+        bound=target.asked(),
+        threshold=Threshold(
+            similarity=float(curve.thresholds[chosen]),
+            far=float(curve.far[chosen]),
+            frr=float(curve.frr[chosen]),
+            target=target.asked(),
+            columns=pairs.x.shape[1],
+            pairs=(rates.positives, rates.negatives),
+        ),
         class_ids=pairs.class_ids,
         class_sizes=pairs.class_sizes,
-        class_far=negatives[:, 0] / pairs.class_negatives,
+        class_far=share(negatives[:, 0], pairs.class_negatives, 0.0),
         class_frr=(pairs.class_positives - positives[:, 0]) / pairs.class_positives,
-        equal_error=_operation(curves, equal),
-        best_utility=_operation(curves, best),
-        tar_at_far=[_tar(rates, at) for at in _FARS],
+        equal_error=_operation(curve, equal_error(curve)),
+        best_utility=_operation(curve, best_utility(curve)),
+        tar_at_far=[_tar(curve, at) for at in _FARS],
         pairs=(rates.positives, rates.negatives),
         recall_at_1=counts.recall_at_1,
         left_out=pairs.left_out,
+        class_positives=pairs.class_positives,
+        class_negatives=pairs.class_negatives,
         histogram=rates.histogram(),
+        curve=curve.thinned(),
         class_names=pairs.class_names,
     )
 
 
-def _warn_if_finer(name: str, bound: float, rates: Rates, meaning: str) -> None:
+_JUST = {
+    "far": "above the most similar negative",
+    "frr": "below the least similar positive",
+    "false_alarm": "above all queries that nothing matches",
+}
+
+
+def _warn_if_finer(name: str, bound: float, curve: Curve, meaning: str) -> None:
     """A bound of less than one pair: all that the data can tell is where there is none."""
-    total, kind = (rates.negatives, "negative") if name == "far" else (rates.positives, "positive")
+    total, kind = {
+        "far": (curve.negatives, "negative pairs"),
+        "frr": (curve.positives, "positive pairs"),
+        "false_alarm": (curve.strangers, "queries that nothing matches"),
+    }[name]
     if bound * total < 1:
         warn_caller(
-            f"{name}={bound:g} is finer than the data: one of {total:,} {kind} pairs is a rate of {1 / total:.2g}. So "
-            f"{meaning}, and says little about such rates; they need about {math.ceil(1 / bound):,} {kind} pairs"
+            f"{name}={bound:g} is finer than the data: one of {total:,} {kind} is a rate of {1 / total:.2g}. So "
+            f"{meaning}, and says little about such rates; they need about {math.ceil(1 / bound):,} {kind}"
         )
 
 
-def _one_bound(far: float | None, frr: float | None) -> tuple[str, float]:
-    if (far is None) == (frr is None):
-        raise ValueError(f"give exactly one of far and frr, got far={far} and frr={frr}")
-    return ("far", check_rate("far", far)) if far is not None else ("frr", check_rate("frr", frr))
+def _operation(curve: Curve, k: int) -> Operation:
+    similarity = curve.thresholds[k]
+    return Operation(float(similarity), float(as_distance(similarity)), float(curve.far[k]), float(curve.frr[k]))
 
 
-def _curves(rates: Rates) -> tuple[Array, Array]:
-    """False accept and reject rate on the grid without similarity 1, where rounding decides about equal rows."""
-    return rates.far[:-1], rates.frr[:-1]
-
-
-def _lowest_far(far: Array, bound: float) -> int | None:
-    """The first point of the grid with a false accept rate of at most `bound`."""
-    return int(np.argmax(far <= bound)) if far[-1] <= bound else None
-
-
-def _highest_frr(frr: Array, bound: float) -> int:
-    """The last point of the grid with a false reject rate of at most `bound`; at similarity -1 none is rejected."""
-    return int(np.flatnonzero(frr <= bound)[-1])
-
-
-def _middle(values: Array, best: Any) -> int:
-    """Middle of the first run of the grid that has the best value: a gap between the pairs has one value throughout."""
-    start = int(np.argmax(values == best(values)))
-    run = np.flatnonzero(values[start:] != values[start])
-    length = int(run[0]) if len(run) else len(values) - start
-    return start + (length - 1) // 2
-
-
-def _operation(curves: tuple[Array, Array], k: int) -> Operation:
-    similarity = k / HALF - 1
-    return Operation(similarity, float(as_distance(np.array(similarity))), float(curves[0][k]), float(curves[1][k]))
-
-
-def _tar(rates: Rates, bound: float) -> TAR:
-    k = _lowest_far(_curves(rates)[0], bound)
+def _tar(curve: Curve, bound: float) -> TAR:
+    k, finer = lowest_far(curve.far, bound), bound * curve.negatives < 1
     if k is None:
-        return TAR(bound, math.nan, math.nan, math.nan, bound * rates.negatives < 1)
-    tar = int(rates.accepted_positives[k]) / rates.positives
-    return TAR(bound, k / HALF - 1, float(rates.far[k]), tar, bound * rates.negatives < 1)
+        return TAR(bound, math.nan, math.nan, math.nan, finer)
+    tar = int(curve.accepted_positives[k]) / curve.positives
+    return TAR(bound, float(curve.thresholds[k]), float(curve.far[k]), tar, finer)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Margins:
-    """The result of `suggest_margins`. Pairs are ordered here, as in the loss: (i, j) and (j, i) count as two."""
+    """The result of `suggest_margins`. Pairs are ordered here, as in the loss: of one set both orders count."""
 
     margin_plus: float
     margin_minus: float
@@ -286,7 +355,7 @@ class Margins:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, in types that JSON knows."""
-        return plain(self)
+        return fields(self)
 
     def plot(self, axes: "Axes | None" = None) -> "Axes":
         """Draw the similarities of positives and negatives with the margins; needs matplotlib."""
@@ -296,14 +365,26 @@ class Margins:
 
 
 def suggest_margins(
-    embeddings: Any, labels: Any, *, far: float, frr: float, backend: str = "auto", progress: bool = False
+    embeddings: Any,
+    labels: Any,
+    ref_emb: Any = None,
+    ref_labels: Any = None,
+    *,
+    far: float,
+    frr: float,
+    groups: Any = None,
+    ref_groups: Any = None,
+    group_pairs: str = "within",
+    backend: str = "auto",
+    progress: bool = False,
 ) -> Margins:
     """Margins for `tcm_loss` that bind for given shares of the pairs of held-out data.
 
     margin_minus is the lowest similarity that at most the share `far` of the negative pairs reach, and margin_plus the
     highest that at most the share `frr` of the positive pairs fall short of, both from the multiples of 2^-17. So the
     loss would mine these shares: margin_plus is the float32 number just below its multiple, since the loss takes a
-    pair at the margin as hard. One pass over the pairs; arguments otherwise as in `opis`.
+    pair at the margin as hard. One pass over the pairs; sets, groups and other arguments as in `opis`, and as in
+    `tcm_loss`: so the pairs are those that the loss will see.
 
     Warns where margin_plus lies below margin_minus: the two kinds overlap more than the shares allow for, as in a model
     that separates them badly; and where a share is less than one pair, so that none is mined.
@@ -318,18 +399,20 @@ def suggest_margins(
         (0.96, 0.0, 2, 2)
     """
     far, frr = check_rate("far", far), check_rate("frr", frr)
-    rates = Pairs(embeddings, labels, backend, progress).count(np.empty(0)).rates
-    curves = _curves(rates)
-    minus, plus = _lowest_far(curves[0], far), _highest_frr(curves[1], frr)
+    pairs = Pairs(embeddings, labels, backend, progress, ref_emb, ref_labels, groups, ref_groups, group_pairs)
+    counts = pairs.count(np.empty(0))
+    rates, curve = counts.rates, Curve.of_counts(counts)
+    minus, plus = lowest_far(curve.far, far), highest_frr(curve.frr, frr)
     if minus is None:
         raise NothingToMeasure(
-            f"no margin_minus meets far={far}: the share {curves[0][-1]:.3g} of the negative pairs has similarity 1; "
+            f"no margin_minus meets far={far}: the share {curve.far[-1]:.3g} of the negative pairs has similarity 1; "
             "rows of different classes are the same"
         )
-    _warn_if_finer("far", far, rates, "margin_minus lies just above the most similar negative, no negative is mined")
-    _warn_if_finer("frr", frr, rates, "margin_plus lies just below the least similar positive, no positive is mined")
-    count_plus = 2 * (rates.positives - int(rates.accepted_positives[plus]))
-    count_minus = 2 * int(rates.accepted_negatives[minus])
+    _warn_if_finer("far", far, curve, "margin_minus lies just above the most similar negative, no negative is mined")
+    _warn_if_finer("frr", frr, curve, "margin_plus lies just below the least similar positive, no positive is mined")
+    orders = 1 if pairs.is_open else 2  # in which the loss sees a pair
+    count_plus = orders * (rates.positives - int(rates.accepted_positives[plus]))
+    count_minus = orders * int(rates.accepted_negatives[minus])
     # Just below the point of the grid, since the loss takes a pair at the margin as hard.
     margin_plus, margin_minus = float(np.nextafter(np.float32(plus / HALF - 1), np.float32(-2))), minus / HALF - 1
     if margin_plus < margin_minus:
@@ -344,7 +427,7 @@ def suggest_margins(
         margin_minus=margin_minus,
         count_plus=count_plus,
         count_minus=count_minus,
-        share_plus=count_plus / (2 * rates.positives),
-        share_minus=count_minus / (2 * rates.negatives),
+        share_plus=count_plus / (orders * rates.positives),
+        share_minus=count_minus / (orders * rates.negatives),
         histogram=rates.histogram(),
     )

@@ -1,5 +1,5 @@
 """The commands on files of embeddings: how well one threshold serves the classes (`opis`), which threshold and margins
-to take (`calibrate`, `margins`), and which model (`compare`)."""
+to take (`calibrate`, `margins`), and which model (`compare`). Those on a threshold are in `deployment.py`."""
 
 import argparse
 import importlib
@@ -7,15 +7,16 @@ import importlib.util
 import json
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from tcm_fused.backends.choice import BACKENDS
 from tcm_fused.thresholds.calibration import calibrate, suggest_margins
-from tcm_fused.thresholds.files import SUFFIXES, Labelled, load
+from tcm_fused.thresholds.files import SUFFIXES, Labelled, load, load_column
+from tcm_fused.thresholds.frames import csv_text
 from tcm_fused.thresholds.opis import opis
 from tcm_fused.thresholds.outputs import check_outputs, check_picture, write_whole
 from tcm_fused.thresholds.rates import percent
@@ -26,7 +27,7 @@ _LONG = 20_000  # rows from which on a bar is shown
 
 def add_commands(commands: Any) -> None:
     """To the subparsers of a command line; each sets `run`, which takes the parsed arguments."""
-    command = _add(
+    command = add_command(
         commands,
         "opis",
         _opis,
@@ -36,9 +37,10 @@ def add_commands(commands: Any) -> None:
         "classes alike.",
         "example: python -m tcm_fused opis test_emb.npy test_labels.npy --far 1e-3 1e-2 --plot utility.png",
     )
-    _add_set(command)
+    add_set(command)
+    add_tables(command)
     _add_opis_options(command)
-    command = _add(
+    command = add_command(
         commands,
         "calibrate",
         _calibrate,
@@ -47,11 +49,12 @@ def add_commands(commands: Any) -> None:
         "is accepted, or the highest at which at most the share --frr of the positive pairs is rejected.",
         "example: python -m tcm_fused calibrate held_out.npz --far 1e-3 --plot similarities.png",
     )
-    _add_set(command)
-    bound = command.add_mutually_exclusive_group(required=True)
-    bound.add_argument("--far", type=float, metavar="RATE", help="most false accepts, between 0 and 1")
-    bound.add_argument("--frr", type=float, metavar="RATE", help="most false rejects, between 0 and 1")
-    command = _add(
+    add_set(command)
+    add_tables(command)
+    add_targets(command, also=("coverage",))
+    command.add_argument("--save", type=Path, metavar="OUT.json", help="write the threshold, for `evaluate`")
+    add_picture(command)
+    command = add_command(
         commands,
         "margins",
         _margins,
@@ -60,10 +63,10 @@ def add_commands(commands: Any) -> None:
         "pairs lies below margin_plus, the share --far of the negative pairs reaches margin_minus.",
         "example: python -m tcm_fused margins held_out.npz --far 0.01 --frr 0.1",
     )
-    _add_set(command)
+    add_set(command)
     command.add_argument("--far", type=float, metavar="SHARE", required=True, help="of negatives to mine, 0 to 1")
     command.add_argument("--frr", type=float, metavar="SHARE", required=True, help="of positives to mine, 0 to 1")
-    command = _add(
+    command = add_command(
         commands,
         "compare",
         _compare,
@@ -76,10 +79,16 @@ def add_commands(commands: Any) -> None:
     _add_opis_options(command)
 
 
-def _add(
-    commands: Any, name: str, run: Callable[[argparse.Namespace], None], short: str, long: str, example: str
+def add_command(
+    commands: Any,
+    name: str,
+    run: Callable[[argparse.Namespace], None],
+    short: str,
+    long: str,
+    example: str,
+    counts: bool = True,
 ) -> argparse.ArgumentParser:
-    """A command, with the options that all have that read embeddings."""
+    """A command, with the options that all have, or all that count pairs."""
     command: argparse.ArgumentParser = commands.add_parser(
         name,
         help=short,
@@ -90,6 +99,8 @@ def _add(
     command.set_defaults(run=run)
     command.add_argument("--json", type=Path, metavar="OUT.json", help="write everything that was found")
     command.add_argument("--plot", type=Path, metavar="OUT.png", help="draw it (.png, .pdf or .svg)")
+    if not counts:
+        return command
     command.add_argument(
         "--backend",
         default="auto",
@@ -108,7 +119,8 @@ def _count(text: str) -> int:
     return int(text)
 
 
-def _add_set(command: argparse.ArgumentParser) -> None:
+def add_set(command: argparse.ArgumentParser) -> None:
+    """The arguments that name the embeddings: one set or two, with groups."""
     kinds = ", ".join(SUFFIXES)
     command.add_argument("embeddings", type=Path, metavar="EMB", help=f"[N, D] numbers, of any length ({kinds})")
     command.add_argument(
@@ -118,7 +130,64 @@ def _add_set(command: argparse.ArgumentParser) -> None:
         metavar="LABELS",
         help="[N] integers or text; may be missing if EMB is an .npz with the arrays 'embeddings' and 'labels'",
     )
+    command.add_argument("--ref", type=Path, metavar="EMB", help="a gallery, which EMB are queries against")
+    command.add_argument("--ref-labels", type=Path, metavar="LABELS", help="of --ref, unless it is an .npz of both")
+    command.add_argument("--groups", type=Path, metavar="FILE", help="[N] integers or text, such as cameras")
+    command.add_argument("--ref-groups", type=Path, metavar="FILE", help="those of --ref")
+    command.add_argument(
+        "--group-pairs",
+        default="within",
+        choices=("within", "across"),
+        help="which pairs count, with --groups (default: within)",
+    )
     command.add_argument("--worst", type=_count, default=5, metavar="K", help="how many classes to list (default: 5)")
+
+
+def add_tables(command: argparse.ArgumentParser, csv: str = "the classes") -> None:
+    """Where tables are written."""
+    command.add_argument("--csv", type=Path, metavar="OUT.csv", help=f"write the table of {csv}")
+    command.add_argument("--markdown", type=Path, metavar="OUT.md", help="write the rates as a table")
+
+
+def add_targets(command: argparse.ArgumentParser, also: Sequence[str] = ()) -> Any:
+    """The options of which one says how a threshold is found (see `targets`); returns their group."""
+    group = command.add_mutually_exclusive_group()
+    group.add_argument("--far", type=float, metavar="RATE", help="most false accepts, between 0 and 1")
+    group.add_argument("--frr", type=float, metavar="RATE", help="most false rejects, between 0 and 1")
+    group.add_argument("--precision", type=float, metavar="SHARE", help="least share of right ones among the accepted")
+    if "coverage" in also:
+        group.add_argument("--coverage", type=float, metavar="SHARE", help="least share of queries that are answered")
+        group.add_argument(
+            "--false-alarm", type=float, metavar="RATE", help="most accepts of queries that nothing matches"
+        )
+    group.add_argument("--f-beta", type=float, metavar="BETA", help="the best F-score of precision and recall")
+    group.add_argument("--eer", action="store_true", help="equal false accept and false reject rates")
+    group.add_argument(
+        "--min-dcf", type=float, metavar="PRIOR", help="least detection cost, with this prior of a match"
+    )
+    command.add_argument(
+        "--costs",
+        type=float,
+        nargs=2,
+        metavar=("MISS", "ACCEPT"),
+        default=(1.0, 1.0),
+        help="of --min-dcf (default: 1 1)",
+    )
+    return group
+
+
+def targets(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Those options, as the functions take them; ValueError if there is none."""
+    names = ("far", "frr", "precision", "coverage", "false_alarm", "f_beta", "eer", "min_dcf")
+    given = {name: getattr(arguments, name, None) for name in names}
+    found = {name: value for name, value in given.items() if value is not None and value is not False}
+    if not found:
+        others = [name for name in names[2:] if hasattr(arguments, name)]
+        raise ValueError(
+            "one of the arguments --far --frr is required, or one of "
+            + " ".join(f"--{name.replace('_', '-')}" for name in (*others, "threshold") if hasattr(arguments, name))
+        )
+    return found | {"costs": tuple(arguments.costs)}
 
 
 def _add_opis_options(command: argparse.ArgumentParser) -> None:
@@ -140,22 +209,32 @@ def _add_opis_options(command: argparse.ArgumentParser) -> None:
 
 
 def _opis(arguments: argparse.Namespace) -> None:
-    data, result, written = _measure(arguments, opis, _opis_options(arguments))
-    print(f"{_rows(data)}, {result.report(arguments.worst)}\n{written}", end="")
+    sets = read_sets(arguments)
+    result = opis(**sets.arguments, **_opis_options(arguments))
+    written = write(arguments, result)
+    print(f"{sets.rows}, {result.report(arguments.worst)}")
+    print("".join(written), end="")
 
 
 def _calibrate(arguments: argparse.Namespace) -> None:
-    data, found, written = _measure(arguments, calibrate, _rates(arguments))
-    print(f"{_rows(data)}; {found.report(arguments.worst)}\n{written}", end="")
+    asked = targets(arguments)
+    sets = read_sets(arguments)
+    found = calibrate(**sets.arguments, **asked, backend=arguments.backend)
+    written = write(arguments, found)
+    print(f"{sets.rows}; {found.report(arguments.worst)}")
+    print("".join(written), end="")
 
 
 def _margins(arguments: argparse.Namespace) -> None:
-    _, found, written = _measure(arguments, suggest_margins, _rates(arguments))
-    print(f"{found.report()}\n{written}", end="")
+    sets = read_sets(arguments)
+    found = suggest_margins(**sets.arguments, far=arguments.far, frr=arguments.frr, backend=arguments.backend)
+    written = write(arguments, found)
+    print(found.report())
+    print("".join(written), end="")
 
 
 def _compare(arguments: argparse.Namespace) -> None:
-    _check_outputs(arguments, arguments.files)
+    check_files(arguments, arguments.files)
     names = [path.stem for path in arguments.files]
     for name in names:
         if names.count(name) > 1:
@@ -195,34 +274,44 @@ def _opis_options(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _rates(arguments: argparse.Namespace) -> dict[str, Any]:
-    return {"far": arguments.far, "frr": arguments.frr, "backend": arguments.backend}
+class Sets(NamedTuple):
+    """All that was read, as the functions take it, and a line on the rows."""
+
+    arguments: dict[str, Any]
+    rows: str
 
 
-def _check_outputs(arguments: argparse.Namespace, inputs: list[Path | None]) -> None:
+def check_files(arguments: argparse.Namespace, inputs: Sequence[Path | None]) -> None:
     """Before any work, so that none is lost."""
     check_picture(arguments.plot)
     if arguments.plot is not None:
         importlib.import_module("tcm_fused.thresholds.plots")  # its error says how to install matplotlib
-    check_outputs([arguments.json, arguments.plot], inputs)
+    outputs = [getattr(arguments, name, None) for name in ("json", "plot", "csv", "markdown", "save", "out")]
+    check_outputs(outputs, inputs)
 
 
-def _measure(
-    arguments: argparse.Namespace, measure: Callable[..., Any], options: dict[str, Any]
-) -> tuple[Labelled, Any, str]:
-    """The set, its result, and lines that say which files were written.
-
-    The files are written before the page is printed, which a reader may cut short, such as `| head`.
-    """
-    _check_outputs(arguments, [arguments.embeddings, arguments.labels])
+def read_sets(arguments: argparse.Namespace) -> Sets:
+    """The sets, their labels and groups where they are to be."""
+    if arguments.ref is None and arguments.ref_labels is not None:
+        raise ValueError("--ref-labels came without --ref; give both or neither")
+    if arguments.ref_groups is not None and (arguments.ref is None or arguments.groups is None):
+        raise ValueError("--ref-groups came without --ref and --groups")
+    names = ("embeddings", "labels", "ref", "ref_labels", "groups", "ref_groups")
+    check_files(arguments, [getattr(arguments, name) for name in names])
     data = load(arguments.embeddings, arguments.labels)
-    result = measure(*_placed(arguments, data), **options, **_progress(data))
-    written = ""
-    if arguments.json:
-        written += _write_json(arguments.json, result.to_dict())
-    if arguments.plot:
-        written += _save_picture(arguments.plot, result.plot())
-    return data, result, written
+    found: dict[str, Any] = dict(zip(("embeddings", "labels"), _placed(arguments, data), strict=True))
+    rows = _rows(data)
+    if arguments.ref is not None:
+        gallery = load(arguments.ref, arguments.ref_labels)
+        found |= zip(("ref_emb", "ref_labels"), _placed(arguments, gallery), strict=True)
+        rows += f" against {len(gallery.labels):,}"
+    for name, side in (("groups", "embeddings"), ("ref_groups", "ref_emb")):
+        path = getattr(arguments, name)
+        if path is not None:
+            found[name] = load_column(path, len(found[side]))
+    if arguments.groups is not None:
+        found["group_pairs"] = arguments.group_pairs
+    return Sets(found | _progress(data), rows)
 
 
 def _placed(arguments: argparse.Namespace, data: Labelled) -> tuple[Any, Any]:
@@ -248,8 +337,54 @@ def _rows(data: Labelled) -> str:
     return f"{len(data.embeddings):,} rows of {data.embeddings.shape[1]} columns"
 
 
+def write(arguments: argparse.Namespace, result: Any) -> list[str]:
+    """The files that were asked for; returns lines that say so, for the end of the page.
+
+    Before the page, which a reader may cut short, such as `| head`.
+    """
+    written = []
+    if arguments.json:
+        written.append(_write_json(arguments.json, result.to_dict()))
+    if getattr(arguments, "csv", None):
+        written.append(write_text(arguments.csv, csv_text(result.columns())))
+    if getattr(arguments, "markdown", None):
+        written.append(write_text(arguments.markdown, result.to_markdown()))
+    if getattr(arguments, "save", None):
+        result.threshold.save(arguments.save)
+        written.append(f"wrote {printable(arguments.save)}\n")
+    if arguments.plot:
+        written.append(_save_picture(arguments.plot, _picture(result, getattr(arguments, "picture", None))))
+    return written
+
+
+PICTURES_OF = ("similarities", "det", "roc", "far", "frr")
+
+
+def add_picture(command: argparse.ArgumentParser, default: str = "similarities") -> None:
+    """Which picture --plot draws."""
+    command.add_argument(
+        "--picture", default=default, choices=PICTURES_OF, help=f"that --plot draws (default: {default})"
+    )
+
+
+def _picture(result: Any, kind: str | None) -> Any:
+    from tcm_fused.thresholds import curve_plots, plots
+
+    if kind is None:
+        return result.plot()
+    if kind in ("far", "frr"):
+        return curve_plots.plot_rates(result, kind)
+    draw = {"similarities": plots.plot_similarities, "det": curve_plots.plot_det, "roc": curve_plots.plot_roc}
+    return draw[kind](result)
+
+
 def _write_json(path: Path, content: Any) -> str:
-    write_whole(path, lambda part: part.write_text(json.dumps(content, allow_nan=False) + "\n", encoding="utf-8"))
+    return write_text(path, json.dumps(content, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> str:
+    """The file, whole or not at all; returns a line that says so."""
+    write_whole(path, lambda part: part.write_text(text, encoding="utf-8"))
     return f"wrote {printable(path)}\n"
 
 

@@ -50,6 +50,39 @@ def load(embeddings: Path, labels: Path | None) -> Labelled:
     return Labelled(x.astype(dtype, copy=False), *_classes(labels, y))
 
 
+def load_embeddings(path: Path, rows: int | None) -> Array:
+    """Embeddings [N, D] alone, of their file; `rows` if their number is known, as it must be of a .csv file.
+
+    Raises:
+        ValueError, ImportError: as `load`.
+    """
+    x = _opened(path, "embeddings")
+    if isinstance(x, Csv):
+        with _naming(path, "embeddings"):
+            if rows is None:
+                raise ValueError("without names of its rows nothing tells whether its first line is a header")
+            x = csv_files.embeddings_of(x, csv_files.settle(x, rows)[0])
+    _check_embeddings(path, x)
+    return x
+
+
+def load_column(path: Path, rows: int) -> Array:
+    """Labels or groups [rows] of a file: integers, or text.
+
+    Raises:
+        ValueError, ImportError: as `load`; also where it has another number of rows.
+    """
+    y = _opened(path, "labels")
+    if isinstance(y, Csv):
+        with _naming(path, "labels"):
+            y = csv_files.labels_of(y, csv_files.settle(rows, y)[1])
+    y = _column(path, y)
+    if len(y) != rows:
+        raise ValueError(f"{path} has {len(y):,} rows, but there are {rows:,} embeddings")
+    codes, names = _classes(path, y)
+    return codes if names is None else names[codes]
+
+
 def _opened(path: Path, name: str) -> Array | Csv:
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:

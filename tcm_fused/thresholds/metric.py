@@ -11,8 +11,10 @@ from torch import Tensor
 from tcm_fused.arguments import check_choice, check_set, int64_labels
 from tcm_fused.backends import choice
 from tcm_fused.backends.numerics import wide_dtype
+from tcm_fused.thresholds.evaluation import rates_or_nan
 from tcm_fused.thresholds.opis import SCORES, OPISResult, check_options, opis, scores_or_nan, warn_of_nan
 from tcm_fused.thresholds.sets import as_labels
+from tcm_fused.thresholds.threshold import Threshold, as_threshold
 
 try:
     from torchmetrics import Metric
@@ -44,7 +46,8 @@ class OPIS(Metric):
 
     details: the form of the scores that `compute` and `forward` return. False: OPIS, a scalar, as torchmetrics'
         wrappers, its plots and Lightning's `self.log` take it. True: a dict of the scalars "opis", "eps_opis" and
-        "recall_at_1".
+        "recall_at_1", and with a `threshold` "far" and "frr".
+    threshold: a `Threshold` or a cosine similarity that is deployed, whose error rates are told beside.
 
     Scalars are float64, or float32 on a device without that. All else that was found is in `result`, an `OPISResult`,
     after `compute`. A score that the rows do not have (no two classes, no class twice, rows that are not finite,
@@ -74,7 +77,7 @@ class OPIS(Metric):
         *("_to_sync", "_should_unsync", "_is_synced", "_cache"),
     )
 
-    def __init__(self, *, details: bool = False, **options: Any) -> None:
+    def __init__(self, *, details: bool = False, threshold: Threshold | float | None = None, **options: Any) -> None:
         own = {name: options.pop(name) for name in self._OPTIONS if name in options}
         super().__init__(**{"dist_sync_fn": gather_rows} | options)
         defaults: dict[str, Any] = opis.__kwdefaults__ or {}
@@ -84,6 +87,7 @@ class OPIS(Metric):
         if not isinstance(details, bool):
             raise TypeError(f"details must be True or False, got {type(details).__name__}")
         self.details = details
+        self.threshold = None if threshold is None else as_threshold(threshold)
         self.options = own
         self.result: OPISResult | None = None
         self.warned = False  # of a score that is NaN
@@ -129,6 +133,8 @@ class OPIS(Metric):
         found: OPISResult | str = "no embeddings were added"
         if len(self.labels) > 0:  # a list of batches, or after a sync one tensor
             scores, found = scores_or_nan(dim_zero_cat(self.embeddings), dim_zero_cat(self.labels), **self.options)
+        if self.threshold is not None and self.details:
+            scores |= self._rates(self.threshold)
         if isinstance(found, str) and not self.warned and self.update_called:  # else torchmetrics warns
             self.warned = True
             warn_of_nan(found)
@@ -136,6 +142,12 @@ class OPIS(Metric):
         dtype = wide_dtype(self.device)
         values = {name: torch.tensor(value, dtype=dtype, device=self.device) for name, value in scores.items()}
         return values if self.details else values["opis"]
+
+    def _rates(self, threshold: Threshold) -> dict[str, float]:
+        if len(self.labels) == 0:
+            return {"far": math.nan, "frr": math.nan}
+        rows = dim_zero_cat(self.embeddings), dim_zero_cat(self.labels)
+        return rates_or_nan(*rows, threshold, self.options.get("backend", "auto"))
 
     def plot(self, val: Any = None, ax: Any = None) -> Any:
         """Draw the score, or several: of `forward` or `compute`, one or a list; None: of `compute`. Needs matplotlib.

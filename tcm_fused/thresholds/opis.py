@@ -9,11 +9,12 @@ import numpy as np
 import torch
 
 from tcm_fused.arguments import check_choice, check_number
+from tcm_fused.thresholds.frames import class_columns, frame, markdown
+from tcm_fused.thresholds.pairing import NothingToMeasure
 from tcm_fused.thresholds.rates import (
     HALF,
     Counts,
     Histogram,
-    NothingToMeasure,
     Pairs,
     Rates,
     Worst,
@@ -21,9 +22,9 @@ from tcm_fused.thresholds.rates import (
     as_similarity,
     check_rate,
     class_rates,
+    fields,
     lowest,
     percent,
-    plain,
     utility_of,
     worst_classes,
 )
@@ -111,7 +112,19 @@ class OPISResult:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the pictures' extra curves, in types that JSON knows; `class_names` where there are some."""
-        return plain(self, leave_out=("curves", *(("class_names",) if self.class_names is None else ())))
+        return fields(self, leave_out=("curves", *(("class_names",) if self.class_names is None else ())))
+
+    def columns(self) -> dict[str, Any]:
+        """The classes as columns of a table."""
+        return class_columns(self, utility=self.class_utility)
+
+    def to_frame(self) -> Any:
+        """The classes as a pandas DataFrame."""
+        return frame(self.columns())
+
+    def to_markdown(self) -> str:
+        """The scores as a table."""
+        return markdown({"score": list(SCORES), "value": [getattr(self, name) for name in SCORES]})
 
     def plot(self, axes: "Axes | None" = None) -> "Axes":
         """Draw the utility of all classes over the threshold; needs matplotlib. See `plot_utility`."""
@@ -128,7 +141,12 @@ def _ends(thresholds: Array) -> str:
 def opis(
     embeddings: Any,
     labels: Any,
+    ref_emb: Any = None,
+    ref_labels: Any = None,
     *,
+    groups: Any = None,
+    ref_groups: Any = None,
+    group_pairs: str = "within",
     far_range: tuple[float, float] = (1e-2, 1e-1),
     frr_range: tuple[float, float] | None = None,
     thresholds: Any = None,
@@ -153,7 +171,8 @@ def opis(
     at most 1. Classes of one sample are left out of the means (and counted), not of the others' negatives.
 
     One pass over the pairs of rows, O(N D + C * num_thresholds) memory. The range is first guessed from 2048 rows and
-    verified afterwards; where the guess was wrong or these rows have too few pairs to tell, there is a second pass.
+    verified afterwards; where the guess was wrong or these rows have too few pairs to tell, there is a second pass (of
+    two sets and groups, always).
     Thresholds from a range are multiples of 2^-17 = 7.6e-6 in similarity, as near to even spacing on the axis as the
     cells of the counts allow, which are finer; where so few multiples lie in the range, there are fewer thresholds
     than asked for. Their first and last lie in the bounds and leave out at most 1/256 of the range at either end.
@@ -165,6 +184,13 @@ def opis(
             data frame, or a list. An array is not copied where PyTorch can look at it, a memory map in float32 say.
         labels: [N], integers or text: a tensor (any integer dtype), an array, a series (categories, too) or a list.
             Rows with a negative label are not looked at. Nor is an index of a series or frame.
+        ref_emb: [M, D], a second set, such as a gallery: then a pair is a row of `embeddings` (a query) with one of
+            these, and no pair is left out. None: the rows are paired with each other, and none with itself.
+        ref_labels: [M], labels of `ref_emb`, in the numbering (or the text) of `labels`.
+        groups: [N], integers or text, for example the camera of each row: only pairs within a group, or only those
+            across groups, count (`group_pairs`). For tens of groups rather than thousands.
+        ref_groups: [M], groups of `ref_emb`.
+        group_pairs: "within" or "across".
         far_range: bounds of the calibration range on the false accept rate over all pairs.
         frr_range: bounds on the false reject rate; given, they replace `far_range`.
         thresholds: [K] ascending, on the axis that `distance` names; given, they replace both ranges.
@@ -173,6 +199,7 @@ def opis(
         beta: weight of sensitivity against specificity, above 0.
         epsilon: share of the classes that are "worst", between 0 and 1.
         backend: "auto", "cpu" or "cuda" (the kernels; on a GPU for all but float64) or "torch" (any device, slower).
+            Two sets, and pairs across groups, are counted by "torch".
         progress: show a bar; needs tqdm.
 
     Raises:
@@ -197,7 +224,7 @@ def opis(
     """
     options = check_options(far_range, frr_range, thresholds, num_thresholds, distance, beta, epsilon)
     name, bounds, given, num_thresholds, beta, epsilon = options
-    pairs = Pairs(embeddings, labels, backend, progress)
+    pairs = Pairs(embeddings, labels, backend, progress, ref_emb, ref_labels, groups, ref_groups, group_pairs)
 
     wide = None
     if given is not None:
@@ -271,7 +298,7 @@ def _count_range(
     They reach half a range beyond either end, so that a guess of the range is good if it is roughly right.
     """
     rates, guess = pairs.sample(), True
-    whole = rates.positives + rates.negatives == pairs.rows * (pairs.rows - 1) // 2
+    whole = rates.positives + rates.negatives == pairs.pairs
     if not whole and bounds[0] * (rates.negatives if name == "far_range" else rates.positives) < 32:
         rates, guess = pairs.count(np.empty(0)).rates, False  # too few pairs to tell
     while True:

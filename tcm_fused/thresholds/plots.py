@@ -11,8 +11,11 @@ from typing import Any
 import numpy as np
 
 from tcm_fused.thresholds.calibration import Calibration, Margins
+from tcm_fused.thresholds.evaluation import Evaluation
 from tcm_fused.thresholds.opis import OPISResult
 from tcm_fused.thresholds.rates import percent
+from tcm_fused.thresholds.threshold import SCORE
+from tcm_fused.thresholds.trials import TrialResult
 
 try:
     from matplotlib.axes import Axes
@@ -36,7 +39,7 @@ def plot_utility(result: OPISResult, axes: Axes | None = None) -> Axes:
     The closer the thin lines lie to their mean within the range, the better one threshold serves all classes.
     """
     own = axes is None
-    axes = axes or _new_axes()
+    axes = axes or new_axes()
     euclidean = result.axis == "euclidean"
     x, utility = result.thresholds, result.utility
     if result.curves is not None:
@@ -59,14 +62,16 @@ def plot_utility(result: OPISResult, axes: Axes | None = None) -> Axes:
     axes.set_xlabel("threshold (Euclidean distance)" if euclidean else "threshold (cosine similarity)")
     axes.set_ylabel(f"utility $U_c$, $\\beta$ = {result.beta:g}")
     _entitle(axes, f"OPIS {result.opis:.3g}  ", f"{percent(result.epsilon)}-OPIS {result.eps_opis:.3g}")
-    _finish(axes, own, columns=2)
+    finish(axes, own, columns=2)
     return axes
 
 
-def plot_similarities(result: OPISResult | Calibration | Margins, axes: Axes | None = None) -> Axes:
+def plot_similarities(
+    result: OPISResult | Calibration | Margins | Evaluation | TrialResult, axes: Axes | None = None
+) -> Axes:
     """Similarities of positive and negative pairs, with the range, the threshold or the margins that were found."""
     own = axes is None
-    axes = axes or _new_axes()
+    axes = axes or new_axes()
     edges, *counts = result.histogram
     names = ("positive pairs", "negative pairs")
     for count, name, colour, style in zip(counts, names, (BLUE, ROSE), ("-", "--"), strict=True):
@@ -79,10 +84,10 @@ def plot_similarities(result: OPISResult | Calibration | Margins, axes: Axes | N
         marks.append((result.margin_minus, f"$m_-$ = {_similarity(result.margin_minus)}", ROSE))
         marks.append((result.margin_plus, f"$m_+$ = {_similarity(result.margin_plus)}", BLUE))
         _entitle(axes, f"Mined: {_rate(result.share_plus)} of positives,", f"{_rate(result.share_minus)} of negatives")
-    elif isinstance(result, Calibration):
-        at = result.threshold
-        marks.append((at.similarity, f"threshold {_similarity(at.similarity)}", GREEN))
-        _entitle(axes, f"False accepts {_rate(at.far)},", f"false rejects {_rate(at.frr)}")
+    elif not isinstance(result, OPISResult):
+        at, rates = result.threshold.similarity, result.threshold if isinstance(result, Calibration) else result
+        marks.append((at, f"threshold {_similarity(at)}", GREEN))
+        _entitle(axes, f"False accepts {_rate(rates.far)},", f"false rejects {_rate(rates.frr)}")
     else:
         _draw_range(axes, result.similarity, result.far)
     ends = result.similarity[[0, -1]].tolist() if isinstance(result, OPISResult) else [mark for mark, _, _ in marks]
@@ -90,11 +95,12 @@ def plot_similarities(result: OPISResult | Calibration | Margins, axes: Axes | N
     axes.set_xlim(*_extent(edges, counts, ends))
     _draw_marks(axes, sorted(marks), named=own)
     axes.ticklabel_format(axis="x", useOffset=False)  # similarities near 1 as they are, and therefore few
-    ticks = round(1.4 * _width(axes) * (1 if np.diff(axes.get_xlim())[0] > 0.1 else 0.4))
+    ticks = round(1.4 * width_of(axes) * (1 if np.diff(axes.get_xlim())[0] > 0.1 else 0.4))
     axes.xaxis.set_major_locator(MaxNLocator(max(ticks, 2), steps=[1, 2, 2.5, 5, 10]))
-    axes.set_xlabel("cosine similarity")
+    is_score = isinstance(result, TrialResult) and result.threshold.metric == SCORE
+    axes.set_xlabel("score" if is_score else "cosine similarity")
     axes.set_ylabel("density of pairs (area 1 each)")
-    _finish(axes, own, columns=2)
+    finish(axes, own, columns=2)
     return axes
 
 
@@ -112,7 +118,7 @@ def _draw_marks(axes: Axes, marks: list[tuple[float, str, str]], named: bool) ->
     since they may be near each other.
     """
     left, right = axes.get_xlim()
-    room = 95 / (72 * _width(axes))  # for a name, of the width
+    room = 95 / (72 * width_of(axes))  # for a name, of the width
     for place, (x, text, colour) in enumerate(marks):
         label = None if named else text
         axes.axvline(x, color=colour, linewidth=1.8, linestyle=("--", "-.")[place % 2], label=label)
@@ -140,7 +146,7 @@ def plot_pareto(results: Mapping[str, OPISResult], axes: Axes | None = None) -> 
     Names stand beside the points where there is room for all of them, else numbers, with a key below.
     """
     own = axes is None
-    axes = axes or _new_axes()
+    axes = axes or new_axes()
     points = sorted((100 * (1 - r.recall_at_1), r.opis, name) for name, r in results.items())
     front: list[tuple[float, float]] = []
     for error, score, _ in points:
@@ -166,8 +172,8 @@ def plot_pareto(results: Mapping[str, OPISResult], axes: Axes | None = None) -> 
         formatter = ScalarFormatter(useOffset=False)
         # A power of ten would stand beside the axis, where the title is.
         axis.set_major_formatter(formatter if largest > 1e-3 else "{x:.4g}")
-    _finish(axes, own, columns=3, corner=True)
-    names = [_shortened(name) for _, _, name in points]
+    finish(axes, own, columns=3, corner=True)
+    names = [shortened(name) for _, _, name in points]
     if not _name_points(axes, points, names):
         _name_points(axes, points, [str(k + 1) for k in range(len(points))], must=True)
         _add_key(axes, own, [f"{k + 1}  {name}" for k, name in enumerate(names)])
@@ -234,7 +240,7 @@ def _write_name(
 
 def _add_key(axes: Axes, own: bool, lines: list[str]) -> None:
     """Names by number below the picture; one of our own grows by them."""
-    columns = max(1, min(3, int(10.5 * _width(axes) / max(map(len, lines)))))
+    columns = max(1, min(3, int(10.5 * width_of(axes) / max(map(len, lines)))))
     rows = math.ceil(len(lines) / columns)
     filled = [lines[k * rows : (k + 1) * rows] for k in range(columns)]
     below = 78  # points, for the axis's own text and the legend
@@ -256,18 +262,19 @@ def _add_key(axes: Axes, own: bool, lines: list[str]) -> None:
         )
 
 
-def _shortened(name: str) -> str:
+def shortened(name: str, most: int = 44) -> str:
     """A name for a picture: on one line, without its middle where it is long, and no formula."""
     name = " ".join(name.split())
-    name = name if len(name) <= 44 else f"{name[:26]}...{name[-15:]}"
+    name = name if len(name) <= most else f"{name[: most * 3 // 5]}...{name[most * 3 // 5 + 3 - most :]}"
     return name.replace("$", r"\$")
 
 
-def _new_axes() -> Axes:
+def new_axes() -> Axes:
+    """Of a figure of its own, which no window shows."""
     return Figure(figsize=(7.2, 4.6), dpi=150, layout="constrained").subplots()
 
 
-def _width(axes: Axes) -> float:
+def width_of(axes: Axes) -> float:
     """In inches, before the layout is settled."""
     figure = axes.get_figure(root=True)
     assert figure is not None
@@ -276,10 +283,11 @@ def _width(axes: Axes) -> float:
 
 def _entitle(axes: Axes, first: str, second: str) -> None:
     """On one line where the axes are wide enough."""
-    axes.set_title(first + ("\n" if _width(axes) < 4.2 else " ") + second, loc="left", color=INK)
+    axes.set_title(first + ("\n" if width_of(axes) < 4.2 else " ") + second, loc="left", color=INK)
 
 
-def _finish(axes: Axes, own: bool, columns: int, corner: bool = False) -> None:
+def finish(axes: Axes, own: bool, columns: int, corner: bool = False) -> None:
+    """Grid, frame and legend, alike in all pictures."""
     axes.grid(color="#E5E5E5", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)

@@ -1,7 +1,10 @@
-"""The pairs of a labelled set, counted by similarity, and the rates that follow; for `opis` and `calibrate`."""
+"""The pairs of a labelled set, or of two, counted by similarity, and the rates that follow: the one source of figures
+for `opis`, `calibrate`, `suggest_margins` and `evaluate`. Which rows are paired is a matter of `pairing.py`."""
 
 import math
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -9,21 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tcm_fused.arguments import check_choice, check_set, int64_labels
-from tcm_fused.backends.choice import BACKENDS, choose_counter
-from tcm_fused.thresholds.sets import Array, as_embeddings, as_labels, shown
+from tcm_fused.arguments import check_choice
+from tcm_fused.backends.choice import BACKENDS, choose_between, choose_counter
+from tcm_fused.thresholds.pairing import Block, blocks, check_finite, number_classes, read_sides
+from tcm_fused.thresholds.sets import Array, shown
 
 BITS = 17  # the grid of similarities has steps of 2^-17 = 7.6e-6
 HALF = 1 << BITS
 _SAMPLE_BLOCKS, _SAMPLE_ROWS = 64, 32  # rows that the range of thresholds is guessed from
-
-
-class NothingToMeasure(ValueError):
-    """The set has no such score, although all arguments are right: too few rows or classes, rows that are not
-    finite, an empty range of thresholds. Inside a training run that is NaN and no reason to end it.
-    """
-
-    recall_at_1 = math.nan  # which can be told where it is only the range that is empty
 
 
 class Worst(NamedTuple):
@@ -89,7 +85,8 @@ class Counts(NamedTuple):
 
     rates: Rates
     class_below: Tensor  # [2, C + 1, T] int64, pairs from threshold 0 to below threshold k + 1, summed up along T
-    recall_at_1: float
+    best: Tensor  # [2, N] each query's largest similarity to a positive and to a negative, -inf where there is none
+    groups: dict[int, tuple[Array, Array]]  # of each group that pairs are within: pairs [2] and accepted pairs [2, T]
 
     def accepted(self, index: Array) -> tuple[Array, Array, Array]:
         """Accepted pairs at thresholds `index` [K]: positives and negatives of each class [C, K], and in all [2, K]."""
@@ -101,120 +98,236 @@ class Counts(NamedTuple):
         total[1] //= 2  # each negative is one of both its classes
         return accepted[0, :-1], accepted[1, :-1], total
 
+    @property
+    def recall_at_1(self) -> float:
+        """Share of the queries with a positive whose nearest is one; a tie, but for rounding, is no hit."""
+        hit = self.is_hit[self.best[0] > -torch.inf]
+        return int(hit.sum()) / len(hit)
+
+    @property
+    def is_hit(self) -> Tensor:
+        """[N] whether the nearest of each query is a positive."""
+        return self.best[0] > self.best[1] + 8 * torch.finfo(self.best.dtype).eps
+
 
 class Pairs:
-    """Embeddings with labels, checked, and ready to be counted.
+    """Embeddings with labels, checked, and ready to be counted; against a second set, or within or across groups.
 
     Raises:
-        TypeError, ValueError: an argument is wrong, or the set has no positive or no negative pair.
+        TypeError, ValueError: an argument is wrong, or there is no positive or no negative pair.
         RuntimeError: the backend asked for is not available.
     """
 
-    def __init__(self, embeddings: Any, labels: Any, backend: str, progress: bool) -> None:
+    def __init__(
+        self,
+        embeddings: Any,
+        labels: Any,
+        backend: str,
+        progress: bool,
+        ref_emb: Any = None,
+        ref_labels: Any = None,
+        groups: Any = None,
+        ref_groups: Any = None,
+        group_pairs: str = "within",
+    ) -> None:
         check_choice("backend", backend, ("auto", *BACKENDS))
-        given, embeddings = labels, as_embeddings("embeddings", embeddings)
-        labels, names = as_labels("labels", labels)
-        if not isinstance(given, Tensor):  # it was on no device
-            labels = labels.to(embeddings.device)
-        check_set("embeddings", embeddings, "labels", labels)
-        x = embeddings.detach()
-        self.x = x if x.dtype == torch.float64 else x.float()
-        self._operator = choose_counter(backend, self.x.device.type, self.x.dtype)
-        labels = int64_labels(labels, "labels")
-        takes_part = labels >= 0
-        # By the norm, which takes no memory of the size of x as isfinite() of each component does.
-        finite = torch.linalg.vector_norm(self.x, torch.inf, dim=1).isfinite() | ~takes_part
-        if not bool(finite.all()):
-            row = int((~finite).nonzero()[0])
-            raise NothingToMeasure(
-                f"embeddings must be finite, but {int((~finite).sum())} of {len(finite)} rows hold NaN or infinity, "
-                f"the first is row {row}; a model that diverged or an overflow in float16 gives such rows"
-            )
-        ids, inverse, sizes = labels[takes_part].unique(return_inverse=True, return_counts=True)
-        if len(ids) < 2:
-            raise NothingToMeasure(
-                f"labels must name at least two classes (0 or above), got {len(ids)}: no pair is negative"
-            )
-        counted = sizes > 1
-        if not bool(counted.any()):
-            raise NothingToMeasure(
-                f"no class has two samples: {len(ids)} classes for {len(inverse)} rows, no pair is positive"
-            )
-        # Classes that are counted come first; those of one sample follow.
-        index = torch.where(counted, counted.cumsum(0) - 1, counted.sum() + (~counted).cumsum(0) - 1)
-        self.y = torch.full_like(labels, -1)
-        self.y[takes_part] = index[inverse]
-        self.class_ids: Array = ids[counted].cpu().numpy()
-        self.class_sizes: Array = sizes[counted].cpu().numpy()
+        check_choice("group_pairs", group_pairs, ("within", "across"))
+        own, reference, names, self.group_names = read_sides(
+            embeddings, labels, ref_emb, ref_labels, groups, ref_groups
+        )
+        sides = [own] if reference is None else [own, reference]
+        self._dtype = torch.float64 if any(s.x.dtype == torch.float64 for s in sides) else torch.float32
+        self._backend, device = backend, own.x.device.type
+        self._operator = choose_counter(backend, device, self._dtype) if reference is None else None
+        # Converted here, once; but of a memory map panel by panel.
+        sides = [s if s.file is not None else s._replace(x=s.x.to(self._dtype)) for s in sides]
+        for side in sides:
+            check_finite(side)
+        classes, self._own, self._reference = number_classes(
+            sides[0], None if reference is None else sides[1], group_pairs
+        )
+        self._blocks = blocks(self._own, self._reference, group_pairs)
+        self._between: Any = None
+        if any(block.columns is not None for block in self._blocks):
+            self._between = choose_between(backend, device, self._dtype)
+        self.classes = classes
+        counted = slice(classes.counted)
+        self.class_ids: Array = classes.ids[counted]
+        self.class_sizes: Array = classes.sizes[counted]
+        self.class_positives: Array = classes.positives[counted]  # pairs of two samples of each class, [C]
+        self.class_negatives: Array = classes.negatives[counted]  # pairs of which one sample is in the class, [C]
         self.class_names: Array | None = None if names is None else names[self.class_ids]
-        self.left_out = int((~counted).sum())
-        self.rows = len(inverse)
+        self.left_out = len(classes.ids) - classes.counted
+        self.pairs = int(classes.positives.sum()) + int(classes.negatives.sum()) // 2
         self.recall_at_1 = math.nan  # until `count`
         self._progress = progress
 
     @property
-    def class_positives(self) -> Array:
-        """Unordered positive pairs of each class, [C]."""
-        return self.class_sizes * (self.class_sizes - 1) // 2
+    def dtype(self) -> torch.dtype:
+        """Of similarities: float32, or float64 where there are such embeddings."""
+        return self._dtype
 
     @property
-    def class_negatives(self) -> Array:
-        """Pairs of which one is in the class, [C]."""
-        return self.class_sizes * (self.rows - self.class_sizes)
+    def x(self) -> Tensor:
+        """[N, D] the embeddings, those of the queries."""
+        return self._own.x
+
+    @property
+    def y(self) -> Tensor:
+        """[N] their classes, by place; negative: of none."""
+        return self._own.y
+
+    @property
+    def is_open(self) -> bool:
+        """Whether queries stand against a set of others, rather than each other."""
+        return self._reference is not None
 
     def sample(self) -> Rates:
-        """Rates of about 2000 rows: blocks of rows neighbouring in label, so that there are positives among them."""
-        order = self.y.argsort(stable=True)[len(self.y) - self.rows :]
-        last = max(self.rows - _SAMPLE_ROWS, 0)
+        """Rates of about 2000 rows: blocks of rows neighbouring in label, so that there are positives among them.
+
+        Of two sets, groups and memory maps those of all rows.
+        """
+        rows = int((self.y >= 0).sum())
+        if self._own.groups is not None or self._reference is not None or self._own.file is not None:
+            return self.count(np.empty(0)).rates
+        order = self.y.argsort(stable=True)[len(self.y) - rows :]
+        last = max(rows - _SAMPLE_ROWS, 0)
         starts = torch.arange(_SAMPLE_BLOCKS, device=order.device) * last // (_SAMPLE_BLOCKS - 1)
         index = (starts[:, None] + torch.arange(_SAMPLE_ROWS, device=order.device)).flatten()
-        index = order[index[index < self.rows].unique()]
+        index = order[index[index < rows].unique()]
+        assert self._operator is not None
         counts, _, _ = self._operator(self.x[index], self.y[index], 0, self.x.new_empty(0), BITS, None)
         return _rates(counts)
 
-    def count(self, thresholds: Array) -> Counts:
-        """One pass over all pairs, with the classes' counts at ascending similarities [T]."""
-        dtype = np.float64 if self.x.dtype == torch.float64 else np.float32  # the device may have no float64
-        t = torch.from_numpy(thresholds.astype(dtype)).to(self.x.device)
-        classes = len(self.class_ids)
-        counts, class_counts, best = self._run(self.x, self.y, classes, t, BITS)
-        hit = (best[0] > best[1] + 8 * torch.finfo(best.dtype).eps)[(self.y >= 0) & (self.y < classes)]
-        self.recall_at_1 = int(hit.sum()) / len(hit)
-        return Counts(_rates(counts), class_counts.cumsum_(dim=2), self.recall_at_1)
+    def count(self, thresholds: Array, all_classes: bool = False) -> Counts:
+        """One pass over all pairs, with the classes' counts at ascending similarities [T].
 
-    def _run(self, *arguments: Any) -> Any:
-        """The operator, with a bar of its progress if wanted."""
-        if not self._progress:
-            return self._operator(*arguments, None)
-        try:
-            from tqdm import tqdm
-        except ImportError as error:
-            raise ImportError("progress=True needs tqdm: pip install tqdm") from error
+        Classes without a positive pair share one row of counts, unless `all_classes`.
+        """
+        dtype = np.float64 if self._dtype == torch.float64 else np.float32  # the device may have no float64
+        t = torch.from_numpy(thresholds.astype(dtype)).to(self.x.device)
+        classes = len(self.classes.ids) if all_classes else len(self.class_ids)
+        counted = _Sum(t, classes, len(self.y))
+        with _bar(self._progress, len(self._blocks)) as bar:
+            for block in self._blocks:
+                counted.add(block, *self._run(block, classes, t, bar))
+        counts = counted.counts()
+        self.recall_at_1 = counts.recall_at_1
+        return counts
+
+    def _run(self, block: Block, classes: int, t: Tensor, bar: "_Bar") -> tuple[Tensor, ...]:
+        """The tables of one block; the last has the best of its columns, where these are rows of the same set."""
+        own, other = self._own, self._own if self._reference is None else self._reference
+        rows = own.x[block.rows].to(self._dtype), own.y[block.rows]
+        if block.columns is None:
+            found: tuple[Tensor, ...] = bar.run(self._operator, own.x.device, *rows, classes, t, BITS)
+        else:
+            columns = other.x[block.columns].to(self._dtype), other.y[block.columns]
+            found = bar.run(self._between, own.x.device, *rows, *columns, classes, t, BITS)
+            found = found[:3] if self._reference is not None else found
+        own.release()
+        other.release()
+        return found
+
+
+class _Sum:
+    """Tables of blocks, added up."""
+
+    def __init__(self, thresholds: Tensor, classes: int, rows: int) -> None:
+        self.tables: tuple[Tensor, Tensor] | None = None
+        self.best = thresholds.new_full((2, rows), -torch.inf)
+        self.groups: dict[int, tuple[Array, Array]] = {}
+
+    def add(
+        self, block: Block, counts: Tensor, class_counts: Tensor, best: Tensor, ref_best: Tensor | None = None
+    ) -> None:
+        """Those of one block."""
+        if block.group is not None:
+            self._add_group(block.group, counts, class_counts)
+        if self.tables is None:
+            self.tables = counts, class_counts
+        else:
+            self.tables[0].add_(counts)
+            self.tables[1].add_(class_counts)
+        self._raise(block.rows, best)
+        if ref_best is not None and block.columns is not None:
+            self._raise(block.columns, ref_best)
+
+    def _raise(self, rows: Tensor | slice, best: Tensor) -> None:
+        self.best[:, rows] = torch.maximum(self.best[:, rows], best)
+
+    def _add_group(self, group: int, counts: Tensor, class_counts: Tensor) -> None:
+        of_group = class_counts.sum(1)
+        of_group[1] //= 2
+        accepted = of_group.flip(1).cumsum(1).flip(1).cpu().numpy()
+        pairs = counts.sum(1).cpu().numpy()
+        before = self.groups.get(group, (0, 0))
+        self.groups[group] = before[0] + pairs, before[1] + accepted
+
+    def counts(self) -> Counts:
+        """All of them."""
+        assert self.tables is not None
+        return Counts(_rates(self.tables[0]), self.tables[1].cumsum_(dim=2), self.best, self.groups)
+
+
+class _Bar:
+    """Runs operators, and shows how far they are."""
+
+    def __init__(self, bar: Any, blocks: int) -> None:
+        self.bar, self.blocks, self.ended = bar, blocks, 0
+
+    def run(self, operator: Any, device: torch.device, *arguments: Any) -> Any:
+        """The operator's result."""
+        if self.bar is None:
+            return operator(*arguments, None)
         done = torch.zeros(2, dtype=torch.int64, device="cpu")
-        stream = torch.cuda.current_stream(self.x.device) if self.x.is_cuda else None  # which is a matter of threads
+        stream = torch.cuda.current_stream(device) if device.type == "cuda" else None  # which is a matter of threads
 
         def work() -> Any:
             if stream is None:
-                return self._operator(*arguments, done)
+                return operator(*arguments, done)
             with torch.cuda.stream(stream):
-                counted = self._operator(*arguments, done)
+                counted = operator(*arguments, done)
             stream.synchronize()  # the bar is to last as long as the work
             return counted
 
-        with ThreadPoolExecutor(1) as pool, tqdm(total=1.0, desc="pairs", bar_format="{l_bar}{bar}| {elapsed}") as bar:
+        with ThreadPoolExecutor(1) as pool:
             future = pool.submit(work)
             while wait([future], timeout=0.1).not_done:
-                bar.update(float(done[0] / done[1].clamp_min(1)) - bar.n)
-            bar.update(1 - bar.n)
+                self._show(self.ended + float(done[0] / done[1].clamp_min(1)))
+            self.ended += 1
+            self._show(self.ended)
             return future.result()
+
+    def _show(self, blocks: float) -> None:
+        self.bar.update(blocks / self.blocks - self.bar.n)
+
+
+@contextmanager
+def _bar(wanted: bool, blocks: int) -> Iterator[_Bar]:
+    if not wanted:
+        yield _Bar(None, blocks)
+        return
+    try:
+        from tqdm import tqdm
+    except ImportError as error:
+        raise ImportError("progress=True needs tqdm: pip install tqdm") from error
+    with tqdm(total=1.0, desc="pairs", bar_format="{l_bar}{bar}| {elapsed}") as bar:
+        yield _Bar(bar, blocks)
 
 
 def class_rates(pairs: Pairs, counts: Counts, index: Array) -> tuple[Array, Array, Array]:
     """Sensitivity and specificity [C, K] at thresholds `index` [K], and accepted pairs in all [2, K]."""
     positives, negatives, total = counts.accepted(index)
     phi = positives / pairs.class_positives[:, None]
-    psi = (pairs.class_negatives[:, None] - negatives) / pairs.class_negatives[:, None]
+    psi = share(pairs.class_negatives[:, None] - negatives, pairs.class_negatives[:, None], 1.0)
     return phi, psi, total
+
+
+def share(part: Array, whole: Any, nothing: float) -> Array:
+    """part / whole, and `nothing` where the whole is 0."""
+    part, whole = np.broadcast_arrays(np.asarray(part, dtype=np.float64), whole)
+    return np.divide(part, whole, out=np.full(part.shape, nothing), where=whole > 0)
 
 
 def utility_of(phi: Array, psi: Array, beta: float) -> Array:
@@ -288,10 +401,15 @@ def check_rate(name: str, value: Any) -> float:
     return float(value)
 
 
-def plain(value: Any, leave_out: tuple[str, ...] = ()) -> Any:
+def fields(result: Any, leave_out: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The fields of a result, each `plain`."""
+    return {name: plain(getattr(result, name)) for name in result.__dataclass_fields__ if name not in leave_out}
+
+
+def plain(value: Any) -> Any:
     """Results as dicts, lists and numbers; NaN as None, which JSON has."""
-    if hasattr(value, "__dataclass_fields__"):
-        return {name: plain(getattr(value, name)) for name in value.__dataclass_fields__ if name not in leave_out}
+    if hasattr(value, "to_dict"):
+        return plain(value.to_dict())
     if isinstance(value, tuple) and hasattr(value, "_asdict"):
         return {name: plain(item) for name, item in value._asdict().items()}
     if isinstance(value, dict):

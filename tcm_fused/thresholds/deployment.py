@@ -1,0 +1,152 @@
+"""The commands on a threshold: its rates on other data (`evaluate`), on a list of pairs (`trials`), and a page of it
+(`report`)."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tcm_fused.thresholds.calibration import calibrate
+from tcm_fused.thresholds.command_line import (
+    add_command,
+    add_picture,
+    add_set,
+    add_tables,
+    add_targets,
+    check_files,
+    read_sets,
+    targets,
+    write,
+    write_text,
+)
+from tcm_fused.thresholds.evaluation import evaluate
+from tcm_fused.thresholds.files import load_embeddings
+from tcm_fused.thresholds.threshold import COSINE, SCORE, Threshold
+from tcm_fused.thresholds.trial_files import Trials, read_trials, rows_of
+from tcm_fused.thresholds.trials import evaluate_trials, trial_similarities
+
+
+def add_commands(commands: Any) -> None:
+    """To the subparsers of a command line; each sets `run`, which takes the parsed arguments."""
+    command = add_command(
+        commands,
+        "evaluate",
+        _evaluate,
+        "a threshold on other data: error rates with intervals, for all and for each class",
+        "Applies a threshold, a number or a file of `calibrate --save`, and tells false accepts and rejects, precision "
+        "and coverage, each with the 95 % interval that holds for other classes of the same kind.",
+        "example: python -m tcm_fused evaluate test_emb.npy test_labels.npy --threshold threshold.json",
+    )
+    add_set(command)
+    add_tables(command)
+    _add_threshold(command, required=True)
+    command.add_argument("--beta", type=float, default=1.0, help="weight of recall in the F-score (default: 1)")
+    add_picture(command)
+    command = add_command(
+        commands,
+        "trials",
+        _trials,
+        "a list of pairs that match or not: error rates, equal error, accuracy by LFW's protocol",
+        "Reads pairs in the form of LFW (pairs.txt), of VoxCeleb (`1 a b`) or CSV, with the rows of EMB that they "
+        "name; or scores with 0 and 1. Finds a threshold, or applies one.",
+        "example: python -m tcm_fused trials pairs.txt embeddings.npy --names files.txt --eer --folds 10",
+        counts=False,
+    )
+    command.add_argument("trials", type=Path, metavar="TRIALS", help="pairs or scores, a text file")
+    command.add_argument("embeddings", type=Path, nargs="?", metavar="EMB", help="[N, D], unless TRIALS has scores")
+    command.add_argument("--names", type=Path, metavar="FILE", help="of the rows of EMB, one a line (default: numbers)")
+    command.add_argument("--folds", type=int, metavar="K", help="parts of the list, for the accuracy by LFW's protocol")
+    add_tables(command, "the rates at every threshold")
+    _add_threshold(add_targets(command), required=False)
+    command.add_argument("--save", type=Path, metavar="OUT.json", help="write the threshold")
+    add_picture(command, "det")
+    command = add_command(
+        commands,
+        "report",
+        _report,
+        "one HTML page on a threshold, with the pictures inside",
+        "Writes one page, which needs no other file: the threshold, its rates, the worst classes, and the pictures. "
+        "With --threshold it is that of `evaluate`, else that of `calibrate`.",
+        "example: python -m tcm_fused report held_out.npz --far 1e-3 --out report.html",
+    )
+    add_set(command)
+    _add_threshold(add_targets(command, also=("coverage",)), required=False)
+    command.add_argument("--out", type=Path, metavar="OUT.html", required=True, help="the page")
+
+
+def _add_threshold(command: Any, required: bool) -> None:
+    options = {"required": True} if required else {}
+    command.add_argument("--threshold", metavar="T", help="a number, or a file of `calibrate --save`", **options)
+
+
+def _threshold(text: str, metric: str = COSINE) -> Threshold:
+    try:
+        number = float(text)
+    except ValueError:
+        return Threshold.load(text)
+    return Threshold(number, metric=metric)
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    threshold = _threshold(arguments.threshold)
+    sets = read_sets(arguments)
+    found = evaluate(**sets.arguments, threshold=threshold, beta=arguments.beta, backend=arguments.backend)
+    written = write(arguments, found)
+    print(f"{sets.rows}; {found.report(arguments.worst)}")
+    print("".join(written), end="")
+
+
+def _trials(arguments: argparse.Namespace) -> None:
+    if arguments.picture in ("far", "frr") and arguments.plot is not None:
+        raise ValueError(f"--picture {arguments.picture} is one of classes, which trials have not")
+    asked: dict[str, Any] = targets(arguments) if arguments.threshold is None else {}
+    check_files(arguments, [arguments.trials, arguments.embeddings, arguments.names])
+    trials = read_trials(arguments.trials)
+    scores, subjects = _scores(arguments, trials)
+    metric = SCORE if trials.scores is not None else COSINE
+    if arguments.threshold is not None:
+        asked = {"threshold": _threshold(arguments.threshold, metric)}
+    folds = trials.folds if arguments.folds is None else arguments.folds
+    found = evaluate_trials(scores, trials.same, **asked, folds=folds, subjects=subjects, metric=metric)
+    written = write(arguments, found)
+    print(found.report())
+    print("".join(written), end="")
+
+
+def _scores(arguments: argparse.Namespace, trials: Trials) -> tuple[Any, tuple[Any, Any] | None]:
+    """Scores [P], and the rows on either side, where trials name some."""
+    if trials.scores is not None:
+        if arguments.embeddings is not None:
+            raise ValueError(f"{arguments.trials} has scores, which need no embeddings; leave EMB out")
+        return trials.scores, None
+    if arguments.embeddings is None or trials.first is None or trials.second is None:
+        raise ValueError(f"{arguments.trials} names rows, so it needs the file EMB of their embeddings")
+    names = None if arguments.names is None else _names(arguments.names)
+    x = load_embeddings(arguments.embeddings, None if names is None else len(names))
+    try:
+        rows = [rows_of(side, names, len(x)) for side in (trials.first, trials.second)]
+    except ValueError as error:
+        raise ValueError(f"{arguments.trials}: {error}") from None
+    return trial_similarities(x, *rows), (np.array(trials.first), np.array(trials.second))
+
+
+def _names(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no text"
+        raise ValueError(f"cannot read names from {path}: {reason}") from error
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    from tcm_fused.thresholds.report import page
+
+    judge = calibrate if arguments.threshold is None else evaluate
+    asked = targets(arguments) if arguments.threshold is None else {"threshold": _threshold(arguments.threshold)}
+    sets = read_sets(arguments)
+    found: Any = judge(**sets.arguments, **asked, backend=arguments.backend)
+    text = page(found, f"{arguments.embeddings.name}: {sets.rows}", arguments.worst)
+    written = [*write(argparse.Namespace(**{**vars(arguments), "picture": None}), found)]
+    written.append(write_text(arguments.out, text))
+    print("".join(written), end="")

@@ -1,0 +1,220 @@
+"""`Threshold`: found by `calibrate`, kept in a file, and applied."""
+
+import json
+import math
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tcm_fused.arguments import check_number
+from tcm_fused.thresholds.outputs import check_outputs, write_whole
+from tcm_fused.thresholds.rates import as_distance, plain
+from tcm_fused.thresholds.sets import as_embeddings
+
+_FORMAT = "tcm_fused.threshold"
+_VERSION = 1
+COSINE, SCORE = "cosine", "score"
+
+
+@dataclass(frozen=True, repr=False)
+class Threshold:
+    """A pair is accepted if its cosine similarity is at least `similarity`.
+
+    Numbers in files have all their digits, so a threshold decides after `load` as it did before `save`.
+
+    Raises:
+        TypeError, ValueError: the similarity is no number, or not from -1 to 1.
+
+    Example:
+        >>> Threshold(0.6).accepts([0.59, 0.6]).tolist()
+        [False, True]
+        >>> Threshold(0.6).accepts([1.0, 0.0], [3.0, 4.0])
+        True
+    """
+
+    similarity: float
+    far: float = math.nan  # false accept rate on the data that it was found on
+    frr: float = math.nan  # false reject rate there
+    target: dict[str, float] = field(default_factory=dict, hash=False)  # as asked for, such as {"far": 0.001}
+    columns: int | None = None  # D of the embeddings that it was found on
+    pairs: tuple[int, int] | None = None  # positive and negative pairs there
+    metric: str = COSINE  # or "score": of trials, on whatever scale their scores have
+
+    def __post_init__(self) -> None:
+        check_number("threshold", self.similarity)
+        if isinstance(self.similarity, bool):
+            raise TypeError("threshold must be a number, got bool")
+        if self.metric not in (COSINE, SCORE):
+            raise ValueError(f"metric must be 'cosine' or 'score', got {self.metric!r}")
+        if self.metric == COSINE and not -1 <= self.similarity <= 1:
+            raise ValueError(
+                f"threshold must be a cosine similarity, from -1 to 1, got {self.similarity}; of a Euclidean distance "
+                "d of unit vectors it is 1 - d^2 / 2, of a cosine distance d it is 1 - d"
+            )
+        object.__setattr__(self, "similarity", float(self.similarity))
+
+    @property
+    def distance(self) -> float:
+        """The Euclidean distance sqrt(2 - 2 s) of unit vectors: pairs up to it are accepted. NaN of a score."""
+        return float(as_distance(np.array(self.similarity))) if self.metric == COSINE else math.nan
+
+    @property
+    def cosine_distance(self) -> float:
+        """1 - s: pairs up to it are accepted. NaN of a score."""
+        return 1 - self.similarity if self.metric == COSINE else math.nan
+
+    def accepts(self, a: Any, b: Any = None) -> Any:
+        """Whether pairs are accepted, by their similarities, or (with `b`) by their embeddings.
+
+        Args:
+            a: similarities of any shape, or embeddings [D] or [N, D] of any scale.
+            b: embeddings [D] or [N, D], row by row those that `a` is compared with; one against many also.
+
+        Returns:
+            bool for one pair; else a tensor of bool where `a` is a tensor, and an array where it is none.
+
+        Raises:
+            TypeError, ValueError: they are no numbers, not finite, or of another dimension than the threshold's.
+        """
+        s = _numbers("similarities", a) if b is None else self._similarity(a, b)
+        if not bool(torch.isfinite(s).all()):
+            raise ValueError("similarities must be finite, but one is NaN or infinity")
+        found = s >= self.above(s.dtype)
+        if found.ndim == 0:
+            return bool(found)
+        return found if isinstance(a, Tensor) else found.numpy()
+
+    def above(self, dtype: torch.dtype) -> float:
+        """The lowest number of a dtype that is accepted: a comparison in that dtype decides as in all digits."""
+        if dtype == torch.float64:
+            return self.similarity
+        near = torch.tensor(self.similarity, dtype=dtype, device="cpu")
+        is_lower = float(near) < self.similarity
+        return float(torch.nextafter(near, torch.full_like(near, torch.inf)) if is_lower else near)
+
+    def check_columns(self, columns: int) -> None:
+        """ValueError unless it is one for embeddings of so many columns."""
+        if self.metric != COSINE:
+            raise ValueError("this threshold is one on scores of trials, and not on cosine similarity of embeddings")
+        if self.columns is not None and self.columns != columns:
+            raise ValueError(
+                f"this threshold is for embeddings of {self.columns} columns, got {columns}: it is another model's"
+            )
+
+    def _similarity(self, a: Any, b: Any) -> Tensor:
+        rows = [_rows(name, value) for name, value in (("a", a), ("b", b))]
+        first, second = (torch.nn.functional.normalize(x.double(), dim=-1, eps=1e-12) for x in rows)
+        if first.shape[-1] != second.shape[-1] or (first.ndim == second.ndim == 2 and len(first) != len(second)):
+            raise ValueError(f"a and b must be pairs of rows, got shapes {list(first.shape)} and {list(second.shape)}")
+        self.check_columns(first.shape[-1])
+        return (first * second.to(first.device)).sum(-1)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, in types that JSON knows."""
+        similar = {"distance": self.distance, "cosine_distance": self.cosine_distance} if self.metric == COSINE else {}
+        return {
+            "similarity": self.similarity,
+            **similar,
+            "far": plain(self.far),
+            "frr": plain(self.frr),
+            "target": dict(self.target),
+            "columns": self.columns,
+            "pairs": None if self.pairs is None else list(self.pairs),
+            "metric": self.metric,
+        }
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write it as JSON: whole, or not at all.
+
+        Raises:
+            ValueError: it cannot be written there; the message says why.
+        """
+        target = Path(path)
+        check_outputs([target])
+        content = {"format": _FORMAT, "version": _VERSION, **self.to_dict()}
+        write_whole(target, lambda part: part.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n"))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "Threshold":
+        """One that `save` wrote.
+
+        Raises:
+            ValueError: there is no such file, or it holds something else; the message names it.
+        """
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ValueError(f"cannot read the threshold {path}: {error.strerror or error}") from error
+        except ValueError as error:
+            raise ValueError(f"{path} is no threshold but no JSON either: {error}") from error
+        if not isinstance(content, dict) or content.get("format") != _FORMAT:
+            raise ValueError(f"{path} is no threshold: calibrate --save and Threshold.save write them")
+        if content.get("version") != _VERSION:
+            raise ValueError(f"{path} has version {content.get('version')!r}, this program reads {_VERSION}")
+        try:
+            return cls(**_fields(content))
+        except (TypeError, ValueError, KeyError) as error:
+            raise ValueError(f"{path} is damaged: {error}") from error
+
+    def __repr__(self) -> str:
+        found = f" for {_asked(self.target)}" if self.target else ""
+        rates = "" if math.isnan(self.far) else f", FAR {self.far:.4g}, FRR {self.frr:.4g}"
+        return f"Threshold({self.metric} {self.similarity!r}{found}{rates})"
+
+
+def as_threshold(value: Any) -> Threshold:
+    """A threshold of a number, or that of a result which has one; one stays."""
+    value = getattr(value, "threshold", value)
+    return value if isinstance(value, Threshold) else Threshold(value)
+
+
+def _asked(target: dict[str, float]) -> str:
+    return ", ".join(f"{name}={value:g}" for name, value in target.items())
+
+
+def _fields(content: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of `Threshold` in a file, of the types that it writes."""
+    pairs, columns, target = content["pairs"], content["columns"], content["target"]
+    if not isinstance(target, dict) or not all(isinstance(value, (int, float)) for value in target.values()):
+        raise ValueError(f"target is {target!r}")
+    if columns is not None and (not isinstance(columns, int) or columns < 1):
+        raise ValueError(f"columns is {columns!r}")
+    if pairs is not None and not (isinstance(pairs, list) and len(pairs) == 2 and all(type(n) is int for n in pairs)):
+        raise ValueError(f"pairs is {pairs!r}")
+    for name in ("far", "frr"):
+        if content[name] is not None and not (isinstance(content[name], (int, float)) and 0 <= content[name] <= 1):
+            raise ValueError(f"{name} is {content[name]!r}")
+    return {
+        **{name: content[name] for name in ("similarity", "metric")},
+        **{name: math.nan if content[name] is None else content[name] for name in ("far", "frr")},
+        "target": target,
+        "columns": columns,
+        "pairs": None if pairs is None else (pairs[0], pairs[1]),
+    }
+
+
+def _numbers(name: str, value: Any) -> Tensor:
+    if isinstance(value, Tensor):
+        if value.is_complex() or value.dtype == torch.bool:
+            raise TypeError(f"{name} must be numbers, got {value.dtype}")
+        wide = value.dtype in (torch.float32, torch.float64)
+        return value.detach() if wide else value.detach().float() if value.is_floating_point() else value.double()
+    try:
+        return torch.from_numpy(np.array(value, dtype=np.float64))
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name} must be numbers, got {type(value).__name__}: {error}") from error
+
+
+def _rows(name: str, value: Any) -> Tensor:
+    one = np.ndim(value) == 1 if not isinstance(value, Tensor) else value.ndim == 1
+    x = as_embeddings(name, value if isinstance(value, Tensor) else np.asarray(value)).detach()
+    if x.ndim != (1 if one else 2):
+        raise ValueError(f"{name} must be an embedding [D] or several [N, D], got shape {list(x.shape)}")
+    if not bool(torch.isfinite(x).all()):
+        raise ValueError(f"{name} must be finite, but it holds NaN or infinity")
+    return x

@@ -1,0 +1,99 @@
+"""Intervals: those of scipy where it has them, and of the right width where pairs share embeddings."""
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+from support import batches
+from support.pair_list import PairList
+
+from tcm_fused import evaluate
+from tcm_fused.thresholds.intervals import (
+    Interval,
+    beta_quantile,
+    binomial_interval,
+    incomplete_beta,
+    jackknife_variance,
+    rate_interval,
+    student_quantile,
+)
+from tcm_fused.thresholds.pairing import NothingToMeasure
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 50, 1_000, 7_000, 10**5, 10**7, 1_800_000_000])
+def test_clopper_and_pearson_as_scipy(n: int) -> None:
+    for k in {min(max(round(n * share), 1), n - 1) for share in (1e-6, 1e-3, 0.1, 0.5, 0.9)} - {0}:
+        expected = stats.binomtest(k, n).proportion_ci(method="exact")
+        assert binomial_interval(k, n) == pytest.approx((expected.low, expected.high), rel=1e-6)
+
+
+def test_rule_of_three() -> None:
+    assert binomial_interval(0, 600) == (0, 3 / 600)
+    assert binomial_interval(600, 600) == (1 - 3 / 600, 1)
+    assert binomial_interval(0, 2) == (0, 1)
+
+
+@pytest.mark.parametrize(("events", "total"), [(0, 0), (1, 0), (-1, 5), (6, 5), (math.nan, 5)])
+def test_intervals_of_nothing(events: float, total: float) -> None:
+    with pytest.raises(NothingToMeasure, match="there must be a trial"):
+        binomial_interval(events, total)
+
+
+def test_distributions_as_scipy() -> None:
+    for a, b, x in [(0.3, 7.0, 0.01), (2.5, 0.5, 0.9), (40.0, 4_000.0, 0.011), (5e3, 5e3, 0.51), (4e3, 1e8, 4.1e-5)]:
+        assert incomplete_beta(a, b, x) == pytest.approx(stats.beta.cdf(x, a, b), rel=1e-7)
+    assert (incomplete_beta(2, 3, 0), incomplete_beta(2, 3, 1)) == (0, 1)
+    for a, b in [(0.01, 3.0), (0.5, 1e6), (30.0, 2.0)]:
+        assert beta_quantile(a, b, 0.025) == pytest.approx(stats.beta.ppf(0.025, a, b), rel=1e-8)
+    for freedom in (1, 2, 5, 30, 11_315):
+        assert student_quantile(freedom) == pytest.approx(stats.t.ppf(0.975, freedom), rel=1e-10)
+
+
+def test_leaving_each_class_out_again() -> None:
+    """The variance from the counts of the classes is that of doing it: without each class's rows, all over again."""
+    rng = np.random.default_rng(3)
+    y = rng.integers(9, size=60)
+    x = batches.embeddings("groups", y, 5, rng)
+    found = evaluate(x, y, threshold=0.4)
+    for name in ("far", "frr"):
+        without = np.array([getattr(PairList.of(x[y != c], y[y != c]), name)(0.4) for c in range(9)])
+        n = found.pairs[name == "far"]
+        assert getattr(found, f"{name}_interval") == pytest.approx(rate_interval(getattr(found, name), without, n))
+    assert jackknife_variance(np.array([1.0, 2.0, 3.0])) == pytest.approx(2 / 3 * 2)
+
+
+def test_width_where_classes_differ() -> None:
+    """Of 150 draws of 40 classes the interval holds the rate of the whole population in about 95 %; that which takes
+    pairs as independent does not."""
+    rng = np.random.default_rng(0)
+    spread = rng.uniform(0.3, 1.5, size=2000)  # of each class of the population
+    centres = rng.standard_normal((2000, 6))
+
+    def draw(classes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        y = np.repeat(classes, 4)
+        return centres[y] + spread[y, None] * rng.standard_normal((len(y), 6)), y
+
+    whole = evaluate(*draw(np.arange(2000)), threshold=0.6)
+    held = np.zeros((2, 2))
+    for _ in range(150):
+        found = evaluate(*draw(rng.choice(2000, 40, replace=False)), threshold=0.6)
+        for k, name in enumerate(("far", "frr")):
+            rate, n = getattr(found, name), found.pairs[name == "far"]
+            for kind, interval in enumerate((getattr(found, f"{name}_interval"), binomial_interval(rate * n, n))):
+                held[kind, k] += interval.low <= getattr(whole, name) <= interval.high
+    assert (held[0] >= 0.9 * 150).all(), held
+    assert (held[1] <= 0.85 * 150).all(), held
+
+
+def test_edges() -> None:
+    assert rate_interval(0.0, np.zeros(5), 100) == (0, 0.03)
+    assert rate_interval(1.0, np.ones(5), 100) == (0.97, 1)
+    assert rate_interval(0.5, np.array([0.4, 0.6]), 100) == (0, 1), "two classes say nothing of others"
+    assert rate_interval(0.5, np.array([0.4, 0.6, math.nan]), 100) == (0, 1), "without one class nothing is left"
+    assert all(map(math.isnan, rate_interval(math.nan, np.ones(5), 0)))
+    alike = rate_interval(0.5, np.full(10, 0.5), 100)
+    assert alike.low < 0.41 < 0.59 < alike.high, "no better than so many independent pairs"
+    assert str(Interval(0.01, 0.02)) == "1 to 2 %"

@@ -1,0 +1,95 @@
+"""The probability of a match: scikit-learn's own estimators on every pair one by one give the same."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import sklearn
+from sklearn.isotonic import IsotonicRegression
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import brier_score_loss
+from support import batches
+from support.oracle import Array
+from support.pair_list import PairList
+
+from tcm_fused import match_probability
+from tcm_fused.thresholds.curve_plots import plot_reliability
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def data(seed: int, n: int = 70) -> tuple[Array, Array]:
+    """Of a noise that makes positives and negatives overlap."""
+    rng = np.random.default_rng(seed)
+    y = rng.integers(8, size=n)
+    return np.random.default_rng(5).standard_normal((8, 6))[y] + 0.8 * rng.standard_normal((n, 6)), y
+
+
+def test_isotonic_of_every_pair() -> None:
+    """But for the width of a cell, 7.6e-6."""
+    x, y = data(0)
+    pairs = PairList.of(x, y)
+    found = match_probability(x, y)
+    expected = IsotonicRegression(y_min=0, y_max=1).fit_transform(pairs.s, pairs.same)
+    assert np.abs(found(pairs.s) - expected).mean() < 1e-3
+    assert found.prior == pytest.approx(pairs.same.mean())
+    assert found.reliability.brier == pytest.approx(brier_score_loss(pairs.same, expected), abs=1e-4)
+    assert found.reliability.error < 1e-9, "isotonic regression is calibrated on its own data"
+    assert (np.diff(found.probability) >= 0).all()
+
+
+def test_platt_of_every_pair() -> None:
+    x, y = data(0)
+    pairs = PairList.of(x, y)
+    found = match_probability(x, y, method="platt")
+    model = LogisticRegression(C=1e6).fit(pairs.s[:, None], pairs.same)
+    assert found(pairs.s) == pytest.approx(model.predict_proba(pairs.s[:, None])[:, 1], abs=2e-3)
+
+
+def test_prior() -> None:
+    """As if there were as many positive pairs as negative ones: each weighs as much as those of its kind together."""
+    x, y = data(1)
+    pairs = PairList.of(x, y)
+    found = match_probability(x, y, prior=0.5)
+    weight = np.where(pairs.same, 0.5 / pairs.same.sum(), 0.5 / (~pairs.same).sum())
+    expected = IsotonicRegression(y_min=0, y_max=1).fit_transform(pairs.s, pairs.same, sample_weight=weight)
+    assert np.abs(found(pairs.s) - expected).mean() < 1e-3
+    assert found(0.9) > match_probability(x, y)(0.9) - 1e-12
+
+
+@pytest.mark.parametrize("method", ["isotonic", "platt"])
+def test_on_other_data(method: str) -> None:
+    found = match_probability(*data(0, 300), method=method, prior=0.3)
+    other = found.evaluate(*data(1, 300))
+    assert other.error < 0.1
+    assert 0 <= other.found.min() <= other.found.max() <= 1
+    assert other.pairs.sum() == pytest.approx(300 * 299 / 2)
+    bins = other.to_frame()
+    assert list(bins) == ["told", "found", "pairs"]
+    assert "calibration error" in plot_reliability(other).get_title(loc="left")
+    assert found.plot().get_xlabel() == "probability of a match, as told"
+    assert "prior 0.3" in repr(found)
+    assert found.to_dict()["method"] == method
+
+
+def test_sets_and_groups() -> None:
+    x, y = data(0)
+    g: Any = np.arange(70) % 2
+    assert match_probability(x, y, groups=g, group_pairs="across")(0.5) != match_probability(x, y)(0.5)
+    assert match_probability(x[:40], y[:40], ref_emb=x[40:], ref_labels=y[40:]).reliability.pairs.sum() == 40 * 30
+
+
+def test_bad_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = batches.batch(20, 4, 3)
+    with pytest.raises(ValueError, match="method='beta' is not known"):
+        match_probability(x, y, method="beta")
+    with pytest.raises(ValueError, match="prior must lie between 0 and 1"):
+        match_probability(x, y, prior=1.0)
+    with pytest.raises(ValueError, match="similarities must be finite"):
+        match_probability(x, y)(np.nan)
+    assert sklearn.__version__
+    for name in ("isotonic", "linear_model"):
+        monkeypatch.setitem(__import__("sys").modules, f"sklearn.{name}", None)
+    for method in ("isotonic", "platt"):
+        with pytest.raises(ImportError, match="pip install scikit-learn"):
+            match_probability(x, y, method=method)
