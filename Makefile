@@ -48,7 +48,7 @@ gpu:
 	$(PYTHON) -m benchmarks.speed.gpu
 
 registers: $(VENV)/built
-	PYTHONPATH=tests $(RUN) tests/kernels/test_ptxas.py
+	$(RUN) -m benchmarks.speed.ptxas
 
 # Into dist/, with the CUDA kernels inside; tried in a new environment with each torch of TORCH (2.11.0: gigabytes).
 wheel: $(VENV)/built

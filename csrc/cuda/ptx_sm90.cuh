@@ -83,6 +83,14 @@ template <int kPending>
 __device__ __forceinline__ void warpgroup_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
+// Waits for all products, which were into `d`. The compiler sees no tie between the wait and d: one is made, so that d is
+// not read or moved before.
+template <int kSize>
+__device__ __forceinline__ void warpgroup_finish(float (&d)[kSize]) {
+  warpgroup_wait<0>();
+#pragma unroll
+  for (int k = 0; k < kSize; ++k) asm volatile("" : "+f"(d[k])::"memory");
+}
 
 // d [64, 256] (+)= a [64, 16] b [256, 16] transposed, by a warpgroup; both operands in shared memory. A lane of warp w
 // of the warpgroup holds rows 16 w + lane / 4 + 8 h and columns 8 n + lane % 4 * 2 + e of d, as d [4 n + 2 h + e].

@@ -69,11 +69,13 @@ __device__ __forceinline__ void work_steps(const Work& w, const Rectangle& recta
   const int of_part = w.width / kDepth, steps = of_part * (w.parts == 2 ? 3 : 1);
   const int half = worker<kColumns>() / 128 * (64 * 128);  // bytes to the warpgroup's rows
   const bool speaks = threadIdx.x % 32 == 0;               // for its warp
-  float s[128];                                            // [tile, word, 8 columns, 2 h + e]
+  // [tile, word, 8 columns, 2 h + e]. The zeros are never read, but without them ptxas 12.6 and 12.8 serialise the
+  // products (C7515); where a visitor moves similarities about, every ptxas does unless they are there for each tile.
+  float s[128] = {};
   Ring<Visitor::kRing> ring;
   TileOrder<2> order(w, rectangle);
   for (bool more = order.find(); more; more = order.next()) {
-    if constexpr (Visitor::kMoves) {  // never read, but without it ptxas serialises the products (C7515)
+    if constexpr (Visitor::kMoves) {
 #pragma unroll
       for (int k = 0; k < 128; ++k) s[k] = 0;
     }
@@ -90,7 +92,7 @@ __device__ __forceinline__ void work_steps(const Work& w, const Rectangle& recta
         if (step > from && speaks) barrier_arrive(memory.empty[held]);
         held = ring.stage;
       }
-      warpgroup_wait<0>();
+      warpgroup_finish(s);
       if (speaks) barrier_arrive(memory.empty[held]);
       if (to < steps) {
 #pragma unroll

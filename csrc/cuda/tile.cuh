@@ -15,10 +15,9 @@ constexpr int kGroup = 8;  // row tiles that neighbouring blocks of threads shar
 enum Held { kRows, kColumns };
 
 struct LossMemory {
-  uint32_t mask[2][kTile][4];  // pairs of each row: positives, negatives; then hard pairs: rows, columns
-  double penalty[2][kWarps];
-  unsigned count[kWarps];  // positives in the low half, negatives in the high half
-  Partial total;           // of all tiles so far
+  uint32_t mask[2][kTile][4];          // pairs of each row: positives, negatives; then hard pairs: rows, columns
+  alignas(16) unsigned count[kWarps];  // of a tile: positives in the low half, negatives in the high half
+  Partial total[kWarps];               // of all tiles so far; each the first lane's of its warp
   float margin[2];
 };
 
@@ -164,27 +163,93 @@ __device__ __forceinline__ void write_masks(LossMemory& memory, const uint32_t (
   }
 }
 
+// Of a tile's row: the columns of its positives, first <= column < last, and its own column, which need not be in the tile.
+struct RowPairs {
+  bool valid;
+  int first = 0, last = 0, own = -1;
+};
+
+// Whether a tile holds more than plain negatives, for all workers; and what the thread's row has to do with it.
+template <Held kHeld>
+__device__ __forceinline__ bool is_special(const Work& w, int tile_i, int tile_j, int rows, int columns,
+                                           RowPairs& pairs) {
+  const int thread = afresh(worker<kHeld>()), row = tile_i * kTile + thread, left = tile_j * kTile;
+  pairs.valid = thread < rows;
+  if (pairs.valid) {
+    pairs.first = w.set[0].first[row] - left, pairs.last = w.set[0].last[row] - left;
+    pairs.own = w.set[0].own[row] - left;
+  }
+  const bool positives = pairs.first < min(pairs.last, kTile) && pairs.last > 0;
+  return workers_any(rows < kTile || columns < kTile || positives || (0 <= pairs.own && pairs.own < kTile));
+}
+
 // Whether a tile holds more than plain negatives; if so, `mask` tells which pairs are positives and which negatives. A
 // row's positives are a range of columns; it has no pair with itself (kAbove: nor with a row before it); padding has
 // none. For all workers.
 template <Held kHeld, bool kAbove = false>
 __device__ __forceinline__ bool note_pairs(const Work& w, uint32_t (&mask)[2][kTile][4], int tile_i, int tile_j,
                                            int rows, int columns) {
-  const int thread = afresh(worker<kHeld>()), row = tile_i * kTile + thread, left = tile_j * kTile;
-  const bool valid = thread < rows;
-  int first = 0, last = 0, own = -1;
-  if (valid) first = w.set[0].first[row] - left, last = w.set[0].last[row] - left, own = w.set[0].own[row] - left;
-  bool special = rows < kTile || columns < kTile || (first < min(last, kTile) && last > 0) || (0 <= own && own < kTile);
-  if (!workers_any(special)) return false;
+  RowPairs row;
+  if (!is_special<kHeld>(w, tile_i, tile_j, rows, columns, row)) return false;
+  const int thread = afresh(worker<kHeld>());
   if (thread < kTile)
     for (int k = 0; k < 4; ++k) {
-      uint32_t pairs = mask_range(0, valid ? columns - 32 * k : 0);
-      pairs &= ~mask_range(kAbove ? 0 : own - 32 * k, own - 32 * k + 1);
-      uint32_t same = mask_range(first - 32 * k, last - 32 * k);
+      uint32_t pairs = mask_range(0, row.valid ? columns - 32 * k : 0);
+      pairs &= ~mask_range(kAbove ? 0 : row.own - 32 * k, row.own - 32 * k + 1);
+      uint32_t same = mask_range(row.first - 32 * k, row.last - 32 * k);
       mask[kPlus][thread][k] = pairs & same, mask[kMinus][thread][k] = pairs & ~same;
     }
   workers_sync();
   return true;
+}
+
+// The largest of a thread's similarities, as four chains.
+__device__ __forceinline__ float largest(const float (&s)[4][4][4]) {
+  float top[4] = {s[0][0][0], s[0][0][1], s[0][0][2], s[0][0][3]};
+#pragma unroll
+  for (int k = 4; k < 64; ++k) top[k % 4] = max(top[k % 4], s[k / 16][k / 4 % 4][k % 4]);
+  return max(max(top[0], top[1]), max(top[2], top[3]));
+}
+
+// Adds a tile's hard pairs that the warp has found, which stand for `times` as many, to its totals. The result: positives
+// in the low half, negatives in the high half.
+__device__ __forceinline__ unsigned add_to_totals(LossMemory& memory, int warp, int lane, int times,
+                                                  const int (&found)[2], const float (&penalty)[2]) {
+  unsigned both = static_cast<unsigned>(found[kPlus]) | static_cast<unsigned>(found[kMinus]) << 16;
+  if (!__any_sync(~0u, both != 0)) return 0;
+  for (int k = 16; k > 0; k /= 2) both += __shfl_xor_sync(~0u, both, k);
+  for (int side = 0; side < 2; ++side) {
+    const double of_warp = warp_sum(penalty[side]);
+    if (lane != 0) continue;
+    memory.total[warp].penalty[side] += times * of_warp;
+    memory.total[warp].count[side] += times * static_cast<int64_t>(both >> side * 16 & 0xffff);
+  }
+  return both;
+}
+
+// Tells `masked_sum` that the tile of G of this side has something to add.
+__device__ __forceinline__ void mark(const Embeddings& set, int tile, int side, int rectangle) {
+  if (set.marked != nullptr) atomicMax(set.marked + side * set.tiles + tile, rectangle);
+}
+
+// Writes a tile's record.
+__device__ __forceinline__ void write_record(const Work& w, const Rectangle& rectangle, int tile_i, int tile_j,
+                                             const int (&count)[2]) {
+  w.record[rectangle.tile(tile_i, tile_j)] = make_int2(count[kPlus], count[kMinus]);
+  for (int side = 0; side < 2; ++side)
+    if (count[side] != 0) {
+      mark(w.set[0], tile_i, side, rectangle.number);
+      mark(w.set[1], tile_j, side, rectangle.number);
+    }
+}
+
+// The masks of memory.mask to the workspace, and which rows and columns have a hard pair.
+__device__ __forceinline__ void store_masks(const Work& w, const LossMemory& memory, int tile, int thread) {
+  const int of = thread / kTile, k = thread % kTile;
+  const uint4 mask = *reinterpret_cast<const uint4*>(memory.mask[of][k]);
+  w.mask[(static_cast<int64_t>(tile) * 2 + of) * kTile + k] = mask;
+  const unsigned occupied = __ballot_sync(~0u, (mask.x | mask.y | mask.z | mask.w) != 0);
+  if (thread % 32 == 0) reinterpret_cast<unsigned*>(w.occupied)[(tile * 2 + of) * 4 + k / 32] = occupied;
 }
 
 // Counts and sums the hard pairs of tile (tile_i, tile_j), whose similarities the workers hold; writes its record, and
@@ -201,57 +266,33 @@ __device__ __forceinline__ void examine(const Work& w, const Rectangle& rectangl
   if (special) {
     scan<kHeld, kMinus, false>(memory.margin[kMinus], memory, s, warp, lane, bits, found[kMinus], penalty[kMinus]);
     scan<kHeld, kPlus, false>(memory.margin[kPlus], memory, s, warp, lane, bits, found[kPlus], penalty[kPlus]);
-  } else {
-    float top[4] = {s[0][0][0], s[0][0][1], s[0][0][2], s[0][0][3]};
-#pragma unroll
-    for (int k = 4; k < 64; ++k) top[k % 4] = max(top[k % 4], s[k / 16][k / 4 % 4][k % 4]);
-    if (__any_sync(~0u, max(max(top[0], top[1]), max(top[2], top[3])) >= memory.margin[kMinus]))
-      scan<kHeld, kMinus, true>(memory.margin[kMinus], memory, s, warp, lane, bits, found[kMinus], penalty[kMinus]);
+  } else if (__any_sync(~0u, largest(s) >= memory.margin[kMinus])) {
+    scan<kHeld, kMinus, true>(memory.margin[kMinus], memory, s, warp, lane, bits, found[kMinus], penalty[kMinus]);
   }
-
-  unsigned both = static_cast<unsigned>(found[kPlus]) | static_cast<unsigned>(found[kMinus]) << 16;
-  if (__any_sync(~0u, both != 0))
-    for (int k = 16; k > 0; k /= 2) both += __shfl_xor_sync(~0u, both, k);
-  if (both != 0)
-    for (int side = 0; side < 2; ++side) {
-      double of_warp = warp_sum(penalty[side]);
-      if (lane == 0) memory.penalty[side][warp] = of_warp;
-    }
+  const int times = w.symmetric && tile_i != tile_j ? 2 : 1;  // (j, i) too
+  const unsigned both = add_to_totals(memory, warp, lane, times, found, penalty);
   if (lane == 0) memory.count[warp] = both;
-  const int tile = rectangle.tile(tile_i, tile_j), all = rows * columns;
-  if (!workers_any(both != 0)) {
-    if (thread == 0) w.record[tile] = make_int2(0, 0);
-    return;
-  }
+  const bool any = workers_any(both != 0);
   int count[2] = {0, 0};
-  for (int k = 0; k < kWarps; ++k) count[kPlus] += memory.count[k] & 0xffff, count[kMinus] += memory.count[k] >> 16;
-  if (thread == 0) {
-    int pairs = w.symmetric && tile_i != tile_j ? 2 : 1;  // (j, i) too
-    for (int side = 0; side < 2; ++side) {
-      memory.total.count[side] += static_cast<int64_t>(pairs) * count[side];
-      for (int k = 0; k < kWarps; ++k)
-        if (memory.count[k] != 0) memory.total.penalty[side] += pairs * memory.penalty[side][k];
-    }
-    w.record[tile] = make_int2(count[kPlus], count[kMinus]);
-  }
-
+  if (any)
+    for (int k = 0; k < kWarps; ++k) count[kPlus] += memory.count[k] & 0xffff, count[kMinus] += memory.count[k] >> 16;
+  if (thread == 0) write_record(w, rectangle, tile_i, tile_j, count);
   const bool keep = w.set[0].sum[0] != nullptr || w.set[1].sum[0] != nullptr;
-  if (!keep || count[kPlus] + count[kMinus] == 0 || count[kPlus] == all || count[kMinus] == all) return;
+  const int all = rows * columns;
+  if (!any || !keep || count[kPlus] == all || count[kMinus] == all) return;
   write_masks<kHeld>(memory, bits, warp, lane);
   workers_sync();
-  const int of = thread / kTile, k = thread % kTile;
-  const uint4 mask = *reinterpret_cast<const uint4*>(memory.mask[of][k]);
-  w.mask[(static_cast<int64_t>(tile) * 2 + of) * kTile + k] = mask;
-  const unsigned occupied = __ballot_sync(~0u, (mask.x | mask.y | mask.z | mask.w) != 0);
-  if (lane == 0) reinterpret_cast<unsigned*>(w.occupied)[(tile * 2 + of) * 4 + k / 32] = occupied;
+  store_masks(w, memory, rectangle.tile(tile_i, tile_j), thread);
 }
 
-// Adds what worker 0 has found to the block of threads' part in the result.
-__device__ __forceinline__ void add_total(const Work& w, const LossMemory& memory) {
+// Adds the warps' totals, in order, to the block of threads' part in the result. For one thread.
+__device__ __forceinline__ void add_totals(const Work& w, const LossMemory& memory) {
   Partial& partial = w.partial[blockIdx.x];
   for (int side = 0; side < 2; ++side) {
-    partial.penalty[side] += memory.total.penalty[side];
-    partial.count[side] += memory.total.count[side];
+    double penalty = 0;
+    int64_t count = 0;
+    for (int k = 0; k < kWarps; ++k) penalty += memory.total[k].penalty[side], count += memory.total[k].count[side];
+    partial.penalty[side] += penalty, partial.count[side] += count;
   }
 }
 
@@ -264,9 +305,8 @@ struct LossVisitor {
   // For all workers: before the first tile, with a barrier to follow; for each tile; after the last.
   template <Held kHeld>
   __device__ __forceinline__ void begin(const Work& w, LossMemory& memory) const {
-    if (worker<kHeld>() != 0) return;
-    memory.total = {};
-    for (int side = 0; side < 2; ++side) memory.margin[side] = w.state->margin[side];
+    if (worker<kHeld>() < kWarps) memory.total[worker<kHeld>()] = {};
+    if (worker<kHeld>() < 2) memory.margin[worker<kHeld>()] = w.state->margin[worker<kHeld>()];
   }
   template <Held kHeld>
   __device__ __forceinline__ void visit(const Work& w, const Rectangle& rectangle, LossMemory& memory,
@@ -275,7 +315,8 @@ struct LossVisitor {
   }
   template <Held kHeld>
   __device__ __forceinline__ void end(const Work& w, LossMemory& memory) const {
-    if (worker<kHeld>() == 0) add_total(w, memory);
+    workers_sync();  // the warps' totals are there
+    if (worker<kHeld>() == 0) add_totals(w, memory);
   }
 };
 

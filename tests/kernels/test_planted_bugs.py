@@ -50,7 +50,25 @@ BUGS = {
     "similarity: no wait": Bug("similarity.cuh", "      copies_wait<0>();\n", ""),
     "similarity: no barrier": Bug("similarity.cuh", "      __syncthreads();  // the stage is there for all", "//"),
     "similarity: blocks share a partial sum": Bug("tile.cuh", "w.partial[blockIdx.x]", "w.partial[0]"),
-    "tile: no barrier after counting": Bug("tile.cuh", "if (!workers_any(both != 0)) {\n", "if (false) {\n"),
+    "tile: totals added up early": Bug("tile.cuh", "    workers_sync();  // the warps' totals are there\n", ""),
+    "tile: one warp's total left out": Bug(
+        "tile.cuh", "k < kWarps; ++k) penalty +=", "k < kWarps - 1; ++k) penalty +="
+    ),
+    "tile: rows not marked": Bug("tile.cuh", "mark(w.set[0], tile_i, side, rectangle.number);", ";"),
+    "tile: columns not marked": Bug("tile.cuh", "mark(w.set[1], tile_j, side, rectangle.number);", ";"),
+    "tile: marked by a store": Bug(
+        "tile.cuh",
+        "atomicMax(set.marked + side * set.tiles + tile, rectangle);",
+        "set.marked[side * set.tiles + tile] = rectangle;",
+    ),
+    "tile: marks of another side": Bug(
+        "masked_sum.cuh", "set.marked[owner.side * set.tiles", "set.marked[0 * set.tiles"
+    ),
+    "loss: one number for all rectangles": Bug("loss.cu", "i == j, ++number};", "i == j, 2};"),
+    "prologue: marks not cleared": Bug("prologue.cuh", "set.marked[k] = 0;", "set.marked[k] |= 0;"),
+    "tile: no barrier after counting": Bug(
+        "tile.cuh", "const bool any = workers_any(both != 0);", "const bool any = true;"
+    ),
     "tile: one column too many": Bug("tile.cuh", "valid ? columns - 32 * k : 0", "valid ? columns + 1 - 32 * k : 0"),
     "sm90: copies not waited for": hopper(
         "similarity_sm90.cuh", "        barrier_wait(memory.full[ring.stage], ring.parity);\n", ""
@@ -58,7 +76,7 @@ BUGS = {
     "sm90: stage overwritten": hopper(
         "similarity_sm90.cuh", "        barrier_wait(memory.empty[ring.stage], ring.parity ^ 1);\n", ""
     ),
-    "sm90: products not waited for": hopper("similarity_sm90.cuh", "      warpgroup_wait<0>();\n", ""),
+    "sm90: products not waited for": hopper("similarity_sm90.cuh", "      warpgroup_finish(s);\n", ""),
     "sm90: stage given back too early": hopper("similarity_sm90.cuh", "warpgroup_wait<1>();", "warpgroup_wait<2>();"),
     "sm90: one arrival missing": hopper(
         "similarity_sm90.cuh", "memory.empty[k], kWarps)", "memory.empty[k], kWarps + 1)"
@@ -69,7 +87,7 @@ BUGS = {
     "sm90: barriers not shown to the copy engine": hopper("similarity_sm90.cuh", "    barriers_ready();\n", ""),
     # Masked sums.
     "masked sum: no wait": Bug("masked_sum.cuh", "    copies_wait<0>();\n    if constexpr", "    if constexpr"),
-    "masked sum: products not waited for": hopper("masked_sum.cuh", "  warpgroup_wait<0>();\n", ""),
+    "masked sum: products not waited for": hopper("masked_sum.cuh", "  warpgroup_finish(products.sum);\n", ""),
     "masked sum: no barrier": Bug("masked_sum.cuh", "    __syncthreads();  // the stage is there for all", "//"),
     "masked sum: queue read early": Bug("masked_sum.cuh", "    __syncwarp();  // the queue is written", "//"),
     "masked sum: queue written early": Bug("masked_sum.cuh", "    __syncwarp();  // the queue has been read", "//"),
