@@ -49,6 +49,7 @@ gpu:
 
 registers: $(VENV)/built
 	$(RUN) -m benchmarks.speed.ptxas
+	$(RUN) -m benchmarks.speed.cycles
 
 # Into dist/, with the CUDA kernels inside; tried in a new environment with each torch of TORCH (2.11.0: gigabytes).
 wheel: $(VENV)/built

@@ -1,8 +1,9 @@
 """Machine code of the CUDA kernels: instructions with their places in the source, and the cycles that they take.
 
-`Instruction` has all that a warp's scheduler goes by: the cycles to the next instruction and the scoreboards it waits for are
-part of every instruction from Volta on. `cycles_of` runs some of them on a scheduler with a few warps. A model: latencies
-of memory and rates of pipes are assumed (`RATES`, `LATENCIES`), branches are straight lines, caches always hit L2.
+`Instruction` has all that a warp's scheduler goes by: from Volta on every instruction carries the cycles to the next
+one and the scoreboards that it waits for. `cycles_of` runs some of them on a scheduler with a few warps. A model:
+latencies and rates of pipes are assumed (`RATES`, `LATENCIES`), branches are straight lines, and global memory is
+always in L2.
 """
 
 import re
@@ -15,8 +16,8 @@ from typing import NamedTuple
 from benchmarks.speed.ptxas import ROOT, plain_names
 
 SOURCES = ROOT / "csrc/cuda"
-# Cycles for which an instruction of a warp keeps a pipe of its scheduler busy: 32 lanes over those that there are. NVIDIA's
-# programming guide has the rates; of Hopper first, then of Ampere (GA100).
+# Cycles for which an instruction of a warp keeps a pipe of its scheduler busy: 32 lanes over those that there are.
+# NVIDIA's programming guide has the rates; of Hopper first, then of Ampere (GA100).
 RATES = {
     "fma": ("FADD FMUL FFMA", 1, 2),
     "imad": ("IMAD", 2, 2),
@@ -94,6 +95,8 @@ def _instructions(section: str) -> list[Instruction]:
     calls: list[tuple[str, str]] = []
     name, fresh = "", True
     for line in section.splitlines():
+        if "WARPSYNC.COLLECTIVE" in line:  # from here on: shuffles of warps that are not together, which ours are
+            break
         if place := _PLACE.search(line):
             if fresh:
                 calls, fresh = [], False
@@ -125,7 +128,10 @@ def pipe_of(name: str, hopper: bool) -> tuple[str, int]:
 
 
 def cycles_of(code: list[Instruction], warps: int, hopper: bool) -> int:
-    """Cycles from the first instruction to the last result of `warps` warps on one scheduler, all beginning at once."""
+    """Cycles of `warps` warps on one scheduler, all beginning at once, to the last instruction or the last late result.
+
+    Each cycle the scheduler starts one instruction: of the warp that is furthest behind among those that may go on.
+    """
     at, ready, busy = [0] * warps, [0] * warps, dict.fromkeys([*RATES, "alu"], 0)
     boards = [[0] * 8 for _ in range(warps)]
     arrived: dict[int, list[int]] = {}

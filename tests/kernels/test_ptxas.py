@@ -76,12 +76,12 @@ def test_an_older_ptxas_agrees(unit: str, tmp_path: Path) -> None:
     assert version is not None
     assert version[1] == "12", "this Triton brings another ptxas; take one of CUDA 12 from elsewhere"
     source = tmp_path / "kernels.ptx"
-    command = [nvcc(), "-std=c++20", "-O3", "-arch=compute_90a", "-ptx", f"csrc/cuda/{unit}.cu", "-o", source]
+    command = [nvcc(), "-std=c++20", "-O3", "-arch=compute_90a", "-ptx", f"csrc/cuda/{unit}.cu", "-o", str(source)]
     subprocess.run(command, cwd=ROOT, check=True)
     text, headers = re.subn(r"^\.version \d+\.\d+$", ".version 8.5", source.read_text(), flags=re.MULTILINE)
     assert headers == 1
     source.write_text(text)
-    command = [older, "-v", "-arch=sm_90a", source, "-o", tmp_path / "kernels.cubin"]
+    command = [str(older), "-v", "-arch=sm_90a", str(source), "-o", str(tmp_path / "kernels.cubin")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     report = read(done.stdout + done.stderr)
     assert any("_sm90" in kernel for kernel, _ in report.uses)
