@@ -52,7 +52,8 @@ gpu:
 	$(PYTHON) -m benchmarks.speed.gpu
 
 registers: $(VENV)/built
-	PYTHONPATH=tests $(RUN) tests/kernels/test_ptxas.py
+	$(RUN) -m benchmarks.speed.ptxas
+	$(RUN) -m benchmarks.speed.cycles
 
 # Into dist/, with the CUDA kernels inside; tried in a new environment with each torch of TORCH (2.11.0: gigabytes).
 wheel: $(VENV)/built

@@ -57,8 +57,15 @@ class Stage(NamedTuple):
     optional: bool = False  # may be left out where its tool is missing
 
 
-def stages(facts: dict[str, Any], speed: Path) -> list[Stage]:
-    """All of them, in order. `facts` are the device's; figures go to the file `speed`."""
+class Records(NamedTuple):
+    """JSON files that stages write, and that become parts of the result by the same names."""
+
+    speed: Path
+    registers: Path
+
+
+def stages(facts: dict[str, Any], records: Records) -> list[Stage]:
+    """All of them, in order. `facts` are the device's."""
     python = sys.executable
     build = {"TCM_FUSED_CUDA": "1", "MAX_JOBS": os.environ.get("MAX_JOBS", str(os.cpu_count() or 2))}
     build["TORCH_CUDA_ARCH_LIST"] = os.environ.get("TORCH_CUDA_ARCH_LIST", facts["capability"])
@@ -66,12 +73,14 @@ def stages(facts: dict[str, Any], speed: Path) -> list[Stage]:
     # Every tensor is an allocation of its own, so that memcheck sees where it ends.
     separate = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     sanitizer = ("compute-sanitizer", "--error-exitcode=9", "--print-limit=20", "--tool")
-    speed_command = (python, "-m", "benchmarks.speed.gpu_speed", str(speed), "--seconds", "SECONDS")
+    speed_command = (python, "-m", "benchmarks.speed.gpu_speed", str(records.speed), "--seconds", "SECONDS")
     return [
         Stage("build", 120, (python, "setup.py", "build_ext", "--inplace"), build),
+        # The reports of that build: no product serialised, no spill, registers as in the table.
+        Stage("registers", 20, (python, "-m", "benchmarks.speed.ptxas", "--check", str(records.registers)), build),
         # Not in Triton's interpreter, where torch.compile's kernels would run too.
-        Stage("tests", 120, (*tests, "not triton"), {"TRITON_INTERPRET": "0"}),
-        Stage("triton", 110, (*tests, "triton"), {"TRITON_INTERPRET": "0"}),  # which compiles some 170 kernels
+        Stage("tests", 110, (*tests, "not triton"), {"TRITON_INTERPRET": "0"}),
+        Stage("triton", 100, (*tests, "triton"), {"TRITON_INTERPRET": "0"}),  # which compiles some 170 kernels
         Stage("memcheck", 55, (*sanitizer, "memcheck", python, "-c", _SMALL_STEPS), separate, optional=True),
         # racecheck does not follow the copy engine's barriers, so it gets the kernels that do without.
         Stage(
@@ -173,7 +182,7 @@ def write(target: Path, result: dict[str, Any]) -> None:
     write_whole(target, lambda part: part.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8"))
 
 
-def run(chosen: list[Stage], facts: dict[str, Any], target: Path, speed: Path, seconds: float = TOTAL) -> bool:
+def run(chosen: list[Stage], facts: dict[str, Any], target: Path, records: Records, seconds: float = TOTAL) -> bool:
     """Run all stages and write what came of them to `target`; whether none failed.
 
     A stage has its own limit, and more: what the stages before it left of theirs.
@@ -183,8 +192,9 @@ def run(chosen: list[Stage], facts: dict[str, Any], target: Path, speed: Path, s
     for index, stage in enumerate(chosen):
         later = sum(stage.seconds for stage in chosen[index + 1 :])
         result["stages"][stage.name] = run_stage(stage, max(stage.seconds, end - time.monotonic() - later))
-        if speed.exists():
-            result["speed"] = json.loads(speed.read_text())
+        for name, record in records._asdict().items():
+            if record.exists():
+                result[name] = json.loads(record.read_text())
         write(target, result)
     outcomes = [(stage, result["stages"][stage.name]["outcome"]) for stage in chosen]
     print(f"\n{facts['device']}: {', '.join(f'{stage.name} {outcome}' for stage, outcome in outcomes)}; wrote {target}")
@@ -195,10 +205,11 @@ def main() -> int:
     argparse.ArgumentParser(prog="python -m benchmarks.speed.gpu", description=__doc__.splitlines()[0]).parse_args()
     facts = device_facts()
     name = re.sub(r"[^a-z0-9]+", "-", facts["device"].lower()).strip("-")
-    speed = ROOT / "build" / "gpu_speed.json"
-    speed.parent.mkdir(exist_ok=True)
-    speed.unlink(missing_ok=True)
-    return 0 if run(stages(facts, speed), facts, RESULTS / f"{name}.json", speed) else 1
+    (ROOT / "build").mkdir(exist_ok=True)
+    records = Records(ROOT / "build/gpu_speed.json", ROOT / "build/gpu_registers.json")
+    for record in records:
+        record.unlink(missing_ok=True)
+    return 0 if run(stages(facts, records), facts, RESULTS / f"{name}.json", records) else 1
 
 
 if __name__ == "__main__":

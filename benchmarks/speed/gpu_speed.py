@@ -1,7 +1,8 @@
 """`python -m benchmarks.speed.gpu_speed RESULT.json`: time and memory of the loss on one GPU, beside its limits.
 
 A figure is a ratio taken in one run: to the time that the flops of a case take at the rate of this card's own 16-bit
-matrix product (the floor), or to a peer that alternates with it. Nothing is measured before the loss is found right.
+matrix product, which alternates with the loss (the floor), or to a peer that alternates with it. Nothing is measured
+before the loss is found right.
 """
 
 import json
@@ -50,6 +51,7 @@ class Case:
     runs: int = 11
     memory: bool = False
     captured: bool = False  # time a CUDA graph of the step as well
+    side: int = 8192  # of the 16-bit matrices whose product alternates with it; 0: none does
     classes: int = 0  # not the loss: OPIS of so many classes, float32
 
 
@@ -62,7 +64,7 @@ def cases() -> dict[str, Case]:
     found["million"] = Case(2**20, 256, runs=2, memory=True)
     for n, d in SMALL:
         peers = ("eager", "torch.compile")
-        found[f"small {n} {d}"] = Case(n, d, peers=peers, runs=51, captured=(n, d) == (1024, 128))
+        found[f"small {n} {d}"] = Case(n, d, peers=peers, runs=51, captured=(n, d) == (1024, 128), side=0)
     found |= {f"width {d}": Case(LARGE, d, runs=5) for d in WIDTHS}
     found["library"] = Case(1024, 512, precision="fp32", peers=("pytorch-metric-learning",), runs=5, memory=True)
     found["other losses"] = Case(LARGE, 512, peers=tuple(OTHER_LOSSES), runs=5, memory=True)
@@ -149,16 +151,18 @@ class Clock:
         return graph.replay
 
 
-def ceilings(clock: Clock, side: int = 8192, size: int = 2**32) -> dict[str, float]:
-    """This card's rates: of a product of two 16-bit matrices [side, side], and of a copy, bytes read and written."""
+def product(clock: Clock, side: int) -> Step:
+    """The card's own product of two 16-bit matrices [side, side], 2 side^3 flop."""
     dtype = torch.float16 if clock.gpu else torch.float32
     a, b = (torch.randn(side, side, device=clock.device).to(dtype) for _ in range(2))
-    out = torch.empty_like(a)
+    return partial(torch.mm, a, b, out=torch.empty_like(a))
+
+
+def copy_rate(clock: Clock, size: int = 2**32) -> float:
+    """Bytes that a copy of `size` bytes reads and writes in a second."""
     source = torch.randint(100, (size // 8,), device=clock.device)
     target = torch.empty_like(source)
-    steps: dict[str, Step] = {"product": partial(torch.mm, a, b, out=out), "copy": partial(target.copy_, source)}
-    ms = clock.alternate(steps, runs=21)
-    return {"flops": 2e3 * side**3 / ms["product"], "bytes_per_second": 2e3 * size / ms["copy"]}
+    return 2e3 * size / clock.alternate({"copy": partial(target.copy_, source)}, runs=21)["copy"]
 
 
 # The loss, and whether it is right.
@@ -236,27 +240,32 @@ def measure(case: Case, clock: Clock, backend: str) -> dict[str, Any]:
             figures.setdefault("failed", {})[name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
     if case.captured:
         steps["captured"] = clock.captured(steps["tcm_fused"])
+    if case.side:
+        steps["product"] = product(clock, case.side)
     figures["ms"] = clock.alternate(steps, case.runs)
+    if case.side:
+        figures["flops"] = 2e3 * case.side**3 / figures["ms"].pop("product")
+        del steps["product"]
     if case.memory:
         figures["peak_bytes"] = {name: clock.peak_bytes(step) for name, step in steps.items()}
         figures["embedding_bytes"] = x.nbytes
     return figures
 
 
-def floor_ms(figures: dict[str, Any], flops: float, products: int = 1) -> float:
-    """Milliseconds of `products` times N^2 D flop at the rate measured."""
-    return 1e3 * products * figures["n"] ** 2 * figures["d"] / flops
+def floor_ms(figures: dict[str, Any], products: int = 1) -> float | None:
+    """Milliseconds of `products` times N^2 D flop at the rate that was measured beside the case; None: none was."""
+    return 1e3 * products * figures["n"] ** 2 * figures["d"] / figures["flops"] if "flops" in figures else None
 
 
 # Goals.
 
 
-def goals(figures: Figures, flops: float) -> list[Goal]:
+def goals(figures: Figures) -> list[Goal]:
     """Every goal with its figure, None where it was not measured."""
     rows = []
     for name, most, products in (("hard none", 1.35, 1), ("hard all", 1.4, 1), ("hard half", 1.35, 3)):
         against = "N^2 D flop at the product's rate" if products == 1 else f"{products} N^2 D flop at that rate"
-        ratio = _floor_ratio(figures.get(name), flops, products)
+        ratio = _floor_ratio(figures.get(name), products)
         rows.append(at_most(f"N = 65,536, D = 512, 16-bit, {_hard(name)}", against, most, ratio, "x"))
     few, half = (_ms(figures.get(f"hard {hard}")) for hard in ("none", "half"))
     for hard in ("1e-4", "1e-3"):
@@ -273,7 +282,7 @@ def goals(figures: Figures, flops: float) -> list[Goal]:
     subject = "OPIS, N = 136,093, D = 512, 2,452 classes, fp32-accurate"
     rows.append(at_most(subject, "the clock", 0.5, None if ms is None else ms / 1e3, " s"))
     for d in WIDTHS:
-        ratio = _floor_ratio(figures.get(f"width {d}"), flops, 1)
+        ratio = _floor_ratio(figures.get(f"width {d}"), 1)
         rows.append(at_most(f"N = 65,536, D = {d}, 16-bit, few hard pairs", "its own floor", 1.6, ratio, "x"))
     return rows
 
@@ -286,8 +295,9 @@ def _ms(figures: dict[str, Any] | None, name: str = "tcm_fused") -> float | None
     return None if figures is None else figures["ms"].get(name)
 
 
-def _floor_ratio(figures: dict[str, Any] | None, flops: float, products: int) -> float | None:
-    return None if figures is None else figures["ms"]["tcm_fused"] / floor_ms(figures, flops, products)
+def _floor_ratio(figures: dict[str, Any] | None, products: int) -> float | None:
+    floor = None if figures is None else floor_ms(figures, products)
+    return None if figures is None or floor is None else figures["ms"]["tcm_fused"] / floor
 
 
 def _faster(figures: dict[str, Any] | None, peer: str) -> float | None:
@@ -330,26 +340,26 @@ def _million_goals(figures: dict[str, Any] | None) -> list[Goal]:
     ]
 
 
-def time_table(figures: Figures, flops: float) -> str:
+def time_table(figures: Figures) -> str:
     """Every case with its times and those of its peers, as Markdown."""
     lines = ["| case | N | D | dtype | hard pairs | ms | of N^2 D flop | others, ms | peak memory, MB |"]
     lines.append("|---|--:|--:|---|--:|--:|--:|---|---|")
     for name, one in figures.items():
         others = {peer: f"{ms:.4g}" for peer, ms in one["ms"].items() if peer != "tcm_fused"} | one.get("failed", {})
+        ratio = _floor_ratio(one, 1)
         peaks = ", ".join(f"{peer} {size / 1e6:,.0f}" for peer, size in one.get("peak_bytes", {}).items())
         lines.append(
             f"| {name} | {one['n']} | {one['d']} | {one['dtype']} | {sum(one['hard_pairs']):.2e} "
-            f"| {one['ms']['tcm_fused']:.4g} | {_floor_ratio(one, flops, 1):.2f} "
+            f"| {one['ms']['tcm_fused']:.4g} | {'-' if ratio is None else f'{ratio:.2f}'} "
             f"| {', '.join(f'{peer} {value}' for peer, value in others.items())} | {peaks} |"
         )
     return "\n".join(lines)
 
 
 def run(clock: Clock, backend: str, chosen: dict[str, Case], seconds: float) -> dict[str, Any]:
-    """The gate, the ceilings and the cases, as long as `seconds` suffice for another."""
+    """The gate, the cases and the rate of a copy, as long as `seconds` suffice for another."""
     start = time.monotonic()
     check(clock, backend)
-    rates = ceilings(clock) if clock.gpu else ceilings(clock, 128, 2**16)  # those of a rehearsal
     figures: Figures = {}
     errors: dict[str, str] = {}
     for name, case in chosen.items():
@@ -363,8 +373,13 @@ def run(clock: Clock, backend: str, chosen: dict[str, Case], seconds: float) -> 
         if clock.gpu:
             torch.cuda.empty_cache()
         print(f"{time.monotonic() - start:6.1f} s  {name}: {errors.get(name) or figures[name]['ms']}", flush=True)
-    rows = goals(figures, rates["flops"])
-    return {"ceilings": rates, "cases": figures, "errors": errors, "goals": [row._asdict() for row in rows]}
+    rates = [one["flops"] for one in figures.values() if "flops" in one]
+    ceilings = {
+        "flops": statistics.median(rates) if rates else None,  # of all cases; a ratio is to its own case's
+        "bytes_per_second": copy_rate(clock) if clock.gpu else copy_rate(clock, 2**16),  # that of a rehearsal
+    }
+    rows = goals(figures)
+    return {"ceilings": ceilings, "cases": figures, "errors": errors, "goals": [row._asdict() for row in rows]}
 
 
 def main() -> int:
@@ -385,11 +400,10 @@ def main() -> int:
     measured = run(clock, arguments.backend, cases(), arguments.seconds - 25)  # so long a case may take
     content = json.dumps(measured, indent=1) + "\n"
     write_whole(arguments.result, lambda part: part.write_text(content, encoding="utf-8"))
-    flops = measured["ceilings"]["flops"]
-    print(
-        f"\n16-bit product {flops / 1e12:.0f} TFLOP/s, copy {measured['ceilings']['bytes_per_second'] / 1e12:.2f} TB/s"
-    )
-    print(f"\n{time_table(measured['cases'], flops)}\n\n{goal_table([Goal(**row) for row in measured['goals']])}")
+    rates = measured["ceilings"]
+    if rates["flops"] is not None:
+        print(f"\n16-bit product {rates['flops'] / 1e12:.0f} TFLOP/s, copy {rates['bytes_per_second'] / 1e12:.2f} TB/s")
+    print(f"\n{time_table(measured['cases'])}\n\n{goal_table([Goal(**row) for row in measured['goals']])}")
     return 1 if measured["errors"] else 0
 
 

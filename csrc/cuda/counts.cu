@@ -57,7 +57,7 @@ cudaError_t count_tiles(const Device& device, CountPlan& plan, const Tuning& tun
   if (error != cudaSuccess) return error;
   error = launch(centre_window, dim3(1), dim3(kThreads), kWarps * sizeof(double), stream, w, counter);
   if (error != cudaSuccess || w.set[0].tiles == 0) return error;
-  const Rectangle rectangle{0, w.set[0].tiles, 0, w.set[0].tiles, true};
+  const Rectangle rectangle{0, w.set[0].tiles, 0, w.set[0].tiles, true, 1};
   const int64_t tiles = int64_t{w.set[0].tiles} * w.set[0].tiles;
   const unsigned grid = static_cast<unsigned>(std::min<int64_t>(tiles, w.partials / (sm90 ? 2 : 1)));
   if (sm90)

@@ -40,7 +40,7 @@ struct QueuedPair {
 };
 
 struct alignas(16) CountMemory {
-  uint32_t mask[2][kTile][4];  // pairs of each row: positives, negatives
+  uint32_t mask[1][2][kTile][4];  // pairs of each row: positives, negatives
   QueuedPair queue[kWarps][kQueue];
   // Then the window: [window / 2] words of two counters.
 };
@@ -55,6 +55,7 @@ struct Look {
 };
 
 struct CountVisitor {
+  template <int kTiles>
   using Memory = CountMemory;
   static constexpr int kRing = 3;       // the window has the room of the fourth
   static constexpr bool kMoves = true;  // see `look`
@@ -74,15 +75,15 @@ struct CountVisitor {
   __device__ float scale() const { return static_cast<float>(1 << bits); }
   // Cell of a similarity: its lower end is s rounded down to the grid, exactly.
   __device__ int cell_of(float s) const { return min(max(floor_of(s * scale()) + (1 << bits), 0), cells() - 1); }
-  __device__ static uint32_t* window_of(Memory& memory) { return reinterpret_cast<uint32_t*>(&memory + 1); }
+  __device__ static uint32_t* window_of(CountMemory& memory) { return reinterpret_cast<uint32_t*>(&memory + 1); }
 
   template <Held kHeld>
-  __device__ __forceinline__ void begin(const Work&, Memory& memory) const {
+  __device__ __forceinline__ void begin(const Work&, CountMemory& memory) const {
     for (int k = worker<kHeld>(); k < window / 2; k += kThreads) window_of(memory)[k] = 0;
   }
 
   template <Held kHeld>
-  __device__ __forceinline__ void end(const Work&, Memory& memory) const {
+  __device__ __forceinline__ void end(const Work&, CountMemory& memory) const {
     workers_sync();
     for (int k = worker<kHeld>(); k < window; k += kThreads) {
       unsigned found = window_of(memory)[k / 2] >> k % 2 * 16 & 0xffff;
@@ -91,11 +92,25 @@ struct CountVisitor {
   }
 
   template <Held kHeld>
-  __device__ __forceinline__ void visit(const Work& w, const Rectangle&, Memory& memory, float (&s)[4][4][4],
-                                        int tile_i, int tile_j) const {
-    const int rows = valid_rows(w.state->valid[0], tile_i), columns = valid_rows(w.state->valid[1], tile_j);
+  __device__ __forceinline__ bool prepare(const Work&, CountMemory&, int, int) const {
+    return false;  // all is left to `visit`: of two tiles there is but one mask at a time
+  }
+
+  template <Held kHeld, int kTiles>
+  __device__ __forceinline__ void visit(const Work& w, const Rectangle& rectangle, CountMemory& memory,
+                                        float (&s)[kTiles][4][4][4], int tile_i, int tile_j, bool) const {
+#pragma unroll
+    for (int k = 0; k < kTiles; ++k)
+      if (present(rectangle, tile_i, tile_j + k, w.state->valid[1]))
+        visit_one<kHeld>(w, memory, s[k], tile_i, tile_j + k);
+  }
+
+  template <Held kHeld>
+  __device__ __forceinline__ void visit_one(const Work& w, CountMemory& memory, float (&s)[4][4][4], int tile_i,
+                                            int tile_j) const {
     // Its barrier keeps a warp from being more than a tile ahead of another; `count_near` relies on it.
-    const bool special = note_pairs<kHeld, true>(w, memory.mask, tile_i, tile_j, rows, columns);
+    const bool special =
+        note_pairs<kHeld, 1, true>(w, memory.mask, tile_i, tile_j, w.state->valid[0], w.state->valid[1]);
     const float least = thresholds == 0 ? INFINITY : threshold[0];
     const int to_place = (1 << bits) - *first;
 #pragma unroll 1
@@ -109,7 +124,7 @@ struct CountVisitor {
 
   // Counts a negative of the window. A counter that reaches kCarry hands that on to global memory: others may add to it
   // before it does, but no more than a tile's 2^14 pairs, so it never overflows into its neighbour.
-  __device__ __forceinline__ void count_near(Memory& memory, unsigned place, int to_place) const {
+  __device__ __forceinline__ void count_near(CountMemory& memory, unsigned place, int to_place) const {
     const unsigned shift = place % 2 * 16;
     uint32_t* word = window_of(memory) + place / 2;
     if ((atomicAdd(word, 1u << shift) >> shift & 0xffff) != kCarry - 1) return;
@@ -120,7 +135,7 @@ struct CountVisitor {
   // The pairs of one side among the similarities that the workers hold, 16 at a time: always those in s[0], into which
   // the next are moved. So the code is there once, not four times, and fits the instruction cache.
   template <Held kHeld>
-  __device__ __forceinline__ void look(Memory& memory, float (&s)[4][4][4], const Look& at) const {
+  __device__ __forceinline__ void look(CountMemory& memory, float (&s)[4][4][4], const Look& at) const {
     const int thread = afresh(worker<kHeld>()), lane = thread % 32, warp = thread / 32, g = lane / 4, t = lane % 4;
     const int warp_row = kHeld == kRows ? warp / 4 * 64 : warp * 16, warp_column = kHeld == kRows ? warp % 4 * 32 : 0;
     const float factor = scale();
@@ -133,7 +148,7 @@ struct CountVisitor {
       const int column = warp_column + (kHeld == kRows ? 0 : i * 32) + t * 2;  // and 8 j + e more
       uint32_t pairs[2] = {~0u, ~0u};
       if (at.special)
-        for (int h = 0; h < 2; ++h) pairs[h] = memory.mask[at.side][row + h * 8][column / 32] >> t;
+        for (int h = 0; h < 2; ++h) pairs[h] = memory.mask[0][at.side][row + h * 8][column / 32] >> t;
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
 #pragma unroll

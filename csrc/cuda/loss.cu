@@ -82,10 +82,11 @@ cudaError_t one_rectangle(const Plan& plan, const Rectangle& rectangle, cudaStre
 cudaError_t enqueue(const Plan& plan, Type type, cudaStream_t stream, const Tuning& tuning) {
   const Work& w = plan.work;
   cudaError_t error = prologue(w, type, w.set[0].sum[0] != nullptr || w.set[1].sum[0] != nullptr, tuning, stream);
+  int number = 0;
   for (int i = 0; i < w.set[0].tiles; i += plan.side[0])
     for (int j = w.symmetric ? i : 0; j < w.set[1].tiles && error == cudaSuccess; j += plan.side[1]) {
-      Rectangle rectangle{i, std::min(i + plan.side[0], w.set[0].tiles), j, std::min(j + plan.side[1], w.set[1].tiles),
-                          w.symmetric && i == j};
+      const int i1 = std::min(i + plan.side[0], w.set[0].tiles), j1 = std::min(j + plan.side[1], w.set[1].tiles);
+      const Rectangle rectangle{i, i1, j, j1, w.symmetric && i == j, ++number};
       error = one_rectangle(plan, rectangle, stream);
     }
   if (error != cudaSuccess) return error;

@@ -197,7 +197,7 @@ __device__ __forceinline__ void multiply_tile_sm90(const MaskedSumMemory& memory
   for (int k = 0; k < kTile / 16; ++k)
     warpgroup_multiply(products.sum, a[k], operand_across(memory.stage.unit[stage], k * 16));
   warpgroup_commit();
-  warpgroup_wait<0>();
+  warpgroup_finish(products.sum);
 }
 
 // The products of the mixed tiles, each tile copied while the one before is multiplied.
@@ -358,10 +358,11 @@ __device__ __forceinline__ void add_masked(const Work& w, const Rectangle& recta
     memory.owner = find_owner(w, rectangle, blockIdx.x / w.slices, blockIdx.x % w.slices, blockIdx.y);
   __syncthreads();
   const Owner& owner = memory.owner;
+  const Embeddings& set = w.set[owner.set];
+  if (set.marked[owner.side * set.tiles + owner.tile] != rectangle.number) return;  // as most where few pairs are hard
 
   // 1. The lists of tiles to add.
   classify(w, rectangle, owner, memory);
-  if (memory.size[kMixed] + memory.size[kFew] + memory.size[kFull] == 0) return;
 
   // 2. Full tiles: a thread has a column and every other tile.
   {
@@ -394,7 +395,6 @@ __device__ __forceinline__ void add_masked(const Work& w, const Rectangle& recta
   if (memory.size[kFew] > 0) pairs.run();
 
   // 5. All into G.
-  const Embeddings& set = w.set[owner.set];
   uint8_t* touched = set.touched + (static_cast<int64_t>(owner.side) * set.tiles + owner.tile) * w.slices + owner.slice;
   const bool add = *touched != 0;
   __syncthreads();  // all have read it

@@ -49,10 +49,10 @@ inline void lay_out(Layout& layout, const Work& w, Embeddings& set, bool gradien
   layout.take(set.inverse, set.n);
   layout.take(set.unit, w.parts * rows * w.width);
   layout.take(set.tile_sum, int64_t{set.tiles} * w.width);
-  set.sum[kPlus] = set.sum[kMinus] = nullptr, set.touched = nullptr;
+  set.sum[kPlus] = set.sum[kMinus] = nullptr, set.touched = nullptr, set.marked = nullptr;
   if (!gradient) return;
   layout.take(set.sum[kPlus], rows * w.width), layout.take(set.sum[kMinus], rows * w.width);
-  layout.take(set.touched, int64_t{2} * set.tiles * w.slices);
+  layout.take(set.touched, int64_t{2} * set.tiles * w.slices), layout.take(set.marked, int64_t{2} * set.tiles);
 }
 
 inline unsigned blocks(int64_t size, int64_t each) {

@@ -34,9 +34,11 @@ __global__ void __launch_bounds__(kThreads) rank_labels(const __grid_constant__ 
     if (thread == 0) *w.state = initial_state(w);
     for (int64_t k = thread; k < w.partials; k += int64_t{kThreads} * gridDim.x) w.partial[k] = {};
   }
-  if (set.touched != nullptr)
-    for (int64_t k = thread; k < int64_t{2} * set.tiles * w.slices; k += int64_t{kThreads} * gridDim.x)
-      set.touched[k] = 0;
+  if (set.touched != nullptr) {
+    const int64_t step = int64_t{kThreads} * gridDim.x;
+    for (int64_t k = thread; k < int64_t{2} * set.tiles * w.slices; k += step) set.touched[k] = 0;
+    for (int64_t k = thread; k < int64_t{2} * set.tiles; k += step) set.marked[k] = 0;
+  }
 
   int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   int64_t i = static_cast<int64_t>(blockIdx.x) * kSorted + lane;

@@ -83,6 +83,14 @@ template <int kPending>
 __device__ __forceinline__ void warpgroup_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
+// Waits for all products, which were into `d`. The compiler sees no tie between the wait and d: one is made, so that d is
+// not read or moved before.
+template <int kSize>
+__device__ __forceinline__ void warpgroup_finish(float (&d)[kSize]) {
+  warpgroup_wait<0>();
+#pragma unroll
+  for (int k = 0; k < kSize; ++k) asm volatile("" : "+f"(d[k])::"memory");
+}
 
 // The accumulators of a product by a warpgroup: PTX wants each register by its number in the text, and as an operand.
 #define TCM_NUMBERS_64                                                               \

@@ -21,7 +21,7 @@ using Stages = unsigned char[2][2][kOperand];  // [row, 16-byte chunk], chunks s
 template <class Visitor>
 struct SimilarityMemory {
   Stages stage;
-  typename Visitor::Memory tile;
+  typename Visitor::template Memory<1> tile;
 };
 
 // Chunk `c` (of 8 halves) of row `r`, rows of 128 bytes: eight rows of one chunk lie in eight different groups of
@@ -102,7 +102,9 @@ __global__ void __launch_bounds__(kThreads, 2)
       }
     }
 
-    visitor.template visit<kRows>(w, rectangle, memory.tile, s, tile_i, tile_j);
+    const auto prepared = visitor.template prepare<kRows>(w, memory.tile, tile_i, tile_j);
+    visitor.template visit<kRows>(w, rectangle, memory.tile, reinterpret_cast<float (&)[1][4][4][4]>(s), tile_i, tile_j,
+                                  prepared);
   }
   copies_wait<0>();
   visitor.template end<kRows>(w, memory.tile);

@@ -22,7 +22,7 @@ struct SimilaritySm90Memory {
   static constexpr int kRing = Visitor::kRing;
   unsigned char stage[kRing][3][kBoxRows * kBoxColumns * 2];  // the row tile, two column tiles; each 1,024-byte aligned
   Barrier full[kRing], empty[kRing];
-  typename Visitor::Memory tile;
+  typename Visitor::template Memory<2> tile;
 };
 static_assert(kBoxRows == kTile && kBoxColumns == kDepth);
 
@@ -69,14 +69,17 @@ __device__ __forceinline__ void work_steps(const Work& w, const Rectangle& recta
   const int of_part = w.width / kDepth, steps = of_part * (w.parts == 2 ? 3 : 1);
   const int half = worker<kColumns>() / 128 * (64 * 128);  // bytes to the warpgroup's rows
   const bool speaks = threadIdx.x % 32 == 0;               // for its warp
-  float s[128];                                            // [tile, word, 8 columns, 2 h + e]
+  // [tile, word, 8 columns, 2 h + e]. The zeros are never read, but without them ptxas 12.6 and 12.8 serialise the
+  // products (C7515); where a visitor moves similarities about, every ptxas does unless they are there for each tile.
+  float s[128] = {};
   Ring<Visitor::kRing> ring;
   TileOrder<2> order(w, rectangle);
   for (bool more = order.find(); more; more = order.next()) {
-    if constexpr (Visitor::kMoves) {  // never read, but without it ptxas serialises the products (C7515)
+    if constexpr (Visitor::kMoves) {
 #pragma unroll
       for (int k = 0; k < 128; ++k) s[k] = 0;
     }
+    bool prepared = false;
     for (int from = 0, to = w.parts == 2 ? 2 * of_part : of_part; from < steps; from = to, to = steps) {
       int held = 0;  // the stage before, which the products under way still read
       for (int step = from; step < to; ++step, ring.next()) {
@@ -90,20 +93,16 @@ __device__ __forceinline__ void work_steps(const Work& w, const Rectangle& recta
         if (step > from && speaks) barrier_arrive(memory.empty[held]);
         held = ring.stage;
       }
-      warpgroup_wait<0>();
+      if (to == steps) prepared = visitor.template prepare<kColumns>(w, memory.tile, order.i, order.j);
+      warpgroup_finish(s);
       if (speaks) barrier_arrive(memory.empty[held]);
       if (to < steps) {
 #pragma unroll
         for (int k = 0; k < 128; ++k) s[k] *= 1 / kLowScale;
       }
     }
-#pragma unroll
-    for (int k = 0; k < 2; ++k) {
-      const int j = order.j + k;
-      if (j >= rectangle.j1 || (rectangle.diagonal && order.i > j) || valid_rows(w.state->valid[1], j) == 0) continue;
-      visitor.template visit<kColumns>(w, rectangle, memory.tile, reinterpret_cast<float (*)[4][4][4]>(s)[k], order.i,
-                                       j);
-    }
+    visitor.template visit<kColumns>(w, rectangle, memory.tile, reinterpret_cast<float (&)[2][4][4][4]>(s), order.i,
+                                     order.j, prepared);
   }
   visitor.template end<kColumns>(w, memory.tile);
 }

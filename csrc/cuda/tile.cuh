@@ -14,12 +14,16 @@ constexpr int kGroup = 8;  // row tiles that neighbouring blocks of threads shar
 
 enum Held { kRows, kColumns };
 
+// For kTiles neighbouring tiles at a time.
+template <int kTiles>
 struct LossMemory {
-  uint32_t mask[2][kTile][4];  // pairs of each row: positives, negatives; then hard pairs: rows, columns
-  double penalty[2][kWarps];
-  unsigned count[kWarps];  // positives in the low half, negatives in the high half
-  Partial total;           // of all tiles so far
+  uint32_t mask[kTiles][2][kTile][4];  // pairs of each row: positives, negatives; then hard pairs: rows, columns
+  alignas(16) unsigned count[kTiles][kWarps];  // hard positives in the low half, hard negatives in the high half
+  double penalty[2][kThreads];                 // each worker's, of all tiles so far
+  double of_warp[2][kWarps];
+  int64_t total[2];  // hard pairs of all tiles so far
   float margin[2];
+  int valid[2];  // see State
 };
 
 // The tiles of a rectangle in order, kAcross neighbours of a row at a time, every gridDim.x-th of these from blockIdx.x on;
@@ -60,222 +64,322 @@ __device__ __forceinline__ int worker() {
   return static_cast<int>(threadIdx.x) - (kHeld == kColumns ? 128 : 0);
 }
 
-// Counts and sums the hard pairs of one side among a thread's similarities. The sum is taken as a tree, 9 additions
-// deep. Bit j * 4 + 16 e of bits [i][h] is set for a hard pair: its mask_bit in its word of the row, lowered by t.
-// kAll: all pairs are negatives; else memory.mask [side] tells which pairs are of the side.
+// Whether tile (i, j) is one of the rectangle's, given the rows of the columns' set that take part.
+__device__ __forceinline__ bool present(const Rectangle& rectangle, int i, int j, int valid_j) {
+  return j < rectangle.j1 && !(rectangle.diagonal && i > j) && valid_rows(valid_j, j) > 0;
+}
+
+// Where in a word of its own a thread keeps the bit of value [i][j][2 h + e]; there is a word for each h. The order is the
+// one that `mask_of_rows` and `mask_of_columns` have least to do with.
+__device__ __forceinline__ constexpr int own_bit(int i, int j, int e) { return i * 8 + j % 2 * 4 + e * 2 + j / 2; }
+
+// Counts and sums the hard pairs of one side among a thread's similarities, and sets their own_bit in hard [h]. kAll: all
+// pairs are negatives; else `mask` tells which pairs of a row are of the side. A violation that is negative, a pair that
+// is not hard, hands its sign bit to the word: one instruction, which shifts it in. The sum is a tree, 9 additions deep.
 template <Held kHeld, int kSide, bool kAll>
-__device__ __forceinline__ void scan(float margin, const LossMemory& memory, const float (&s)[4][4][4], int warp,
-                                     int lane, uint32_t (&bits)[4][2], int& count, float& penalty) {
-  penalty = 0, count = 0;
+__device__ __forceinline__ void scan(float margin, const uint32_t (&mask)[kTile][4], const float (&s)[4][4][4],
+                                     int warp, int lane, uint32_t (&hard)[2], int& count, float& penalty) {
   const int row = (kHeld == kRows ? warp / 4 * 64 : warp * 16) + lane / 4;
+  uint32_t others[2] = {};
+  penalty = 0;
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    float of_rows = 0;
+  for (int i = 3; i >= 0; --i)
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       uint32_t pairs = ~0u;
       if constexpr (!kAll) {
-        if constexpr (kHeld == kRows) pairs = memory.mask[kSide][row + i * 16 + h * 8][warp % 4] >> lane % 4;
-        else pairs = memory.mask[kSide][row + h * 8][i] >> lane % 4;
+        if constexpr (kHeld == kRows) pairs = mask[row + i * 16 + h * 8][warp % 4] >> lane % 4;
+        else pairs = mask[row + h * 8][i] >> lane % 4;
       }
-      float of_row = 0;
-      uint32_t hard = 0;
+      float violation[8];  // by own_bit
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        float of_two = 0;
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const uint32_t bit = 1u << mask_bit(j * 8 + e);
-          const float value = s[i][j][2 * h + e];
-          float violation = kSide == kPlus ? margin - value : value - margin;  // its sign is exact
-          if (!(pairs & bit)) violation = -1.0f;
-          hard |= violation >= 0.0f ? bit : 0;
-          of_two += max(violation, 0.0f);
-        }
-        of_row += of_two;
+      for (int bit = 7; bit >= 0; --bit) {
+        const int j = bit % 2 * 2 + bit / 4, e = bit / 2 % 2;
+        const float value = s[i][j][2 * h + e];
+        violation[bit] = kSide == kPlus ? margin - value : value - margin;  // its sign is exact
+        if (!(pairs & 1u << mask_bit(j * 8 + e))) violation[bit] = -1.0f;
+        others[h] = __funnelshift_l(__float_as_uint(violation[bit]), others[h], 1);
+        violation[bit] = max(violation[bit], 0.0f);
       }
-      of_rows += of_row;
-      bits[i][h] |= hard;
-      count += __popc(hard);
+      penalty += ((violation[0] + violation[1]) + (violation[2] + violation[3])) +
+                 ((violation[4] + violation[5]) + (violation[6] + violation[7]));
     }
-    penalty += of_rows;
-  }
+  count = __popc(~others[0]) + __popc(~others[1]);
+  hard[0] |= ~others[0], hard[1] |= ~others[1];
 }
 
-// The whole word, of which the lanes of equal lane % 4, or of equal lane / 4, have a part each.
-__device__ __forceinline__ uint32_t join_rows(uint32_t word) {
-  word |= __shfl_xor_sync(~0u, word, 4);
-  word |= __shfl_xor_sync(~0u, word, 8);
-  return word | __shfl_xor_sync(~0u, word, 16);
-}
-__device__ __forceinline__ uint32_t join_columns(uint32_t word) {
-  word |= __shfl_xor_sync(~0u, word, 1);
-  return word | __shfl_xor_sync(~0u, word, 2);
+// Exchanges a bit of the lane's number with one of a bit's place in the word: lanes a and a + kLane, places b and
+// b + kPlace change places.
+template <int kLane, int kPlace>
+__device__ __forceinline__ uint32_t exchange(uint32_t word, int lane) {
+  constexpr uint32_t kLow = kPlace == 16  ? 0x0000ffff
+                            : kPlace == 8 ? 0x00ff00ff
+                            : kPlace == 4 ? 0x0f0f0f0f
+                            : kPlace == 2 ? 0x33333333
+                                          : 0x55555555;
+  const bool upper = (lane & kLane) != 0;
+  const uint32_t other = __shfl_xor_sync(~0u, word, kLane), kept = upper ? ~kLow : kLow;
+  return (word & kept) | (__funnelshift_l(other, other, upper ? 32 - kPlace : kPlace) & ~kept);
 }
 
-// The workers' bits (of `scan`) to memory.mask, as rows and as columns.
+// Exchanges two bits of a bit's place in the word, `kHigh` and `kLow`; kPlaces: those with bit kLow, and not kHigh.
+template <int kHigh, int kLow, uint32_t kPlaces>
+__device__ __forceinline__ uint32_t exchange_places(uint32_t word) {
+  const uint32_t change = (word ^ word >> (kHigh - kLow)) & kPlaces;
+  return word ^ change ^ change << (kHigh - kLow);
+}
+
+// The workers' hard pairs (of `scan`) as words of rows: lane 4 g + i has the word of value [i][.][2 h + .] of its row, of
+// all the four lanes that share it.
+__device__ __forceinline__ uint32_t mask_of_rows(uint32_t own, int lane) {
+  own = exchange<1, 8>(exchange<2, 16>(own, lane), lane);  // places (i, j % 2, e, j / 2) become (t, j % 2, e, j / 2)
+  own = exchange_places<16, 2, 0x0000cccc>(own);
+  return exchange_places<8, 1, 0x00aa00aa>(own);  // (e, j / 2, j % 2, t)
+}
+
+// The same for columns: byte i of word k is that of column 8 j + 2 t + e of value [i], rows 2 r + k of the warp's with bits
+// (h, r), where (e, j, t) are the bits of the lane's number.
+__device__ __forceinline__ void mask_of_columns(const uint32_t (&own)[2], int lane, uint32_t (&word)[2]) {
+  uint32_t part[2];  // places (i, g % 2, g / 2)
+#pragma unroll
+  for (int h = 0; h < 2; ++h) part[h] = exchange<4, 4>(exchange<8, 1>(exchange<16, 2>(own[h], lane), lane), lane);
+  word[0] = (part[0] & 0x0f0f0f0f) | (part[1] & 0x0f0f0f0f) << 4;
+  word[1] = (part[0] >> 4 & 0x0f0f0f0f) | (part[1] & 0xf0f0f0f0);
+}
+
+// The workers' hard pairs to `mask`, as rows and as columns.
 template <Held kHeld>
-__device__ __forceinline__ void write_masks(LossMemory& memory, const uint32_t (&bits)[4][2], int warp, int lane) {
-  const int g = lane / 4, t = lane % 4, row = kHeld == kRows ? warp / 4 * 64 : warp * 16;
+__device__ __forceinline__ void write_masks(uint32_t (&mask)[2][kTile][4], const uint32_t (&hard)[2], int warp,
+                                            int lane) {
+  const int g = lane / 4, i = lane % 4;
 #pragma unroll
-  for (int i = 0; i < 4; ++i)
+  for (int h = 0; h < 2; ++h) {
+    const uint32_t word = mask_of_rows(hard[h], lane);
+    if constexpr (kHeld == kRows) mask[0][warp / 4 * 64 + i * 16 + h * 8 + g][warp % 4] = word;
+    else mask[0][warp * 16 + h * 8 + g][i] = word;
+  }
+  uint32_t word[2];  // even rows, odd rows: see mask_bit
+  mask_of_columns(hard, lane, word);
+  const int column = lane / 4 % 4 * 8 + lane % 4 * 2 + lane / 16;
+  if constexpr (kHeld == kRows) {  // 64 rows, two words
+    uint32_t* to = &mask[1][warp % 4 * 32 + column][warp / 4 * 2];
+    to[0] = (word[0] & 0xffff) | word[1] << 16;
+    to[1] = word[0] >> 16 | (word[1] & 0xffff0000);
+  } else {  // 16 of a word's 32 rows: in even warps bytes 0 and 2, in odd ones 1 and 3
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      uint32_t word = join_columns(bits[i][h] << t);
-      if (t != 0) continue;
-      if constexpr (kHeld == kRows) memory.mask[0][row + i * 16 + h * 8 + g][warp % 4] = word;
-      else memory.mask[0][row + h * 8 + g][i] = word;
+    for (int k = 0; k < 4; ++k) {
+      uint8_t* bytes = reinterpret_cast<uint8_t*>(&mask[1][k * 32 + column][warp / 2]);
+      bytes[warp % 2] = static_cast<uint8_t>(word[0] >> k * 8);
+      bytes[warp % 2 + 2] = static_cast<uint8_t>(word[1] >> k * 8);
     }
-  if constexpr (kHeld == kRows) {
-#pragma unroll
-    for (int j = 0; j < 4; ++j)
-#pragma unroll
-      for (int e = 0; e < 2; ++e)
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {  // 32 rows
-          uint32_t word = 0;
-#pragma unroll
-          for (int k = 0; k < 4; ++k)  // mask_bit of row 16 * (k / 2) + 8 * (k % 2)
-            word |= (bits[2 * half + k / 2][k % 2] >> mask_bit(j * 8 + e) & 1) << (k / 2 * 8 + k % 2 * 4);
-          word = join_rows(word << mask_bit(g));
-          if (g == 0) memory.mask[1][warp % 4 * 32 + j * 8 + t * 2 + e][row / 32 + half] = word;
-        }
-  } else {
-    // A warp has 16 of a word's 32 rows: in even warps bytes 0 and 2, in odd ones 1 and 3. Two columns are joined at
-    // once.
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        uint32_t word = 0;
-#pragma unroll
-        for (int e = 0; e < 2; ++e)
-#pragma unroll
-          for (int h = 0; h < 2; ++h) word |= (bits[i][h] >> mask_bit(j * 8 + e) & 1) << (e * 8 + h * 4);
-        word = join_rows(word << mask_bit(g));
-        if (g != 0) continue;
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          uint8_t* bytes = reinterpret_cast<uint8_t*>(&memory.mask[1][i * 32 + j * 8 + t * 2 + e][warp / 2]);
-          bytes[warp % 2] = static_cast<uint8_t>(word >> e * 8);
-          bytes[warp % 2 + 2] = static_cast<uint8_t>(word >> (e * 8 + 16));
-        }
-      }
   }
 }
 
-// Whether a tile holds more than plain negatives; if so, `mask` tells which pairs are positives and which negatives. A
-// row's positives are a range of columns; it has no pair with itself (kAbove: nor with a row before it); padding has
-// none. For all workers.
-template <Held kHeld, bool kAbove = false>
-__device__ __forceinline__ bool note_pairs(const Work& w, uint32_t (&mask)[2][kTile][4], int tile_i, int tile_j,
-                                           int rows, int columns) {
-  const int thread = afresh(worker<kHeld>()), row = tile_i * kTile + thread, left = tile_j * kTile;
-  const bool valid = thread < rows;
+// A row's pairs in a tile to `mask`: columns below `columns`, positives from `first` on below `last`, itself at `own`.
+template <bool kAbove>
+__device__ __forceinline__ void write_pairs(uint32_t (&mask)[2][kTile][4], int row, int columns, int first, int last,
+                                            int own) {
+  for (int k = 0; k < 4; ++k) {
+    uint32_t pairs = mask_range(0, columns - 32 * k);
+    pairs &= ~mask_range(kAbove ? 0 : own - 32 * k, own - 32 * k + 1);
+    const uint32_t same = mask_range(first - 32 * k, last - 32 * k);
+    mask[kPlus][row][k] = pairs & same, mask[kMinus][row][k] = pairs & ~same;
+  }
+}
+
+// Whether one of kTiles neighbouring tiles holds more than plain negatives; if so, `mask` tells which pairs of each are
+// positives and which negatives. A row's positives are a range of columns; it has no pair with itself (kAbove: nor with a
+// row before it); padding has none. For all workers; each has a row of one of the tiles, if there are as many.
+template <Held kHeld, int kTiles, bool kAbove = false>
+__device__ __forceinline__ bool note_pairs(const Work& w, uint32_t (&mask)[kTiles][2][kTile][4], int tile_i, int tile_j,
+                                           int valid_i, int valid_j) {
+  const int thread = afresh(worker<kHeld>()), tile = thread / kTile, of = thread % kTile, row = tile_i * kTile + of;
+  const int left = (tile_j + tile) * kTile, columns = valid_rows(valid_j, tile_j + tile);
+  const bool valid = tile < kTiles && of < valid_rows(valid_i, tile_i);
   int first = 0, last = 0, own = -1;
   if (valid) first = w.set[0].first[row] - left, last = w.set[0].last[row] - left, own = w.set[0].own[row] - left;
-  bool special = rows < kTile || columns < kTile || (first < min(last, kTile) && last > 0) || (0 <= own && own < kTile);
-  if (!workers_any(special)) return false;
-  if (thread < kTile)
-    for (int k = 0; k < 4; ++k) {
-      uint32_t pairs = mask_range(0, valid ? columns - 32 * k : 0);
-      pairs &= ~mask_range(kAbove ? 0 : own - 32 * k, own - 32 * k + 1);
-      uint32_t same = mask_range(first - 32 * k, last - 32 * k);
-      mask[kPlus][thread][k] = pairs & same, mask[kMinus][thread][k] = pairs & ~same;
-    }
-  workers_sync();
+  const bool plain = valid && columns == kTile && (first >= min(last, kTile) || last <= 0) && (own < 0 || own >= kTile);
+  if (!workers_any(tile < kTiles && !plain)) return false;
+  if (tile < kTiles) write_pairs<kAbove>(mask[tile], of, valid ? columns : 0, first, last, own);
+  workers_sync();  // the masks of pairs are there
   return true;
 }
 
-// Counts and sums the hard pairs of tile (tile_i, tile_j), whose similarities the workers hold; writes its record, and
-// the masks of a tile that is neither empty nor full.
-template <Held kHeld>
-__device__ __forceinline__ void examine(const Work& w, const Rectangle& rectangle, LossMemory& memory,
-                                        const float (&s)[4][4][4], int tile_i, int tile_j) {
-  const int rows = valid_rows(w.state->valid[0], tile_i), columns = valid_rows(w.state->valid[1], tile_j);
-  const bool special = note_pairs<kHeld>(w, memory.mask, tile_i, tile_j, rows, columns);
+// The largest of a thread's similarities, as four chains.
+__device__ __forceinline__ float largest(const float (&s)[4][4][4]) {
+  float top[4] = {s[0][0][0], s[0][0][1], s[0][0][2], s[0][0][3]};
+#pragma unroll
+  for (int k = 4; k < 64; ++k) top[k % 4] = max(top[k % 4], s[k / 16][k / 4 % 4][k % 4]);
+  return max(max(top[0], top[1]), max(top[2], top[3]));
+}
+
+// Hard pairs of a warp, by those of its lanes: positives in the low half, negatives in the high half.
+__device__ __forceinline__ unsigned count_of_warp(const int (&found)[2]) {
+  unsigned both = static_cast<unsigned>(found[kPlus]) | static_cast<unsigned>(found[kMinus]) << 16;
+  return __reduce_add_sync(~0u, both);
+}
+
+// Scans a tile that may have hard pairs: sets their own_bit, and adds the penalties, which stand for `times` as many, to the
+// worker's. The result is that of `count_of_warp`.
+template <Held kHeld, int kTiles>
+__device__ __forceinline__ unsigned scan_tile(LossMemory<kTiles>& memory, const float (&s)[4][4][4], int tile,
+                                              bool special, int times, uint32_t (&hard)[2]) {
   const int thread = afresh(worker<kHeld>()), lane = thread % 32, warp = thread / 32;
-  uint32_t bits[4][2] = {};
   int found[2] = {0, 0};
   float penalty[2] = {0, 0};
+  const uint32_t (&mask)[2][kTile][4] = memory.mask[tile];
   if (special) {
-    scan<kHeld, kMinus, false>(memory.margin[kMinus], memory, s, warp, lane, bits, found[kMinus], penalty[kMinus]);
-    scan<kHeld, kPlus, false>(memory.margin[kPlus], memory, s, warp, lane, bits, found[kPlus], penalty[kPlus]);
+    scan<kHeld, kMinus, false>(memory.margin[kMinus], mask[kMinus], s, warp, lane, hard, found[kMinus],
+                               penalty[kMinus]);
+    scan<kHeld, kPlus, false>(memory.margin[kPlus], mask[kPlus], s, warp, lane, hard, found[kPlus], penalty[kPlus]);
   } else {
-    float top[4] = {s[0][0][0], s[0][0][1], s[0][0][2], s[0][0][3]};
-#pragma unroll
-    for (int k = 4; k < 64; ++k) top[k % 4] = max(top[k % 4], s[k / 16][k / 4 % 4][k % 4]);
-    if (__any_sync(~0u, max(max(top[0], top[1]), max(top[2], top[3])) >= memory.margin[kMinus]))
-      scan<kHeld, kMinus, true>(memory.margin[kMinus], memory, s, warp, lane, bits, found[kMinus], penalty[kMinus]);
+    scan<kHeld, kMinus, true>(memory.margin[kMinus], mask[kMinus], s, warp, lane, hard, found[kMinus], penalty[kMinus]);
   }
+  for (int side = 0; side < 2; ++side)
+    if (found[side] != 0) memory.penalty[side][thread] += static_cast<float>(times) * penalty[side];
+  return count_of_warp(found);
+}
 
-  unsigned both = static_cast<unsigned>(found[kPlus]) | static_cast<unsigned>(found[kMinus]) << 16;
-  if (__any_sync(~0u, both != 0))
-    for (int k = 16; k > 0; k /= 2) both += __shfl_xor_sync(~0u, both, k);
-  if (both != 0)
-    for (int side = 0; side < 2; ++side) {
-      double of_warp = warp_sum(penalty[side]);
-      if (lane == 0) memory.penalty[side][warp] = of_warp;
-    }
-  if (lane == 0) memory.count[warp] = both;
-  const int tile = rectangle.tile(tile_i, tile_j), all = rows * columns;
-  if (!workers_any(both != 0)) {
-    if (thread == 0) w.record[tile] = make_int2(0, 0);
-    return;
-  }
-  int count[2] = {0, 0};
-  for (int k = 0; k < kWarps; ++k) count[kPlus] += memory.count[k] & 0xffff, count[kMinus] += memory.count[k] >> 16;
-  if (thread == 0) {
-    int pairs = w.symmetric && tile_i != tile_j ? 2 : 1;  // (j, i) too
-    for (int side = 0; side < 2; ++side) {
-      memory.total.count[side] += static_cast<int64_t>(pairs) * count[side];
-      for (int k = 0; k < kWarps; ++k)
-        if (memory.count[k] != 0) memory.total.penalty[side] += pairs * memory.penalty[side][k];
-    }
-    w.record[tile] = make_int2(count[kPlus], count[kMinus]);
-  }
+// Tells `masked_sum` that the tile of G of this side has something to add.
+__device__ __forceinline__ void mark(const Embeddings& set, int tile, int side, int rectangle) {
+  if (set.marked != nullptr) atomicMax(set.marked + side * set.tiles + tile, rectangle);
+}
 
-  const bool keep = w.set[0].sum[0] != nullptr || w.set[1].sum[0] != nullptr;
-  if (!keep || count[kPlus] + count[kMinus] == 0 || count[kPlus] == all || count[kMinus] == all) return;
-  write_masks<kHeld>(memory, bits, warp, lane);
-  workers_sync();
+// Writes a tile's record. For one worker.
+__device__ __forceinline__ void write_record(const Work& w, const Rectangle& rectangle, int tile_i, int tile_j,
+                                             const int (&count)[2]) {
+  w.record[rectangle.tile(tile_i, tile_j)] = make_int2(count[kPlus], count[kMinus]);
+  for (int side = 0; side < 2; ++side)
+    if (count[side] != 0) {
+      mark(w.set[0], tile_i, side, rectangle.number);
+      mark(w.set[1], tile_j, side, rectangle.number);
+    }
+}
+
+// The masks of a tile to the workspace, and which rows and columns have a hard pair.
+__device__ __forceinline__ void store_masks(const Work& w, const uint32_t (&masks)[2][kTile][4], int tile, int thread) {
   const int of = thread / kTile, k = thread % kTile;
-  const uint4 mask = *reinterpret_cast<const uint4*>(memory.mask[of][k]);
+  const uint4 mask = *reinterpret_cast<const uint4*>(masks[of][k]);
   w.mask[(static_cast<int64_t>(tile) * 2 + of) * kTile + k] = mask;
   const unsigned occupied = __ballot_sync(~0u, (mask.x | mask.y | mask.z | mask.w) != 0);
-  if (lane == 0) reinterpret_cast<unsigned*>(w.occupied)[(tile * 2 + of) * 4 + k / 32] = occupied;
+  if (thread % 32 == 0) reinterpret_cast<unsigned*>(w.occupied)[(tile * 2 + of) * 4 + k / 32] = occupied;
 }
 
-// Adds the sums of worker 0 to the block of threads' part in the result.
-__device__ __forceinline__ void add_total(const Work& w, const LossMemory& memory) {
-  Partial& partial = w.partial[blockIdx.x];
-  for (int side = 0; side < 2; ++side) {
-    partial.penalty[side] += memory.total.penalty[side];
-    partial.count[side] += memory.total.count[side];
+// The records of kTiles neighbouring tiles that have hard pairs, as memory.count tells, and the masks of those that are
+// neither empty nor full.
+template <Held kHeld, int kTiles>
+__device__ __forceinline__ void keep_tiles(const Work& w, const Rectangle& rectangle, LossMemory<kTiles>& memory,
+                                           int tile_i, int tile_j, const uint32_t (&hard)[kTiles][2]) {
+  const int thread = afresh(worker<kHeld>()), lane = thread % 32, warp = thread / 32;
+  const bool keep = w.set[0].sum[0] != nullptr || w.set[1].sum[0] != nullptr;
+  bool mixed[kTiles];
+#pragma unroll
+  for (int k = 0; k < kTiles; ++k) {
+    mixed[k] = false;
+    if (!present(rectangle, tile_i, tile_j + k, memory.valid[1])) continue;
+    unsigned both = 0;  // up to 2^14 in either half
+    for (int of = 0; of < kWarps; ++of) both += memory.count[k][of];
+    const int count[2] = {static_cast<int>(both & 0xffff), static_cast<int>(both >> 16)};
+    if (thread == 0) {
+      write_record(w, rectangle, tile_i, tile_j + k, count);
+      const int64_t times = w.symmetric && tile_i != tile_j + k ? 2 : 1;
+      for (int side = 0; side < 2; ++side) memory.total[side] += times * count[side];
+    }
+    const int all = valid_rows(memory.valid[0], tile_i) * valid_rows(memory.valid[1], tile_j + k);
+    mixed[k] = keep && both != 0 && count[kPlus] != all && count[kMinus] != all;
+    if (mixed[k]) write_masks<kHeld>(memory.mask[k], hard[k], warp, lane);
+  }
+  bool any = false;
+  for (int k = 0; k < kTiles; ++k) any = any || mixed[k];
+  if (!any) return;
+  workers_sync();  // the masks are there
+#pragma unroll
+  for (int k = 0; k < kTiles; ++k)
+    if (mixed[k]) store_masks(w, memory.mask[k], rectangle.tile(tile_i, tile_j + k), thread);
+}
+
+// Counts and sums the hard pairs of kTiles neighbouring tiles from (tile_i, tile_j) on, whose similarities the workers
+// hold; writes their records, and the masks of those that are neither empty nor full. `special`: of `note_pairs`, whose
+// barrier comes between two calls.
+template <Held kHeld, int kTiles>
+__device__ __forceinline__ void examine(const Work& w, const Rectangle& rectangle, LossMemory<kTiles>& memory,
+                                        const float (&s)[kTiles][4][4][4], int tile_i, int tile_j, bool special) {
+  uint32_t hard[kTiles][2] = {};
+  bool found = false;
+#pragma unroll
+  for (int k = 0; k < kTiles; ++k) {
+    const int thread = afresh(worker<kHeld>());
+    unsigned& count = memory.count[k][thread / 32];
+    unsigned both = 0;
+    if (present(rectangle, tile_i, tile_j + k, memory.valid[1])) {
+      // Where the warp's tile before had hard pairs this one is taken to have some too, and not looked at twice.
+      if (special || count != 0 || __any_sync(~0u, largest(s[k]) >= memory.margin[kMinus]))
+        both = scan_tile<kHeld>(memory, s[k], k, special, w.symmetric && tile_i != tile_j + k ? 2 : 1, hard[k]);
+    }
+    __syncwarp();  // all have read it
+    if (thread % 32 == 0) count = both;
+    found = found || both != 0;
+  }
+  if (workers_any(found)) {
+    keep_tiles<kHeld>(w, rectangle, memory, tile_i, tile_j, hard);
+  } else if (worker<kHeld>() == 0) {
+#pragma unroll
+    for (int k = 0; k < kTiles; ++k)
+      if (present(rectangle, tile_i, tile_j + k, memory.valid[1]))
+        w.record[rectangle.tile(tile_i, tile_j + k)] = make_int2(0, 0);
   }
 }
 
-// A visitor is given the tiles of `similarity` and `similarity_sm90` one by one. This one finds the loss.
+// Adds all that the workers have found, in a fixed order, to the block of threads' part in the result.
+template <Held kHeld, int kTiles>
+__device__ __forceinline__ void add_totals(const Work& w, LossMemory<kTiles>& memory) {
+  const int thread = worker<kHeld>();
+  for (int side = 0; side < 2; ++side) {
+    const double of_warp = warp_sum(memory.penalty[side][thread]);
+    if (thread % 32 == 0) memory.of_warp[side][thread / 32] = of_warp;
+  }
+  workers_sync();  // the warps' sums are there
+  if (thread != 0) return;
+  Partial& partial = w.partial[blockIdx.x];
+  for (int side = 0; side < 2; ++side) {
+    double penalty = 0;
+    for (int k = 0; k < kWarps; ++k) penalty += memory.of_warp[side][k];
+    partial.penalty[side] += penalty, partial.count[side] += memory.total[side];
+  }
+}
+
+// A visitor is given the tiles of `similarity` one by one, those of `similarity_sm90` in pairs. This one finds the loss.
 struct LossVisitor {
-  using Memory = LossMemory;
+  template <int kTiles>
+  using Memory = LossMemory<kTiles>;
   static constexpr int kRing = 4;        // stages of copies on Hopper: as many as fit beside Memory
   static constexpr bool kMoves = false;  // whether similarities are moved among a thread's registers
 
-  // For all workers: before the first tile, with a barrier to follow; for each tile; after the last.
-  template <Held kHeld>
-  __device__ __forceinline__ void begin(const Work& w, LossMemory& memory) const {
-    if (worker<kHeld>() != 0) return;
-    memory.total = {};
-    for (int side = 0; side < 2; ++side) memory.margin[side] = w.state->margin[side];
+  // For all workers: before the first tile, with a barrier to follow; for kTiles neighbouring tiles, what can be done
+  // before their similarities are there; then with them, given the result of that; after the last.
+  template <Held kHeld, int kTiles>
+  __device__ __forceinline__ void begin(const Work& w, LossMemory<kTiles>& memory) const {
+    const int thread = worker<kHeld>();
+    for (int side = 0; side < 2; ++side) memory.penalty[side][thread] = 0;
+    for (int k = 0; k < kTiles; ++k)
+      if (thread < kWarps) memory.count[k][thread] = 0;
+    if (thread >= 2) return;
+    memory.total[thread] = 0, memory.margin[thread] = w.state->margin[thread],
+    memory.valid[thread] = w.state->valid[thread];
   }
-  template <Held kHeld>
-  __device__ __forceinline__ void visit(const Work& w, const Rectangle& rectangle, LossMemory& memory,
-                                        const float (&s)[4][4][4], int tile_i, int tile_j) const {
-    examine<kHeld>(w, rectangle, memory, s, tile_i, tile_j);
+  template <Held kHeld, int kTiles>
+  __device__ __forceinline__ bool prepare(const Work& w, LossMemory<kTiles>& memory, int tile_i, int tile_j) const {
+    return note_pairs<kHeld>(w, memory.mask, tile_i, tile_j, memory.valid[0], memory.valid[1]);
   }
-  template <Held kHeld>
-  __device__ __forceinline__ void end(const Work& w, LossMemory& memory) const {
-    if (worker<kHeld>() == 0) add_total(w, memory);
+  template <Held kHeld, int kTiles>
+  __device__ __forceinline__ void visit(const Work& w, const Rectangle& rectangle, LossMemory<kTiles>& memory,
+                                        const float (&s)[kTiles][4][4][4], int tile_i, int tile_j,
+                                        bool prepared) const {
+    examine<kHeld>(w, rectangle, memory, s, tile_i, tile_j, prepared);
+  }
+  template <Held kHeld, int kTiles>
+  __device__ __forceinline__ void end(const Work& w, LossMemory<kTiles>& memory) const {
+    add_totals<kHeld>(w, memory);
   }
 };
 

@@ -48,6 +48,7 @@ struct Embeddings {
   float* tile_sum;     // [tiles, width] sum of x^ over a tile
   float* sum[2];       // [tiles * kTile, width] G+ and G-; null: no gradient wanted
   uint8_t* touched;    // [2, tiles, slices] whether a tile of G has been written; else it is zero
+  int* marked;         // [2, tiles] number of the last rectangle with a hard pair of a tile of G; null: no gradient
   float* grad;         // [gradients, n, d] output, or null
 };
 
@@ -90,6 +91,7 @@ struct Work {
 struct Rectangle {
   int i0, i1, j0, j1;
   bool diagonal;  // symmetric, and the row tiles are the column tiles: only those with i <= j
+  int number;     // of the rectangle, from 1 on
 
   __device__ int tile(int i, int j) const { return (i - i0) * (j1 - j0) + (j - j0); }
 };

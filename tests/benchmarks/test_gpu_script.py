@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from benchmarks.speed import gpu, gpu_speed
-from benchmarks.speed.gpu import Stage, run_stage
+from benchmarks.speed.gpu import Records, Stage, run_stage
 from benchmarks.speed.gpu_speed import Clock, cases, goals
 from tcm_fused import tcm_loss
 
@@ -25,11 +25,20 @@ def stage(script: str, seconds: float = 20, **environment: str) -> Stage:
 
 def test_stages_end_in_time() -> None:
     """Ten minutes, and the build is for the card that is there; in every command, something to run."""
-    chosen = gpu.stages(FACTS, Path("speed.json"))
-    assert [each.name for each in chosen] == ["build", "tests", "triton", "memcheck", "racecheck", "benchmark"]
+    chosen = gpu.stages(FACTS, Records(Path("speed.json"), Path("registers.json")))
+    assert [each.name for each in chosen] == [
+        "build",
+        "registers",
+        "tests",
+        "triton",
+        "memcheck",
+        "racecheck",
+        "benchmark",
+    ]
     assert sum(each.seconds for each in chosen) <= gpu.TOTAL <= 590
     assert chosen[0].environment["TORCH_CUDA_ARCH_LIST"] == "9.0"
-    for tests in chosen[1:3]:
+    assert chosen[1].environment == chosen[0].environment, "the reports are those of the build"
+    for tests in chosen[2:4]:
         assert tests.environment["TRITON_INTERPRET"] == "0", "tests/conftest.py sets it for machines without a GPU"
     files = [
         path for path in gpu.ROOT.glob("tests/*/test_*.py") if "\npytestmark = pytest.mark.cuda" in path.read_text()
@@ -63,11 +72,11 @@ def test_stage_that_hangs_is_stopped_with_its_children() -> None:
 
 def test_failed_stage_does_not_stop_the_next(tmp_path: Path) -> None:
     """And the file is there with what has been done, figures included."""
-    target, speed = tmp_path / "results" / "card.json", tmp_path / "speed.json"
+    target, records = tmp_path / "results" / "card.json", Records(tmp_path / "speed.json", tmp_path / "registers.json")
     bad = stage("raise SystemExit(1)")._replace(name="bad")
-    good = stage(f"open({str(speed)!r}, 'w').write('[1]')")._replace(name="good")
+    good = stage(f"for name in {list(map(str, records))}: open(name, 'w').write('[1]')")._replace(name="good")
     absent = Stage("absent", 5, ("no-such-tool-here",), {}, optional=True)
-    assert not gpu.run([bad, good, absent], FACTS, target, speed)
+    assert not gpu.run([bad, good, absent], FACTS, target, records)
     written = json.loads(target.read_text())
     assert {name: one["outcome"] for name, one in written["stages"].items()} == {
         "bad": "failed",
@@ -75,9 +84,9 @@ def test_failed_stage_does_not_stop_the_next(tmp_path: Path) -> None:
         "absent": "not run",
     }
     assert written["device"] == "a test"
-    assert written["speed"] == [1]
-    assert gpu.run([good, absent], FACTS, target, speed)
-    assert not gpu.run([absent._replace(optional=False)], FACTS, target, speed)
+    assert written["speed"] == written["registers"] == [1]
+    assert gpu.run([good, absent], FACTS, target, records)
+    assert not gpu.run([absent._replace(optional=False)], FACTS, target, records)
 
 
 def test_seconds_that_are_left(tmp_path: Path) -> None:
@@ -85,7 +94,9 @@ def test_seconds_that_are_left(tmp_path: Path) -> None:
     report = tmp_path / "seconds"
     last = Stage("last", 5, (sys.executable, "-c", "import sys; open(sys.argv[1], 'w').write(sys.argv[2])"), {})
     last = last._replace(command=(*last.command, str(report), "SECONDS"))
-    gpu.run([stage("pass"), last], FACTS, tmp_path / "card.json", tmp_path / "none", seconds=100)
+    gpu.run(
+        [stage("pass"), last], FACTS, tmp_path / "card.json", Records(tmp_path / "no", tmp_path / "none"), seconds=100
+    )
     assert 60 < int(report.read_text()) <= 100
 
 
@@ -111,6 +122,7 @@ def measured() -> dict[str, Any]:
             n=min(case.n, 96),
             classes=min(case.classes, 9),
             runs=2,
+            side=min(case.side, 64),
             peers=tuple(set(case.peers) - {"torch.compile"}),
         )
         for name, case in cases().items()
@@ -122,6 +134,8 @@ def test_every_case_runs(measured: dict[str, Any]) -> None:
     assert not measured["errors"]
     assert set(measured["cases"]) == set(cases())
     assert set(measured["ceilings"]) == {"flops", "bytes_per_second"}
+    rates = [one["flops"] for one in measured["cases"].values() if "flops" in one]
+    assert min(rates) < measured["ceilings"]["flops"] < max(rates), "each case has the rate that was measured beside it"
     for one in measured["cases"].values():
         assert one["ms"]["tcm_fused"] > 0
         assert one["hard_pairs"][0] > 0
@@ -135,10 +149,10 @@ def test_peer_that_fails_leaves_its_error(measured: dict[str, Any]) -> None:
 
 
 def test_tables_of_what_was_measured(measured: dict[str, Any]) -> None:
-    table = gpu_speed.time_table(measured["cases"], measured["ceilings"]["flops"])
+    table = gpu_speed.time_table(measured["cases"])
     assert len(table.splitlines()) == 2 + len(cases())
     assert {"eager", "pytorch-metric-learning", "captured"} <= {word.strip(" ,|") for word in table.split(" ")}
-    assert len(measured["goals"]) == len(goals({}, 1e15))
+    assert len(measured["goals"]) == len(goals({}))
 
 
 def test_case_that_fails_does_not_stop_the_next() -> None:
@@ -158,13 +172,16 @@ def test_gate_stops_a_wrong_loss(monkeypatch: pytest.MonkeyPatch) -> None:
 
 # Goals, from figures that are made up to lie on either side.
 
+FLOPS = 65536**2 * 512 / 3e-3  # 3 ms for N^2 D flop
+
 
 def figures(product_ms: float) -> dict[str, Any]:
     """The figures of a card whose kernels take `product_ms` for each N^2 D flop of N = 65,536, D = 512."""
 
     def one(n: int, d: int, products: float = 1, **ms: float) -> dict[str, Any]:
         ours = product_ms * products * n**2 * d / (65536**2 * 512)
-        return {"n": n, "d": d, "ms": {"tcm_fused": ours, **{peer: factor * ours for peer, factor in ms.items()}}}
+        times = {"tcm_fused": ours, **{peer: factor * ours for peer, factor in ms.items()}}
+        return {"n": n, "d": d, "flops": FLOPS, "ms": times}
 
     found = {"hard none": one(65536, 512), "hard all": one(65536, 512), "hard half": one(65536, 512, 3)}
     found |= {"hard 1e-4": one(65536, 512, 1.2), "hard 1e-3": one(65536, 512, 1.8), "fp32": one(65536, 512, 3)}
@@ -177,11 +194,8 @@ def figures(product_ms: float) -> dict[str, Any]:
     return found | {f"width {d}": one(65536, d) for d in gpu_speed.WIDTHS}
 
 
-FLOPS = 65536**2 * 512 / 3e-3  # 3 ms for N^2 D flop
-
-
 def test_goals_met() -> None:
-    assert [row.subject for row in goals(figures(3.5), FLOPS) if not row.met] == []
+    assert [row.subject for row in goals(figures(3.5)) if not row.met] == []
 
 
 def test_goals_missed() -> None:
@@ -195,11 +209,11 @@ def test_goals_missed() -> None:
     slow["million"]["embedding_bytes"] = 6e9
     slow["small 256 128"]["ms"] = {"tcm_fused": 1.0, "eager": 2.0, "torch.compile": 0.9}
     slow["small 1024 128"]["ms"]["captured"] = 0.061
-    rows = goals(slow, FLOPS)
+    rows = goals(slow)
     assert [row.subject for row in rows if row.met or row.figure is None] == []
 
 
 def test_goals_not_measured() -> None:
-    rows = goals({}, FLOPS)
-    assert len(rows) == len(goals(figures(1.0), FLOPS)) == 21
+    rows = goals({})
+    assert len(rows) == len(goals(figures(1.0))) == 21
     assert all(row.figure is None and not row.met for row in rows)

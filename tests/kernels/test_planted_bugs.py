@@ -50,15 +50,51 @@ BUGS = {
     "similarity: no wait": Bug("similarity.cuh", "      copies_wait<0>();\n", ""),
     "similarity: no barrier": Bug("similarity.cuh", "      __syncthreads();  // the stage is there for all", "//"),
     "similarity: blocks share a partial sum": Bug("tile.cuh", "w.partial[blockIdx.x]", "w.partial[0]"),
-    "tile: no barrier after counting": Bug("tile.cuh", "if (!workers_any(both != 0)) {\n", "if (false) {\n"),
-    "tile: one column too many": Bug("tile.cuh", "valid ? columns - 32 * k : 0", "valid ? columns + 1 - 32 * k : 0"),
+    "tile: totals added up early": Bug("tile.cuh", "  workers_sync();  // the warps' sums are there\n", ""),
+    "tile: one warp's total left out": Bug(
+        "tile.cuh", "k < kWarps; ++k) penalty +=", "k < kWarps - 1; ++k) penalty +="
+    ),
+    "tile: rows not marked": Bug("tile.cuh", "mark(w.set[0], tile_i, side, rectangle.number);", ";"),
+    "tile: columns not marked": Bug("tile.cuh", "mark(w.set[1], tile_j, side, rectangle.number);", ";"),
+    "tile: marked by a store": Bug(
+        "tile.cuh",
+        "atomicMax(set.marked + side * set.tiles + tile, rectangle);",
+        "set.marked[side * set.tiles + tile] = rectangle;",
+    ),
+    "tile: marks of another side": Bug(
+        "masked_sum.cuh", "set.marked[owner.side * set.tiles", "set.marked[0 * set.tiles"
+    ),
+    "loss: numbers of rectangles that fall": Bug("loss.cu", "i == j, ++number};", "i == j, --number};"),
+    "prologue: marks not cleared": Bug("prologue.cuh", "set.marked[k] = 0;", "set.marked[k] |= 0;"),
+    "tile: no barrier after counting": Bug("tile.cuh", "if (workers_any(found)) {", "if (true) {"),
+    "tile: one column too many": Bug(
+        "tile.cuh", "mask_range(0, columns - 32 * k)", "mask_range(0, columns + 1 - 32 * k)"
+    ),
+    "tile: masks read before they are written": Bug(
+        "tile.cuh", "  workers_sync();  // the masks of pairs are there\n", ""
+    ),
+    "tile: masks stored before they are written": Bug("tile.cuh", "  workers_sync();  // the masks are there\n", ""),
+    "tile: count overwritten while it is read": Bug("tile.cuh", "    __syncwarp();  // all have read it\n", ""),
+    "tile: counts never cleared": Bug("tile.cuh", "memory.count[k][thread] = 0;", "memory.count[k][thread] |= 0;"),
+    "tile: bits of lanes exchanged one way": Bug("tile.cuh", "kept = upper ? ~kLow : kLow;", "kept = kLow;"),
+    "tile: bits of the scan in another order": Bug("tile.cuh", "bit % 2 * 2 + bit / 4", "bit % 2 + bit / 4 * 2"),
+    "tile: rows' places exchanged once": Bug("tile.cuh", "  own = exchange_places<16, 2, 0x0000cccc>(own);\n", ""),
+    "sm90: columns' bytes exchanged": hopper("tile.cuh", "bytes[warp % 2 + 2]", "bytes[3 - warp % 2]"),
+    "sm90: the second tile's labels are the first's": hopper(
+        "tile.cuh", "const int left = (tile_j + tile) * kTile,", "const int left = tile_j * kTile,"
+    ),
+    "sm90: labels of the pair before": hopper(
+        "similarity_sm90.cuh",
+        "prepare<kColumns>(w, memory.tile, order.i, order.j)",
+        "prepare<kColumns>(w, memory.tile, order.i, order.j + 2)",
+    ),
     "sm90: copies not waited for": hopper(
         "similarity_sm90.cuh", "        barrier_wait(memory.full[ring.stage], ring.parity);\n", ""
     ),
     "sm90: stage overwritten": hopper(
         "similarity_sm90.cuh", "        barrier_wait(memory.empty[ring.stage], ring.parity ^ 1);\n", ""
     ),
-    "sm90: products not waited for": hopper("similarity_sm90.cuh", "      warpgroup_wait<0>();\n", ""),
+    "sm90: products not waited for": hopper("similarity_sm90.cuh", "      warpgroup_finish(s);\n", ""),
     "sm90: stage given back too early": hopper("similarity_sm90.cuh", "warpgroup_wait<1>();", "warpgroup_wait<2>();"),
     "sm90: one arrival missing": hopper(
         "similarity_sm90.cuh", "memory.empty[k], kWarps)", "memory.empty[k], kWarps + 1)"
@@ -69,7 +105,7 @@ BUGS = {
     "sm90: barriers not shown to the copy engine": hopper("similarity_sm90.cuh", "    barriers_ready();\n", ""),
     # Masked sums.
     "masked sum: no wait": Bug("masked_sum.cuh", "    copies_wait<0>();\n    if constexpr", "    if constexpr"),
-    "masked sum: products not waited for": hopper("masked_sum.cuh", "  warpgroup_wait<0>();\n", ""),
+    "masked sum: products not waited for": hopper("masked_sum.cuh", "  warpgroup_finish(products.sum);\n", ""),
     "masked sum: no barrier": Bug("masked_sum.cuh", "    __syncthreads();  // the stage is there for all", "//"),
     "masked sum: queue read early": Bug("masked_sum.cuh", "    __syncwarp();  // the queue is written", "//"),
     "masked sum: queue written early": Bug("masked_sum.cuh", "    __syncwarp();  // the queue has been read", "//"),
@@ -127,7 +163,7 @@ BUGS = {
     "classes: only the row's": Bug(
         "counts.cuh", "if (at.side == kMinus) add(class_count", "if (column < 0) add(class_count"
     ),
-    "tiles: pairs twice": Bug("counts.cuh", "note_pairs<kHeld, true>", "note_pairs<kHeld, false>"),
+    "tiles: pairs twice": Bug("counts.cuh", "note_pairs<kHeld, 1, true>", "note_pairs<kHeld, 1, false>"),
     "best: raised by a store": Bug("counts.cuh", "atomicMax(best, key);", "*best = key;"),
 }
 
@@ -176,10 +212,12 @@ def search(bug: Bug, code: str, on: Kernels | None = None) -> None:
 
 
 @pytest.fixture(scope="module")
-def roots(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The sources with each bug, and their PTX made, two at a time."""
+def roots(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The sources with each bug that this run asks for, and their PTX made, two at a time."""
     kernels()
-    found = {name: tmp_path_factory.mktemp("bug") for name in BUGS}
+    tests = [item for item in request.session.items if isinstance(item, pytest.Function)]
+    asked = {test.callspec.params.get("name") for test in tests if hasattr(test, "callspec")}
+    found = {name: tmp_path_factory.mktemp("bug") for name in BUGS if name in asked}
 
     def make(name: str) -> None:
         bug = BUGS[name]
@@ -190,7 +228,7 @@ def roots(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             build.ptx(bug.unit, bug.sm, found[name])
 
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(make, BUGS))
+        list(pool.map(make, found))
     return found
 
 

@@ -1,114 +1,33 @@
 """Every CUDA kernel as ptxas compiled it, on each default architecture: no spill, and the table csrc/cuda/registers.md.
 
-The reports are those of the build; nothing is compiled twice. `make registers` writes the table anew.
+Once with nvcc's own ptxas, and for Hopper once with the older one that Triton brings: they differ in when they
+serialise products.
 """
 
+import json
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 from ptx_machine.build import nvcc
 
+from benchmarks.speed import ptxas
+from benchmarks.speed.ptxas import NoKernels, Report, Use, complaints, differences, read, table
+
 ROOT = Path(__file__).parents[2]
-TABLE = ROOT / "csrc/cuda/registers.md"
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100")
-
-_KERNEL = re.compile(r"Compiling entry function '(.+)' for '(\S+)'")
-_FRAME = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
-_USED = re.compile(r"Used (\d+) registers.*")
-_SHARED = re.compile(r"(\d+) bytes smem")
-_SERIAL = re.compile(r".*\bC75\d\d\b.*")  # wgmma is serialised, or a register hint is not taken
-
-
-class Use(NamedTuple):
-    """Resources of one kernel on one architecture."""
-
-    registers: int
-    shared: int  # bytes that the kernel declares; those that a launch adds are not known here
-    stack: int  # bytes of local memory per thread, spilled or indexed at run time
-    spilled: int  # bytes
-
-
-class Report(NamedTuple):
-    """ptxas' reports: each kernel on each architecture, and its complaints."""
-
-    uses: dict[tuple[str, str], Use]
-    complaints: list[str]
-
-
-def read(text: str) -> Report:
-    """The kernels of `text`, which nvcc printed under `-Xptxas -v`, by their names in C++ without the namespace.
-
-    Raises:
-        ValueError: a kernel's lines are not as expected: another ptxas, or two of them printing at once.
-    """
-    text = subprocess.run(["c++filt"], input=text, capture_output=True, text=True, check=True).stdout
-    text = re.sub(r"\(anonymous namespace\)::|tcm::cuda::|void (?=tcm::)", "", text)
-    uses = {}
-    _, *parts = re.split(f"(?={_KERNEL.pattern.replace('(', '(?:')})", text)
-    for part in parts:
-        kernel, frames, used = _KERNEL.search(part), _FRAME.findall(part), _USED.findall(part)
-        if kernel is None or not frames or len(used) != 1:
-            raise ValueError(f"not one kernel's report:\n{part}")
-        shared = _SHARED.search(part)
-        uses[kernel[1], kernel[2]] = Use(
-            registers=int(used[0]),
-            shared=int(shared[1]) if shared else 0,
-            stack=max(int(frame) for frame, _, _ in frames),
-            spilled=sum(int(stores) + int(loads) for _, stores, loads in frames),
-        )
-    return Report(uses, _SERIAL.findall(text))
-
-
-def complaints(report: Report) -> list[str]:
-    """Reasons not to ship the build: spills, local memory, and ptxas' own warnings."""
-    found = [f"ptxas: {line.strip()}" for line in report.complaints]
-    for (kernel, architecture), use in report.uses.items():
-        if use.spilled or use.stack:
-            found.append(f"{kernel} on {architecture}: {use.spilled} bytes spilled, {use.stack} bytes of stack")
-    return found
-
-
-def table(report: Report, compiler: str) -> str:
-    """The report as Markdown, one row per kernel."""
-    architectures = sorted(
-        {architecture for _, architecture in report.uses}, key=lambda name: int(name[3:].strip("af"))
-    )
-    kernels = sorted({kernel for kernel, _ in report.uses})
-    rows = []
-    for kernel in kernels:
-        cells = [_cell(report.uses.get((kernel, architecture))) for architecture in architectures]
-        rows.append(f"| `{kernel}` | {' | '.join(cells)} |")
-    lines = [
-        "# Registers and declared shared memory of the CUDA kernels",
-        "",
-        f"Registers per thread, bytes per block; {compiler}. Written by `make registers`; `make test` compares.",
-        "",
-        f"| kernel | {' | '.join(architectures)} |",
-        "|---|" + "---|" * len(architectures),
-        *rows,
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def _cell(use: Use | None) -> str:
-    return "-" if use is None else f"{use.registers}" + (f", {use.shared} B" if use.shared else "")
 
 
 def build() -> tuple[Report, str]:
-    """The reports of the default build, compiled now if they are not there, and the compiler's name."""
-    environment = {name: value for name, value in os.environ.items() if name != "TORCH_CUDA_ARCH_LIST"}
-    command = [sys.executable, "setup.py", "-q", "build_cuda"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    if "no CUDA kernels: " in done.stderr and os.environ.get("TCM_FUSED_CUDA") != "1":
-        pytest.skip(done.stderr.strip())
-    assert done.returncode == 0, done.stdout + done.stderr
-    compiler, *logs = done.stdout.splitlines()
-    return read("".join(Path(log).read_text() for log in logs)), compiler
+    """Those of the default build. Skipped where there is no nvcc, unless it was asked for."""
+    try:
+        return ptxas.build()[:2]
+    except NoKernels as error:
+        if "no CUDA kernels: " in str(error) and os.environ.get("TCM_FUSED_CUDA") != "1":
+            pytest.skip(str(error))
+        raise
 
 
 @pytest.fixture(scope="module")
@@ -134,10 +53,39 @@ def test_every_kernel_is_there_for_every_architecture(built: tuple[Report, str])
 def test_registers_are_those_of_the_table(built: tuple[Report, str]) -> None:
     """A change of a kernel and its new registers are in the same commit."""
     report, compiler = built
-    recorded = TABLE.read_text()
+    recorded = ptxas.TABLE.read_text()
     if compiler not in recorded:
-        pytest.skip(f"{TABLE.name} was not written with this compiler, {compiler}")
+        pytest.skip(f"{ptxas.TABLE.name} was not written with this compiler, {compiler}")
     assert recorded == table(report, compiler), "if that is meant, run `make registers`"
+    assert differences(report, compiler, recorded) == []
+
+
+def triton_ptxas() -> Path:
+    """Triton's ptxas, of CUDA 12."""
+    backends = pytest.importorskip("triton.backends", reason="the second ptxas is Triton's, which is not installed")
+    return Path(backends.__file__).parent / "nvidia/bin/ptxas"
+
+
+@pytest.mark.parametrize("unit", ["loss", "counts"])
+def test_an_older_ptxas_agrees(unit: str, tmp_path: Path) -> None:
+    """No spill and no serialised product by a ptxas of CUDA 12 either, which users may have."""
+    older = triton_ptxas()
+    version = re.search(
+        r"release (\d+)\.\d+", subprocess.run([older, "--version"], capture_output=True, text=True).stdout
+    )
+    assert version is not None
+    assert version[1] == "12", "this Triton brings another ptxas; take one of CUDA 12 from elsewhere"
+    source = tmp_path / "kernels.ptx"
+    command = [nvcc(), "-std=c++20", "-O3", "-arch=compute_90a", "-ptx", f"csrc/cuda/{unit}.cu", "-o", str(source)]
+    subprocess.run(command, cwd=ROOT, check=True)
+    text, headers = re.subn(r"^\.version \d+\.\d+$", ".version 8.5", source.read_text(), flags=re.MULTILINE)
+    assert headers == 1
+    source.write_text(text)
+    command = [str(older), "-v", "-arch=sm_90a", str(source), "-o", str(tmp_path / "kernels.cubin")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    report = read(done.stdout + done.stderr)
+    assert any("_sm90" in kernel for kernel, _ in report.uses)
+    assert complaints(report) == []
 
 
 # The gate itself.
@@ -232,6 +180,24 @@ def compile_alone(source: str, folder: Path, *options: str) -> Report:
     return read(done.stdout + done.stderr)
 
 
-if __name__ == "__main__":
-    TABLE.write_text(table(*build()))
-    print(f"wrote {TABLE}")
+def test_differences_are_told() -> None:
+    report = read(GOOD)
+    recorded = table(report, "nvcc 1")
+    assert differences(report, "nvcc 1", recorded) == []
+    assert differences(read(GOOD.replace("168", "170")), "nvcc 1", recorded) == [
+        "good(float*) on sm_90a: 170, 512 B, in the table 168, 512 B"
+    ]
+    assert differences(read(GOOD.replace("168", "170")), "nvcc 2", recorded) == [], "another compiler's table"
+    assert differences(read(GOOD.replace("4good", "5other")), "nvcc 1", recorded) == [
+        "good(float*) on sm_90a: not there, in the table 168, 512 B",
+        "other(float*) on sm_90a: 168, 512 B, in the table not there",
+    ]
+    assert differences(read(GOOD.replace("sm_90a", "sm_120")), "nvcc 1", recorded) == [], "the table has no such column"
+
+
+def test_check_records_what_it_finds(tmp_path: Path) -> None:
+    wrong = ptxas.check(read(GOOD + SERIAL), "nvcc 0", tmp_path / "registers.json")
+    assert len(wrong) == 1
+    record = json.loads((tmp_path / "registers.json").read_text())
+    assert record["registers"] == {"good(float*)": {"sm_90a": 168}}
+    assert record["complaints"] == wrong
