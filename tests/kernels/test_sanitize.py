@@ -15,8 +15,8 @@ KERNELS = [ROOT / "csrc/cpu" / name for name in ("loss.cpp", "counts.cpp", "pair
 @pytest.mark.parametrize(
     ("flags", "cases", "batches"),
     [
-        pytest.param("-O3 -fno-math-errno -fno-trapping-math", 400, 2000, id="release"),
-        pytest.param("-O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all", 120, 400, id="asan-ubsan"),
+        pytest.param("-O3 -fno-math-errno -fno-trapping-math", 400, 1000, id="release"),
+        pytest.param("-O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all", 60, 100, id="asan-ubsan"),
         pytest.param("-O1 -g1 -fsanitize=thread", 25, 20, id="tsan"),
     ],
 )
