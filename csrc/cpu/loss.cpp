@@ -126,10 +126,10 @@ class LossWalk {
     uint64_t mask[kTile * kWords] = {}, transposed[kTile * kWords] = {};  // words past the tile stay 0
     uint64_t missing[kTile * kWords], hard[kTile * kWords];               // see add_most
     Array<real> weight, transposed_weight;                                // [tile, tile] see make_weights
-    Array<int32_t> code_product;                                          // [tile, tile]
-    // See decide(): pairs that may be hard, and those that surely are.
-    uint64_t possible[2][kTile * kWords], sure[2][kTile * kWords];
-    uint64_t decided[kGroup * kGroup][2][kTile * kWords];
+    // With codes: their products [tile, tile]; pairs of a tile that may be hard, and that surely are; the hard pairs of each
+    // tile of a group. Bits, [kTile, kWords] each.
+    Array<int32_t> code_product;
+    Array<uint64_t> possible[2], sure[2], decided[kGroup * kGroup][2];
   };
 
   EmbeddingSums<real>& columns() { return symmetric_ ? rows_ : other_; }
@@ -224,7 +224,12 @@ class LossWalk {
     int64_t tile = rows_.tile;
     scratch.s.allocate(kGroup * kGroup * tile * tile);
     if (p_.squared) scratch.weight.allocate(tile * tile), scratch.transposed_weight.allocate(tile * tile);
-    if (by_codes_) scratch.code_product.allocate(tile * tile);
+    if (!by_codes_) return;
+    scratch.code_product.allocate(tile * tile);
+    for (int side : {kPlus, kMinus}) {
+      scratch.possible[side].allocate(tile * kWords), scratch.sure[side].allocate(tile * kWords);
+      for (auto& hard : scratch.decided) hard[side].allocate(tile * kWords);
+    }
   }
 
   // The tiles of row group `a` and column group `b`; on the diagonal only those above it.
@@ -338,7 +343,7 @@ class LossWalk {
 
   // Finds a tile's hard pairs and the sum of their penalties by codes. False, and nothing is found, if too many pairs are
   // in question.
-  bool decide(Tile& t, uint64_t (*hard)[kTile * kWords], Scratch& scratch) {
+  bool decide(Tile& t, const Array<uint64_t> (&hard)[2], Scratch& scratch) {
     multiply_codes(t, scratch);
     int64_t most = std::max<int64_t>(t.m * t.n / kCodedPairs, 1), possible[2] = {}, sure[2] = {}, pairs = 0;
     for (int row = 0; row < t.m; ++row) {
@@ -349,7 +354,7 @@ class LossWalk {
         if (possible[side] > most && (p_.squared || pairs - sure[side] > most)) return false;
     }
     for (int side : {kPlus, kMinus}) {
-      t.hard[side] = hard[side];
+      t.hard[side] = hard[side].get();
       if (possible[side] <= most) {
         take_possible(t, side, possible[side] > 0, scratch);
       } else {
@@ -386,7 +391,7 @@ class LossWalk {
     };
     uint64_t *may[2], *must[2];
     for (int side : {kPlus, kMinus}) {
-      may[side] = scratch.possible[side] + row * kWords, must[side] = scratch.sure[side] + row * kWords;
+      may[side] = scratch.possible[side].get() + row * kWords, must[side] = scratch.sure[side].get() + row * kWords;
       std::fill_n(may[side], kWords, 0), std::fill_n(must[side], kWords, 0);
     }
     auto [start, first, last] = segments(t, row);
@@ -423,7 +428,7 @@ class LossWalk {
     if (!any) return;
     uint64_t* hard = t.hard[side];
     std::fill_n(hard, rows_.tile * kWords, 0);
-    for_bits(scratch.possible[side], t.m, [&](int row, int column) {
+    for_bits(scratch.possible[side].get(), t.m, [&](int row, int column) {
       real s = similarity(rows_.begin(t.i) + row, columns().begin(t.j) + column, side);
       double violation = violation_of(side, s);
       if (!(violation >= 0)) return;
@@ -440,8 +445,8 @@ class LossWalk {
     double sum = 0;
     for (int64_t k = 0; k < p_.d; ++k) sum += a[k] * b[k];
     if (diagonal) sum = (sum - rows_.norm[t.i]) / 2;
-    uint64_t *hard = t.hard[side], *others = scratch.possible[side];
-    const uint64_t* sure = scratch.sure[side];
+    uint64_t *hard = t.hard[side], *others = scratch.possible[side].get();
+    const uint64_t* sure = scratch.sure[side].get();
     std::fill_n(hard, rows_.tile * kWords, 0), std::copy_n(sure, t.m * kWords, hard);
     int64_t count = 0;
     for (int row = 0; row < t.m; ++row) {
