@@ -29,6 +29,9 @@ HIDDEN = ("note_pairs",)  # on Hopper, while the last products are under way
 LISTED = {*PHASES["few"], *PHASES["half"], *HIDDEN, "write_pairs"}
 STEP = 64  # columns of x^ in one step of a product
 L2 = 5120  # bytes a cycle of the whole cache, as NVIDIA says of GA100; of Hopper nothing is said
+RING = 4  # stages of copies
+LEAD = 2  # steps by which one team is ahead of the other
+COPY = 800  # cycles from an empty stage to a full one
 RAMP = 150  # cycles from the last product to its result, and from the first instruction of the next to full rate
 
 
@@ -72,7 +75,12 @@ class Kernels(NamedTuple):
     def item(self) -> list[Instruction]:
         """The instructions of one tile of a masked sum by products."""
         names = {"load_item", "multiply_tile", "multiply_tile_sm90"}
-        return [one for one in self.masked_sum if names & {name for name, _ in one.calls}]
+        found = []
+        for one in self.masked_sum:
+            calls = {name for name, _ in one.calls}
+            if names & calls and "load_mask" not in calls:  # which is for halves of tiles that are empty or complete
+                found.append(one)
+        return found
 
 
 def compiled(card: Card, nvcc: str = "nvcc") -> Kernels:
@@ -93,13 +101,47 @@ def similarity_cycles(kernels: Kernels, hard: str, d: int, products: int = 1) ->
     card = kernels.card
     code = kernels.phase(PHASES[hard])
     tensor = products * product_cycles(card, d)
-    if card.hopper:  # two warps of workers on a scheduler; all multiply, then all look
-        hidden = cycles_of(kernels.phase(HIDDEN), 2, True)
-        return tensor + RAMP + cycles_of(code, 2, True) + max(0, hidden - product_cycles(card, STEP))
+    if card.hopper:  # two teams, each with a warp on a scheduler
+        step = product_cycles(card, STEP) / 2  # of one team
+        late = max(0, cycles_of(kernels.phase(HIDDEN), 1, True) - step)
+        return teams_cycles(products * -(-d // STEP), step, RAMP + cycles_of(code, 1, True) + late)
     # Two blocks of threads, four warps on a scheduler: one block multiplies while the other looks.
     looks = pipe_cycles([*code, *kernels.phase(HIDDEN)], 4, False)
     issued = products * -(-d // STEP) * pipe_cycles(kernels.step(), 4, False) + looks
     return max(tensor, issued)
+
+
+def teams_cycles(steps: int, step: float, looks: float, lead: int = LEAD, pairs: int = 60) -> float:
+    """Of two teams for a pair of tiles in the long run; each has half of every step and then looks at its half.
+
+    The tensor cores take the products of both teams in turns, four to a step. A stage of the ring is filled anew when
+    both teams are done with it. The second team begins `lead` steps after the first.
+    """
+    total, lead = pairs * steps, min(lead, steps)
+    done: tuple[list[float], list[float]] = ([], [])  # when a team's steps were
+    free, begun, quarters, tensor, turn = [0.0, 0.0], [0.0, 0.0], [0, 0], 0.0, 0
+    while any(len(one) < total for one in done):
+        asking = []
+        for team, mine in enumerate(done):
+            n = len(mine)
+            if n == total or n >= RING + min(map(len, done)) or (team == 1 and len(done[0]) < lead):
+                continue
+            filled = (max(one[n - RING] for one in done) if n >= RING else 0) + COPY
+            before = done[0][lead - 1] if team == 1 and lead > 0 else 0
+            first = max(free[team], filled, before, mine[n - 2] if n % steps >= 2 else 0)
+            asking.append((begun[team] if quarters[team] else first, team != turn, team))
+        waiting = [one for one in asking if one[0] <= tensor]
+        start, _, team = min(waiting, key=lambda one: one[1]) if waiting else min(asking)
+        begun[team], turn = start, 1 - team
+        begins = max(start, tensor)
+        tensor = begins + step / 4
+        quarters[team] = (quarters[team] + 1) % 4
+        if quarters[team] == 0:
+            last = len(done[team]) % steps == steps - 1
+            done[team].append(tensor)
+            free[team] = tensor + looks if last else begins
+    ends = [max(one[n] for one in done) for n in (total // 2 - 1, total - 1)]
+    return (ends[1] - ends[0]) / (pairs / 2)
 
 
 def masked_sum_cycles(kernels: Kernels, d: int) -> float:
@@ -133,7 +175,7 @@ def predictions(kernels: Kernels) -> dict[str, float]:
     found["all that L2 has to give, if 5,120 a cycle"] = L2 / card.multiprocessors
     for hard in HARD:
         found[f"cycles after the product of two tiles, {hard} hard"] = (
-            cycles_of(kernels.phase(PHASES[hard]), 2, True)
+            cycles_of(kernels.phase(PHASES[hard]), 1, True)
             if card.hopper
             else pipe_cycles(kernels.phase(PHASES[hard]), 4, False)
         )

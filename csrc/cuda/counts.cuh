@@ -58,6 +58,7 @@ struct CountVisitor {
   template <int kTiles>
   using Memory = CountMemory;
   static constexpr int kRing = 3;       // the window has the room of the fourth
+  static constexpr int kLead = 0;       // the window's counters would overflow
   static constexpr bool kMoves = true;  // see `look`
 
   int64_t n, classes;
@@ -84,7 +85,7 @@ struct CountVisitor {
 
   template <Held kHeld>
   __device__ __forceinline__ void end(const Work&, CountMemory& memory) const {
-    workers_sync();
+    barrier_sync<kThreads>(1);
     for (int k = worker<kHeld>(); k < window; k += kThreads) {
       unsigned found = window_of(memory)[k / 2] >> k % 2 * 16 & 0xffff;
       if (found != 0) add(count[kMinus] + *first + k, found);
@@ -110,7 +111,7 @@ struct CountVisitor {
                                             int tile_j) const {
     // Its barrier keeps a warp from being more than a tile ahead of another; `count_near` relies on it.
     const bool special =
-        note_pairs<kHeld, 1, true>(w, memory.mask, tile_i, tile_j, w.state->valid[0], w.state->valid[1]);
+        note_pairs<true>(w, memory.mask, tile_i, tile_j, w.state->valid[0], w.state->valid[1], Team<kHeld, kThreads>{});
     const float least = thresholds == 0 ? INFINITY : threshold[0];
     const int to_place = (1 << bits) - *first;
 #pragma unroll 1

@@ -50,9 +50,9 @@ Plan make_plan(const Problem<void>& p, const Device& device, int gradients, cons
   else lay_out(layout, w, w.set[1], gradient[1]);
   layout.take(w.state, 1), layout.take(w.partial, w.partials);
   int64_t tiles = int64_t{plan.side[0]} * plan.side[1];
-  layout.take(w.record, tiles);
+  layout.take(w.record, tiles * 2);
   layout.take(w.mask, gradient[0] || gradient[1] ? tiles * 2 * kTile : 0);
-  layout.take(w.occupied, tiles * 2);
+  layout.take(w.occupied, tiles * 3);
   plan.bytes = layout.used();
   return plan;
 }

@@ -26,7 +26,11 @@ enum ItemClass { kEmpty = -1, kMixed, kFew, kFull };
 // An item of an owner's list, a tile of similarities: the source's number in the rectangle (`kNumber`), and these bits.
 constexpr int kTransposed = 0x4000;  // the source is a row of the rectangle: masks are read by columns
 constexpr int kBoth = 0x8000;        // it has hard pairs of both sides
-constexpr int kNumber = 0x3fff;
+constexpr int kNumber = 0xff;
+constexpr int kNoneIn = 0x100;  // half h of the rows of the rectangle's tile has no hard pair: << 2 h
+constexpr int kAllIn = 0x200;   // all of its pairs are hard, and on one side; of halves like these no mask is written
+constexpr int kKnown = 0xf00;
+static_assert(kRectangle <= kNumber);
 
 // The owner of a slice of tile `tile` of G of a side of `set`; adds up x^ of `other`, whose tiles in the rectangle begin
 // with `base`.
@@ -75,8 +79,30 @@ __device__ __forceinline__ uint4 of_side(const Embeddings& set, int64_t row, int
                     bits.w & (mask_range(first - 96, last - 96) ^ flip));
 }
 
+// Whether the masks of half a tile with so many hard pairs are known without having been written.
+__device__ __forceinline__ int known(int plus, int minus) {
+  constexpr int kPairs = kHalf * kTile;
+  return plus + minus == 0 ? kNoneIn : plus == kPairs || minus == kPairs ? kAllIn : 0;
+}
+
+// The mask of a row or column of an item.
+__device__ __forceinline__ uint4 load_mask(const Work& w, const Owner& owner, int item, int row) {
+  const uint4* mask = w.mask + owner.masks(item) * kTile + row;
+  if (!(item & kKnown)) return *mask;
+  uint2 half[2];  // of a column; of a row both are of the half that it lies in
+#pragma unroll
+  for (int k = 0; k < 2; ++k) {
+    const int state = item >> 2 * (item & kTransposed ? k : row / kHalf);
+    if (state & kAllIn) half[k] = make_uint2(~0u, ~0u);
+    else if (state & kNoneIn) half[k] = make_uint2(0, 0);
+    else half[k] = reinterpret_cast<const uint2*>(mask)[k];
+  }
+  return make_uint4(half[0].x, half[0].y, half[1].x, half[1].y);
+}
+
 // Sorts the owner's tiles into memory.item by class, in order; memory.size tells how many there are of each. On the
 // diagonal those before the owner lie in its column, the others in its row.
+template <bool kSm90>
 __device__ __forceinline__ void classify(const Work& w, const Rectangle& rectangle, const Owner& owner,
                                          MaskedSumMemory& memory) {
   int lane = threadIdx.x % 32, warp = threadIdx.x / 32, item = threadIdx.x, kind = kEmpty;
@@ -84,7 +110,10 @@ __device__ __forceinline__ void classify(const Work& w, const Rectangle& rectang
     if (owner.set == 1 || (rectangle.diagonal && owner.base + item < owner.tile)) item |= kTransposed;
     int all = valid_rows(w.state->valid[owner.set], owner.tile);
     all *= valid_rows(w.state->valid[owner.other], owner.source(item));
-    int2 record = all == 0 ? make_int2(0, 0) : w.record[owner.number(item)];  // no record of a tile without pairs
+    // No record of a tile without pairs.
+    int4 halves = all == 0 ? make_int4(0, 0, 0, 0) : reinterpret_cast<const int4*>(w.record)[owner.number(item)];
+    const int2 record = make_int2(halves.x + halves.z, halves.y + halves.w);
+    if constexpr (kSm90) item |= known(halves.x, halves.y) | known(halves.z, halves.w) << 2;
     int count = owner.side == kPlus ? record.x : record.y;
     if (count > 0) kind = count == all ? kFull : record.x + record.y <= kSparse ? kFew : kMixed;
     if (record.x > 0 && record.y > 0) item |= kBoth;
@@ -125,7 +154,10 @@ __device__ __forceinline__ void load_item(const Work& w, const Owner& owner, int
 #pragma unroll
   for (int k = 0; k < kTile * 16 / kThreads; ++k, unit += pitch)
     copy_16(to + k * kThreads / 16 * 128, unit, inside ? 16 : 0);
-  if (thread < kTile) copy_16(&memory.stage.mask[stage][thread], w.mask + owner.masks(item) * kTile + thread, 16);
+  if (thread >= kTile) return;
+  uint4* mask = &memory.stage.mask[stage][thread];
+  if (item & kKnown) *mask = load_mask(w, owner, item, thread);
+  else copy_16(mask, w.mask + owner.masks(item) * kTile + thread, 16);
 }
 
 // Two bits of a mask as two halves: `one`, or 0.
@@ -322,22 +354,28 @@ struct SparseTiles {
     }
   }
 
+  // Which of 32 rows or columns of an item have a hard pair. Of a sparse tile no half is complete.
+  __device__ unsigned occupied(int item, int word) const {
+    const unsigned* of = reinterpret_cast<const unsigned*>(w.occupied + owner.number(item) * int64_t{3}) + word;
+    if (!(item & kTransposed)) return item >> 2 * (word / 2) & kNoneIn ? 0 : of[0];
+    return (item & kNoneIn ? 0 : of[4]) | (item >> 2 & kNoneIn ? 0 : of[8]);
+  }
+
   __device__ void run() {
     int64_t own = static_cast<int64_t>(owner.tile) * kTile + warp * kOwnRows;
     int64_t base = static_cast<int64_t>(owner.base) * kTile;
     for (int begin = 0; begin < memory.size[kFew]; begin += 32) {
       bool has = begin + lane < memory.size[kFew];
       int item = has ? memory.item[kFew][begin + lane] : 0;
-      int64_t at = owner.masks(item);
       unsigned rows = 0;  // of the warp, those with a pair in this lane's tile
-      if (has)
-        rows = reinterpret_cast<const unsigned*>(w.occupied)[at * 4 + warp / 2] >> (warp % 2 * kOwnRows) & 0xffff;
+      if (has) rows = occupied(item, warp / 2) >> (warp % 2 * kOwnRows) & 0xffff;
       for (int row = 0; row < kOwnRows; row += 4) {
         if (!__any_sync(~0u, (rows >> row & 15) != 0)) continue;
         uint4 mask[4];
 #pragma unroll
         for (int k = 0; k < 4; ++k)
-          mask[k] = rows >> (row + k) & 1 ? w.mask[at * kTile + warp * kOwnRows + row + k] : make_uint4(0, 0, 0, 0);
+          mask[k] =
+              rows >> (row + k) & 1 ? load_mask(w, owner, item, warp * kOwnRows + row + k) : make_uint4(0, 0, 0, 0);
 #pragma unroll 1
         for (int k = 0; k < 4; ++k) {
           if (item & kBoth) mask[0] = of_side(w.set[owner.set], own + row + k, owner.source(item), owner.side, mask[0]);
@@ -362,7 +400,7 @@ __device__ __forceinline__ void add_masked(const Work& w, const Rectangle& recta
   if (set.marked[owner.side * set.tiles + owner.tile] != rectangle.number) return;  // as most where few pairs are hard
 
   // 1. The lists of tiles to add.
-  classify(w, rectangle, owner, memory);
+  classify<kSm90>(w, rectangle, owner, memory);
 
   // 2. Full tiles: a thread has a column and every other tile.
   {

@@ -96,14 +96,17 @@ __device__ __forceinline__ void multiply_add(float (&d)[4], const uint32_t (&a)[
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// A barrier of 256 threads, the workers, which need not be all of their block; the second also tells whether any is
-// true.
-__device__ __forceinline__ void workers_sync() { asm volatile("bar.sync 1, 256;" ::: "memory"); }
-__device__ __forceinline__ bool workers_any(bool vote) {
+// Barrier `number` of kThreads threads; the second also tells whether any is true.
+template <int kThreads>
+__device__ __forceinline__ void barrier_sync(int number) {
+  asm volatile("bar.sync %0, %1;" ::"r"(number), "n"(kThreads) : "memory");
+}
+template <int kThreads>
+__device__ __forceinline__ bool barrier_any(int number, bool vote) {
   int any;
-  asm volatile("{\n.reg .pred p;\nsetp.ne.s32 p, %1, 0;\nbar.red.or.pred p, 1, 256, p;\nselp.s32 %0, 1, 0, p;\n}\n"
+  asm volatile("{\n.reg .pred p;\nsetp.ne.s32 p, %1, 0;\nbar.red.or.pred p, %2, %3, p;\nselp.s32 %0, 1, 0, p;\n}\n"
                : "=r"(any)
-               : "r"(static_cast<int>(vote))
+               : "r"(static_cast<int>(vote)), "r"(number), "n"(kThreads)
                : "memory");
   return any != 0;
 }

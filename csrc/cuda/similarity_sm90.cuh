@@ -1,12 +1,11 @@
 // Similarities of a rectangle of tiles on Hopper: the product by warpgroups (wgmma), fed by the copy engine.
 //
 // 128 x 256 at a time, two neighbouring tiles of a row. One warpgroup has a thread that copies ahead, through a ring of
-// three or four stages of 48 KB; two compute, each 64 x 256 of the product in 128 accumulators per thread, and then show
-// the two tiles to a visitor, while the ring fills with the next ones. A stage of 64 columns is 2 * 128 * 256 * 64 flop:
-// 1,024 cycles at 4,096 flop a cycle, in which 48 KB come from L2 (48 bytes a cycle and multiprocessor) and wgmma reads
-// 80 bytes a cycle of shared memory, of 128. A pair of tiles without a hard pair is looked at in about 650 instructions a
-// warp, with two warps a scheduler: 1,300 cycles beside the product's 8,192 at D = 512, and beside fewer at a smaller D.
-// All of this is counted, not measured.
+// three or four stages of 48 KB; two compute, each 64 x 256 of the product in 128 accumulators per thread, and then
+// show the two tiles to a visitor. A stage of 64 columns is 2 * 128 * 256 * 64 flop: 1,024 cycles at 4,096 flop a
+// cycle, in which 48 KB come from L2 (48 bytes a cycle and multiprocessor) and wgmma reads 80 bytes a cycle of shared
+// memory, of 128. Where a visitor looks at each half of the rows by itself (kLead), one warpgroup multiplies, at the
+// full rate, while the other looks. csrc/cuda/cycles.md has the times that follow: counted, not measured.
 #pragma once
 
 #include "ptx_sm90.cuh"
@@ -21,7 +20,7 @@ template <class Visitor>
 struct SimilaritySm90Memory {
   static constexpr int kRing = Visitor::kRing;
   unsigned char stage[kRing][3][kBoxRows * kBoxColumns * 2];  // the row tile, two column tiles; each 1,024-byte aligned
-  Barrier full[kRing], empty[kRing];
+  Barrier full[kRing], empty[kRing], ahead;
   typename Visitor::template Memory<2> tile;
 };
 static_assert(kBoxRows == kTile && kBoxColumns == kDepth);
@@ -74,7 +73,11 @@ __device__ __forceinline__ void work_steps(const Work& w, const Rectangle& recta
   float s[128] = {};
   Ring<Visitor::kRing> ring;
   TileOrder<2> order(w, rectangle);
+  // The second warpgroup begins when the first is kLead steps ahead, and stays behind it: so one looks while the other
+  // multiplies. Steps to go until then, and one, since a step is over when the next has been waited for.
+  int lead = Visitor::kLead == 0 ? 0 : Visitor::kLead + 1;
   for (bool more = order.find(); more; more = order.next()) {
+    if (lead > 0 && worker<kColumns>() >= 128) barrier_wait(memory.ahead, 0), lead = 0;
     if constexpr (Visitor::kMoves) {
 #pragma unroll
       for (int k = 0; k < 128; ++k) s[k] = 0;
@@ -92,9 +95,12 @@ __device__ __forceinline__ void work_steps(const Work& w, const Rectangle& recta
         warpgroup_wait<1>();
         if (step > from && speaks) barrier_arrive(memory.empty[held]);
         held = ring.stage;
+        if (lead > 0 && --lead == 0 && worker<kColumns>() == 0) barrier_arrive(memory.ahead);
       }
       if (to == steps) prepared = visitor.template prepare<kColumns>(w, memory.tile, order.i, order.j);
       warpgroup_finish(s);
+      if (lead > 0 && worker<kColumns>() == 0) barrier_arrive(memory.ahead);
+      lead = 0;
       if (speaks) barrier_arrive(memory.empty[held]);
       if (to < steps) {
 #pragma unroll
@@ -116,6 +122,7 @@ __global__ void __launch_bounds__(TCM_SM90 ? kThreadsSm90 : 32, 1)
   auto& memory = *reinterpret_cast<SimilaritySm90Memory<Visitor>*>(shared_memory());
   if (threadIdx.x == 0) {
     for (int k = 0; k < Visitor::kRing; ++k) barrier_init(memory.full[k], 1), barrier_init(memory.empty[k], kWarps);
+    barrier_init(memory.ahead, 1);
     barriers_ready();
   }
   if (threadIdx.x >= 128) visitor.template begin<kColumns>(w, memory.tile);

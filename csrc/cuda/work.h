@@ -24,9 +24,10 @@ constexpr int kDepth = 64;     // columns of x^ in one step of a product; x^ is 
 constexpr int kSlice = 128;    // columns of x^ in one tile of a masked sum
 constexpr int kThreads = 256;  // of every block of threads
 constexpr int kWarps = kThreads / 32;
-constexpr int kRectangle = 192;  // tiles on a side of a rectangle at most: 151 MB of masks
-constexpr int kSparse = 64;      // hard pairs up to which a tile's masked sum goes pair by pair
-constexpr int kChunk = 1024;     // labels sorted by one comparison of all with all, if there are more than kOneChunk
+constexpr int kRectangle = 192;   // tiles on a side of a rectangle at most: 151 MB of masks
+constexpr int kHalf = kTile / 2;  // rows of a half of a tile
+constexpr int kSparse = 64;       // hard pairs up to which a tile's masked sum goes pair by pair
+constexpr int kChunk = 1024;      // labels sorted by one comparison of all with all, if there are more than kOneChunk
 constexpr int kOneChunk = 4096;
 
 constexpr float kLowScale = 2048.0f;  // x^ = high + low / kLowScale: low then has the exponents of high
@@ -76,9 +77,9 @@ struct Work {
   State* state;
   Partial* partial;  // [partials]
   int partials;
-  int2* record;     // [tiles of a rectangle] hard positives, hard negatives of a tile
+  int2* record;     // [tiles of a rectangle, 2] hard positives, hard negatives of the rows of a half of a tile
   uint4* mask;      // [tiles of a rectangle, 2, kTile] one bit for each pair: by row, by column; see `mask_bit`
-  uint4* occupied;  // [tiles of a rectangle, 2] which rows, which columns have a hard pair
+  uint4* occupied;  // [tiles of a rectangle, 3] rows with a hard pair; columns with one in either half of the rows
   float* loss;      // outputs
   double* penalty;
   int64_t* count;

@@ -4,6 +4,7 @@ import pytest
 from ptx_machine.build import nvcc
 
 from benchmarks.speed import cycles, sass
+from benchmarks.speed.ptxas import ROOT
 from benchmarks.speed.sass import Instruction, cycles_of, pipe_cycles
 
 
@@ -72,3 +73,18 @@ def test_worse_is_more_than_three_percent() -> None:
     before = {"few": [1.0, 2.0], "gone": [3.0]}
     assert cycles.worse({"few": [1.03, 1.0], "new": [9.0]}, before) == []
     assert cycles.worse({"few": [1.0, 2.07]}, before) == ["few: [1.0, 2.07], was [1.0, 2.0]"]
+
+
+def test_teams_take_turns() -> None:
+    """One multiplies while the other looks, as long as that is not longer than the steps by which it is behind."""
+    assert cycles.teams_cycles(8, 512, 0) == pytest.approx(8192, rel=0.01)
+    assert cycles.teams_cycles(8, 512, 900) < 1.02 * 8192
+    assert cycles.teams_cycles(8, 512, 900, lead=0) == pytest.approx(8192 + 900, rel=0.02), "both look at once"
+    assert cycles.teams_cycles(1, 512, 3000) == pytest.approx(3512, rel=0.01), "a team's own step, and its look"
+    assert cycles.teams_cycles(8, 512, 3000) < 0.93 * (8192 + 3000)
+
+
+def test_sizes_are_those_of_the_sources() -> None:
+    sources = (ROOT / "csrc/cuda/tile.cuh").read_text()
+    assert f"kRing = {cycles.RING};" in sources
+    assert f"kLead = {cycles.LEAD};" in sources

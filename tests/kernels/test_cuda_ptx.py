@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ptx_machine.kernels import Knobs, kernels
-from ptx_machine.problems import FORMATS, LossProblem, crowd, one_product, problem_of, stored
+from ptx_machine.problems import FORMATS, LossProblem, crowd, halves_of_tiles, one_product, problem_of, stored
 from support.batches import KINDS, dyadic, embeddings
 from support.oracle import Array
 
@@ -96,6 +96,21 @@ def test_sparse_tiles_of_few_rows(path: Knobs) -> None:
     """A queue of pairs that overflows: 64 of each of nine tiles, all in the rows of one warp."""
     result = crowd(1100).check(path)
     assert result.count.tolist() == [0, 16 * 36]
+
+
+@PATHS
+@pytest.mark.parametrize("side", [0, 1])
+@pytest.mark.parametrize("upper", ["all", "some", "few", "none"])
+@pytest.mark.parametrize("lower", ["all", "some", "few", "none"])
+def test_halves_of_tiles(upper: str, lower: str, side: int, path: Knobs) -> None:
+    """Each is worked by a warpgroup of its own on Hopper, and of some no mask is written."""
+    result = halves_of_tiles(upper, lower, side).check(path)
+    pairs = {"all": 64 * 256, "few": 29, "none": 0}
+    if "some" not in (upper, lower):
+        assert result.count.tolist() == [
+            (1 - side) * (pairs[upper] + pairs[lower]),
+            side * (pairs[upper] + pairs[lower]),
+        ]
 
 
 @PATHS

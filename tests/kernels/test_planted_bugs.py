@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from ptx_machine import build
 from ptx_machine.kernels import Kernels, Knobs, kernels
-from ptx_machine.problems import CountsProblem, LossProblem, crowd, problem_of, stored
+from ptx_machine.problems import CountsProblem, LossProblem, crowd, halves_of_tiles, problem_of, stored
 from support.batches import embeddings
 
 
@@ -50,7 +50,7 @@ BUGS = {
     "similarity: no wait": Bug("similarity.cuh", "      copies_wait<0>();\n", ""),
     "similarity: no barrier": Bug("similarity.cuh", "      __syncthreads();  // the stage is there for all", "//"),
     "similarity: blocks share a partial sum": Bug("tile.cuh", "w.partial[blockIdx.x]", "w.partial[0]"),
-    "tile: totals added up early": Bug("tile.cuh", "  workers_sync();  // the warps' sums are there\n", ""),
+    "tile: totals added up early": Bug("tile.cuh", "  barrier_sync<kThreads>(1 + kTeams);", "  "),
     "tile: one warp's total left out": Bug(
         "tile.cuh", "k < kWarps; ++k) penalty +=", "k < kWarps - 1; ++k) penalty +="
     ),
@@ -66,22 +66,65 @@ BUGS = {
     ),
     "loss: numbers of rectangles that fall": Bug("loss.cu", "i == j, ++number};", "i == j, --number};"),
     "prologue: marks not cleared": Bug("prologue.cuh", "set.marked[k] = 0;", "set.marked[k] |= 0;"),
-    "tile: no barrier after counting": Bug("tile.cuh", "if (workers_any(found)) {", "if (true) {"),
+    "tile: no barrier after counting": Bug("tile.cuh", "if (of.any(found)) {", "if (true) {"),
     "tile: one column too many": Bug(
         "tile.cuh", "mask_range(0, columns - 32 * k)", "mask_range(0, columns + 1 - 32 * k)"
     ),
-    "tile: masks read before they are written": Bug(
-        "tile.cuh", "  workers_sync();  // the masks of pairs are there\n", ""
-    ),
-    "tile: masks stored before they are written": Bug("tile.cuh", "  workers_sync();  // the masks are there\n", ""),
+    "tile: masks read before they are written": Bug("tile.cuh", "  of.sync();  // the masks of pairs are there\n", ""),
+    "tile: masks stored before they are written": Bug("tile.cuh", "  of.sync();  // the masks are there\n", ""),
     "tile: count overwritten while it is read": Bug("tile.cuh", "    __syncwarp();  // all have read it\n", ""),
     "tile: counts never cleared": Bug("tile.cuh", "memory.count[k][thread] = 0;", "memory.count[k][thread] |= 0;"),
     "tile: bits of lanes exchanged one way": Bug("tile.cuh", "kept = upper ? ~kLow : kLow;", "kept = kLow;"),
     "tile: bits of the scan in another order": Bug("tile.cuh", "bit % 2 * 2 + bit / 4", "bit % 2 + bit / 4 * 2"),
     "tile: rows' places exchanged once": Bug("tile.cuh", "  own = exchange_places<16, 2, 0x0000cccc>(own);\n", ""),
+    "sm90: teams at one barrier": hopper("tile.cuh", "barrier_sync<kSize>(1 + number)", "barrier_sync<kSize>(1)"),
+    "sm90: the second team is not told to begin": hopper(
+        "similarity_sm90.cuh", "      if (lead > 0 && worker<kColumns>() == 0) barrier_arrive(memory.ahead);\n", ""
+    ),
+    "sm90: told by every thread": hopper(
+        "similarity_sm90.cuh", "&& --lead == 0 && worker<kColumns>() == 0)", "&& --lead == 0)"
+    ),
+    "sm90: its barrier is not ready": hopper(
+        "similarity_sm90.cuh", "    barrier_init(memory.ahead, 1);\n    barriers_ready();\n", "    barriers_ready();\n"
+    ),
+    "sm90: teams vote together": hopper(
+        "tile.cuh", "barrier_any<kSize>(1 + number, vote)", "barrier_any<kSize>(1, vote)"
+    ),
+    "sm90: a team's barrier for all": hopper(
+        "tile.cuh", "barrier_sync<kThreads>(1 + kTeams)", "barrier_sync<kThreads>(1)"
+    ),
+    "sm90: records in one place": hopper("tile.cuh", "record[of.number] =", "record[0] ="),
+    "sm90: counts of the first team alone": hopper(
+        "tile.cuh", "memory.count[k][of.number * kWarps + other]", "memory.count[k][other]"
+    ),
+    "sm90: totals of the first team alone": hopper(
+        "tile.cuh", "memory.total[0][side] + memory.total[1][side]", "memory.total[0][side]"
+    ),
+    "sm90: columns of the other half": hopper(
+        "tile.cuh", "&columns[k][of.number * 2]", "&columns[k][2 - of.number * 2]"
+    ),
+    "sm90: occupied columns in one place": hopper(
+        "tile.cuh", "occupied[4 + of.number * 4 + k / 32]", "occupied[4 + k / 32]"
+    ),
+    "masked sum: masks that nobody wrote": hopper(
+        "masked_sum.cuh", "plus + minus == 0 ? kNoneIn", "plus + minus == 0 ? 0"
+    ),
+    "masked sum: halves taken for empty": hopper(
+        "masked_sum.cuh", "minus == kPairs ? kAllIn : 0", "minus == kPairs ? kNoneIn : 0"
+    ),
+    "masked sum: halves of a column mixed up": hopper(
+        "masked_sum.cuh", "kTransposed ? k : row / kHalf", "kTransposed ? 1 - k : row / kHalf"
+    ),
+    "masked sum: halves of a row mixed up": hopper(
+        "masked_sum.cuh", "kTransposed ? k : row / kHalf", "kTransposed ? k : 1 - row / kHalf"
+    ),
+    "masked sum: occupied rows of an empty half": hopper(
+        "masked_sum.cuh", "item >> 2 * (word / 2) & kNoneIn ? 0 : of[0]", "of[0]"
+    ),
+    "masked sum: occupied columns of one half": hopper("masked_sum.cuh", "| (item >> 2 & kNoneIn ? 0 : of[8])", ""),
     "sm90: columns' bytes exchanged": hopper("tile.cuh", "bytes[warp % 2 + 2]", "bytes[3 - warp % 2]"),
     "sm90: the second tile's labels are the first's": hopper(
-        "tile.cuh", "const int left = (tile_j + tile) * kTile,", "const int left = tile_j * kTile,"
+        "tile.cuh", "left = (tile_j + tile) * kTile;", "left = tile_j * kTile;"
     ),
     "sm90: labels of the pair before": hopper(
         "similarity_sm90.cuh",
@@ -120,7 +163,7 @@ BUGS = {
     # The machine's operations.
     "ptx: matrices not transposed": Bug("ptx.cuh", "m8n8.x4.trans.shared", "m8n8.x4.shared"),
     "ptx: registers of a exchanged": Bug("ptx.cuh", "{%4,%5,%6,%7}", "{%5,%4,%6,%7}"),
-    "ptx: barrier of too few": Bug("ptx.cuh", "bar.sync 1, 256;", "bar.sync 1, 128;"),
+    "ptx: barrier of too few": Bug("ptx.cuh", '::"r"(number), "n"(kThreads)', '::"r"(number), "n"(kThreads / 2)'),
     "ptx: b read along the other dimension": hopper("ptx_sm90.cuh", "%68, 1, 1, 1, 1;", "%68, 1, 1, 1, 0;"),
     "ptx: swizzle of 64 bytes": hopper(
         "ptx_sm90.cuh",
@@ -152,7 +195,9 @@ BUGS = {
     # Counts.
     "window: not cleared": Bug("counts.cuh", "window_of(memory)[k] = 0;", "window_of(memory)[k] |= 0;"),
     "window: carry lost": Bug("counts.cuh", "to_place + place, kCarry);", "to_place + place, 0);"),
-    "window: read early": Bug("counts.cuh", "    workers_sync();\n    for (int k = worker", "    for (int k = worker"),
+    "window: read early": Bug(
+        "counts.cuh", "    barrier_sync<kThreads>(1);\n    for (int k = worker", "    for (int k = worker"
+    ),
     "window: too little shared memory": Bug(
         "counts.cu", "used + int64_t{counter.window} * 2", "used + int64_t{counter.window} * 2 - 4"
     ),
@@ -163,7 +208,7 @@ BUGS = {
     "classes: only the row's": Bug(
         "counts.cuh", "if (at.side == kMinus) add(class_count", "if (column < 0) add(class_count"
     ),
-    "tiles: pairs twice": Bug("counts.cuh", "note_pairs<kHeld, 1, true>", "note_pairs<kHeld, 1, false>"),
+    "tiles: pairs twice": Bug("counts.cuh", "note_pairs<true>(", "note_pairs<false>("),
     "best: raised by a store": Bug("counts.cuh", "atomicMax(best, key);", "*best = key;"),
 }
 
@@ -186,6 +231,9 @@ def losses() -> list[tuple[LossProblem, Knobs, bool]]:
         (whole.at_share(0.004), small, False),
         (replace(alike, margin=(2.0, -2.0), fp16=True), Knobs(), False),
         (crowd(1100), Knobs(), False),
+        *((halves_of_tiles(upper, lower), Knobs(), False) for upper, lower in (("all", "some"), ("none", "some"))),
+        (halves_of_tiles("few", "none"), Knobs(), False),
+        (halves_of_tiles("none", "few"), Knobs(), False),
     ]
 
 

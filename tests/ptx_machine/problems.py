@@ -102,6 +102,22 @@ def crowd(columns: int) -> LossProblem:
     return problem_of(sets, margin=(0.9, 0.7))
 
 
+def halves_of_tiles(upper: str, lower: str, side: int = 1) -> LossProblem:
+    """Two tiles, in whose upper and lower 64 rows all, some, few or none of the pairs of a side are hard."""
+    rng = np.random.default_rng(23)
+    x, ref_x = (0.02 * rng.standard_normal((n, 20)) for n in (128, 256))
+    ref_x[:, 0] += 1
+    ref_x[::9, 1] += 1
+    for half, kind in zip((x[:64], x[64:]), (upper, lower), strict=True):
+        half[:, 0] += rng.choice([-1.0, 1.0], 64) if kind == "some" else 1.0 if kind == "all" else -1.0
+        if kind == "few":
+            half[7, :2] = 0, 1
+    if side == 0:  # a positive is hard where a negative is not
+        x = -x
+    sets = (x.astype(np.float32), np.arange(128) * side, ref_x.astype(np.float32), np.arange(256) * side + 128 * side)
+    return problem_of(sets, margin=(-0.5, 0.5))
+
+
 def values(x: Array) -> Array:
     """Embeddings in fp64; bfloat16 comes as its bits."""
     exact = (x.astype(np.uint32) << 16).view(np.float32) if x.dtype == np.uint16 else x
