@@ -90,8 +90,8 @@ def read_sides(
     _check_groups_given(groups, ref_emb, ref_groups)
     if ref_emb is not None and ref_emb is embeddings:
         warn_caller(
-            "ref_emb is embeddings itself: each row is paired with itself too, as a match that cannot fail; leave ref_emb "
-            "and ref_labels out for the pairs of one set"
+            "ref_emb is embeddings itself: each row is paired with itself too, as a match that cannot fail; leave "
+            "ref_emb and ref_labels out for the pairs of one set"
         )
     x = as_embeddings("embeddings", embeddings)
     y, ref_y, names = _together("labels", labels, ref_labels)
