@@ -46,14 +46,15 @@ def add_commands(commands: Any) -> None:
         _calibrate,
         "the threshold for a bound on false accepts or false rejects, and its cost for each class",
         "Finds the threshold to deploy: the lowest similarity at which at most the share --far of the negative pairs "
-        "is accepted, or the highest at which at most the share --frr of the positive pairs is rejected.",
+        "is accepted, or the highest at which at most the share --frr of the positive pairs is rejected; or by another "
+        "aim, of which give one.",
         "example: python -m tcm_fused calibrate held_out.npz --far 1e-3 --plot similarities.png",
     )
     add_set(command)
     add_tables(command)
     add_targets(command, also=("coverage",))
     command.add_argument("--save", type=Path, metavar="OUT.json", help="write the threshold, for `evaluate`")
-    add_picture(command)
+    add_picture(command, ("similarities", "det", "roc", "far", "frr"))
     command = add_command(
         commands,
         "margins",
@@ -357,14 +358,9 @@ def write(arguments: argparse.Namespace, result: Any) -> list[str]:
     return written
 
 
-PICTURES_OF = ("similarities", "det", "roc", "far", "frr")
-
-
-def add_picture(command: argparse.ArgumentParser, default: str = "similarities") -> None:
-    """Which picture --plot draws."""
-    command.add_argument(
-        "--picture", default=default, choices=PICTURES_OF, help=f"that --plot draws (default: {default})"
-    )
+def add_picture(command: argparse.ArgumentParser, kinds: Sequence[str]) -> None:
+    """Which picture --plot draws; the first unless told."""
+    command.add_argument("--picture", default=kinds[0], choices=kinds, help=f"that --plot draws (default: {kinds[0]})")
 
 
 def _picture(result: Any, kind: str | None) -> Any:

@@ -42,7 +42,7 @@ def add_commands(commands: Any) -> None:
     add_tables(command)
     _add_threshold(command, required=True)
     command.add_argument("--beta", type=float, default=1.0, help="weight of recall in the F-score (default: 1)")
-    add_picture(command)
+    add_picture(command, ("similarities", "det", "roc", "far", "frr"))
     command = add_command(
         commands,
         "trials",
@@ -60,7 +60,7 @@ def add_commands(commands: Any) -> None:
     add_tables(command, "the rates at every threshold")
     _add_threshold(add_targets(command), required=False)
     command.add_argument("--save", type=Path, metavar="OUT.json", help="write the threshold")
-    add_picture(command, "det")
+    add_picture(command, ("det", "roc", "similarities"))
     command = add_command(
         commands,
         "report",
@@ -98,8 +98,6 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 
 def _trials(arguments: argparse.Namespace) -> None:
-    if arguments.picture in ("far", "frr") and arguments.plot is not None:
-        raise ValueError(f"--picture {arguments.picture} is one of classes, which trials have not")
     asked: dict[str, Any] = targets(arguments) if arguments.threshold is None else {}
     check_files(arguments, [arguments.trials, arguments.embeddings, arguments.names])
     trials = read_trials(arguments.trials)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from tcm_fused.arguments import check_choice, check_set, int64_labels
 from tcm_fused.thresholds.sets import Array, Labels, as_embeddings, as_labels
+from tcm_fused.warn import warn_caller
 
 _PANEL = 1 << 26  # bytes of a memory map that are looked at together, at most
 _COPIES = 4  # of the rows, that a counter takes at most
@@ -87,6 +88,11 @@ def read_sides(
         there, missing = ("ref_labels", "ref_emb") if ref_emb is None else ("ref_emb", "ref_labels")
         raise ValueError(f"{there} came without {missing}; give both or neither")
     _check_groups_given(groups, ref_emb, ref_groups)
+    if ref_emb is not None and ref_emb is embeddings:
+        warn_caller(
+            "ref_emb is embeddings itself: each row is paired with itself too, as a match that cannot fail; leave "
+            "ref_emb and ref_labels out for the pairs of one set"
+        )
     x = as_embeddings("embeddings", embeddings)
     y, ref_y, names = _together("labels", labels, ref_labels)
     own = _side("embeddings", x, "labels", y, labels)._replace(file=_file_behind(embeddings, x))

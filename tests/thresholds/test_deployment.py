@@ -204,7 +204,7 @@ def test_report(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
         (["trials", "scores.csv", "x.npy", "--eer"], "leave EMB out"),
         (["trials", "missing.txt", "x.npy", "--eer", "--names", "none.txt"], "cannot read names from none.txt"),
         (["trials", "scores.csv", "--eer", "--folds", "9"], "folds must be from 2"),
-        (["trials", "scores.csv", "--eer", "--plot", "a.png", "--picture", "far"], "which trials have not"),
+        (["trials", "scores.csv", "--eer", "--plot", "a.png", "--picture", "far"], "invalid choice: 'far'"),
         (["report", "x.npy", "y.npy", "--eer", "--out", "no/page.html"], "there is no folder"),
     ],
 )

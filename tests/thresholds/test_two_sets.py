@@ -200,8 +200,19 @@ def test_backends_of_two_sets() -> None:
     with pytest.raises(RuntimeError, match=r"backend='cpu' counts pairs of one set only.*'torch'"):
         choice.choose_between("cpu", "cpu", torch.float32)
     assert choice.choose_between("auto", "cpu", torch.float64) is counts_between_blocked
-    expected = evaluate(x, y, x, y, threshold=0.3)
-    assert evaluate(x, y, x, y, threshold=0.3, backend="torch").far == expected.far
+    expected = evaluate(x, y, x.clone(), y, threshold=0.3)
+    assert evaluate(x, y, x.clone(), y, threshold=0.3, backend="torch").far == expected.far
+
+
+def test_a_set_as_its_own_gallery() -> None:
+    """Counted as it was asked for, as the loss does, with a warning."""
+    x, y = batches.batch(30, 4, 3)
+    with pytest.warns(UserWarning, match="ref_emb is embeddings itself") as caught:
+        found = evaluate(x, y, x, y, threshold=0.3)
+    assert caught[0].filename == __file__
+    one = evaluate(x, y, threshold=0.3)
+    assert found.pairs == (2 * one.pairs[0] + 30, 2 * one.pairs[1])
+    assert found.accepted == (2 * one.accepted[0] + 30, 2 * one.accepted[1])
 
 
 def test_panels_of_a_memory_map(tmp_path: Any, monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator) -> None:
