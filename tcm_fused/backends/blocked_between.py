@@ -10,6 +10,7 @@ from torch import Tensor
 from tcm_fused.backends.numerics import as_precise_as_asked, product, unit_and_norms
 
 ROWS, COLUMNS = 512, 2048  # of one similarity tile: 4 MiB in float32
+_CHUNK = 1 << 18  # components that are normalised together
 
 Tables = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -75,7 +76,11 @@ class _Sorted:
         order = y.argsort(stable=True)
         order = order[y[order] >= 0]
         label = y[order]
-        return cls(unit_and_norms(x[order], label >= 0)[0], label, order)
+        x_hat, step = x.new_empty((len(order), x.shape[1])), max(_CHUNK // x.shape[1], 1)
+        for start in range(0, len(order), step):  # copies on the way are small
+            rows = slice(start, start + step)
+            x_hat[rows] = unit_and_norms(x[order[rows]], label[rows] >= 0)[0]
+        return cls(x_hat, label, order)
 
     def restored(self, best: Tensor, n: int) -> Tensor:
         """[2, n] in the order in which the rows came."""
