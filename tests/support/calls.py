@@ -9,7 +9,17 @@ import torch.distributed as dist
 from pytorch_metric_learning.utils import loss_and_miner_utils as miners
 from torch import Tensor
 
-from tcm_fused import CrossBatchMemory, DistributedTCMLoss, TCMLoss, calibrate, opis, suggest_margins, tcm_loss
+from tcm_fused import (
+    CrossBatchMemory,
+    DistributedTCMLoss,
+    TCMLoss,
+    calibrate,
+    evaluate,
+    match_probability,
+    opis,
+    suggest_margins,
+    tcm_loss,
+)
 from tcm_fused.integrations import pytorch_metric_learning as pml
 from tcm_fused.reference import tcm_reference
 from tcm_fused.thresholds.metric import OPIS
@@ -81,7 +91,17 @@ def _opis(backend: str) -> list[Any]:
 
 
 def _calibrate(backend: str) -> list[Any]:
-    return [calibrate(*sets(), far=0.05, backend=backend).threshold]
+    return [calibrate(*sets(), far=0.05, backend=backend).similarity]
+
+
+def _two_sets(backend: str) -> list[Any]:
+    found = calibrate(*sets(), *sets(1), far=0.05, backend=backend)
+    rates = evaluate(*sets(1), *sets(2), threshold=found.threshold, backend=backend)
+    return [found.similarity, rates.far, rates.frr, *rates.far_interval, *rates.frr_interval]
+
+
+def _probability(backend: str) -> list[Any]:
+    return [match_probability(*sets(), backend=backend)(0.5)]
 
 
 def _suggest(backend: str) -> list[Any]:
@@ -108,6 +128,8 @@ def public_calls(backend: str) -> dict[str, Callable[[], list[Any]]]:
         "adapter": lambda: _loss(pml.ThresholdConsistentMarginLoss(backend=backend)),
         "opis": lambda: _opis(backend),
         "calibrate": lambda: _calibrate(backend),
+        "two sets": lambda: _two_sets("auto"),
+        "match_probability": lambda: _probability(backend),
         "suggest_margins": lambda: _suggest(backend),
         "OPIS": lambda: _metric(backend),
         "reference": lambda: _against(tcm_reference),
