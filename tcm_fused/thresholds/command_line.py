@@ -288,7 +288,16 @@ def check_files(arguments: argparse.Namespace, inputs: Sequence[Path | None]) ->
     if arguments.plot is not None:
         importlib.import_module("tcm_fused.thresholds.plots")  # its error says how to install matplotlib
     outputs = [getattr(arguments, name, None) for name in ("json", "plot", "csv", "markdown", "save", "out")]
-    check_outputs(outputs, inputs)
+    check_outputs(outputs, [*inputs, threshold_file(getattr(arguments, "threshold", None))])
+
+
+def threshold_file(text: str | None) -> Path | None:
+    """The file that --threshold names; None of a number."""
+    try:
+        float(text or 0)
+    except ValueError:
+        return Path(str(text))
+    return None
 
 
 def read_sets(arguments: argparse.Namespace) -> Sets:

@@ -17,6 +17,7 @@ from tcm_fused.thresholds.command_line import (
     check_files,
     read_sets,
     targets,
+    threshold_file,
     write,
     write_text,
 )
@@ -81,11 +82,8 @@ def _add_threshold(command: Any, required: bool) -> None:
 
 
 def _threshold(text: str, metric: str = COSINE) -> Threshold:
-    try:
-        number = float(text)
-    except ValueError:
-        return Threshold.load(text)
-    return Threshold(number, metric=metric)
+    path = threshold_file(text)
+    return Threshold(float(text), metric=metric) if path is None else Threshold.load(path)
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:

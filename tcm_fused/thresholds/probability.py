@@ -137,7 +137,10 @@ def _platt(cells: _Cells) -> tuple[Array, Array]:
     x, y = np.tile(cells.similarity, 2)[:, None], np.repeat([1, 0], len(cells.similarity))
     weight = np.concatenate((cells.positives, cells.negatives))
     there = weight > 0
-    model = LogisticRegression(C=1e6, max_iter=1000).fit(x[there], y[there], sample_weight=weight[there])
+    # Newton's method: the gradient is small far from the optimum where the prior is, and others stop there.
+    rarer = min(cells.positives.sum(), cells.negatives.sum()) / weight.sum()  # the penalty is to be small beside it
+    model = LogisticRegression(C=1e6 / rarer, solver="newton-cholesky", tol=1e-10, max_iter=1000)
+    model.fit(x[there], y[there], sample_weight=weight[there])
     similarity = np.linspace(-1, 1, 2049)  # near enough for straight lines between
     return similarity, model.predict_proba(similarity[:, None])[:, 1]
 

@@ -14,6 +14,9 @@ _SCORE = {"score", "scores", "similarity", "cosine", "prediction"}
 _FIRST = {"a", "first", "enrol", "enroll", "enrollment", "reference", "file1", "path1", "img1", "image1", "x1", "left"}
 _SECOND = {"b", "second", "test", "probe", "file2", "path2", "img2", "image2", "x2", "right"}
 _TRUTH = {"1": True, "0": False, "true": True, "false": False, "target": True, "nontarget": False}
+# Of files; whatever else follows a dot belongs to the name, as in `face.v1` and `Dr._0001`.
+_ENDING = re.compile(r"\.(jpe?g|png|bmp|webp|tiff?|wav|flac|mp3|m4a|npy|pt)$", re.IGNORECASE)
+_SEVERAL = -1
 
 
 class Trials(NamedTuple):
@@ -58,7 +61,8 @@ def read_trials(path: Path) -> Trials:
 def rows_of(names: list[str], rows: list[str] | None, number: int) -> Array:
     """The rows that trials name: by `rows` [N], their names, or else by their numbers, from 0 on.
 
-    A name is found as it is, or else by that of its file without folders and ending.
+    A name is found as it is, or else by the end of its path: where one side has fewer folders, those that it has must
+    agree. Endings of pictures and recordings count only where they tell rows apart.
 
     Raises:
         ValueError: one is not there; the message says which, and how many.
@@ -73,28 +77,48 @@ def rows_of(names: list[str], rows: list[str] | None, number: int) -> Array:
         return np.array([int(name) for name in names])
     if len(rows) != number:
         raise ValueError(f"there are {len(rows):,} names for {number:,} rows of embeddings")
-    whole = _places(rows)
-    short = _places([_stem(name) for name in rows])
-    found = [whole.get(name, short.get(_stem(name))) for name in names]
-    wrong = [name for name, place in zip(names, found, strict=True) if place is None]
+    exact, cut = _Names(rows, cut=False), _Names(rows, cut=True)
+    place_of: dict[str, int | None] = {}
+    for name in dict.fromkeys(names):
+        place = exact.find(name)
+        place_of[name] = cut.find(name) if place is None else place
+    wrong = [name for name, place in place_of.items() if place is None]
     if wrong:
-        raise ValueError(f"trials name {len(set(wrong)):,} rows that are not there, the first is {wrong[0]!r}")
-    taken = [name for name, place in zip(names, found, strict=True) if place == -1]
+        raise ValueError(f"trials name {len(wrong):,} rows that are not there, the first is {wrong[0]!r}")
+    taken = [name for name, place in place_of.items() if place == _SEVERAL]
     if taken:
         raise ValueError(f"trials name {taken[0]!r}, which several rows are named")
-    return np.array(found)
+    return np.array([place_of[name] for name in names])
 
 
-def _places(names: list[str]) -> dict[str, int]:
-    """The place of each name, -1 of one that is there twice."""
-    places: dict[str, int] = {}
-    for place, name in enumerate(names):
-        places[name] = -1 if name in places else place
-    return places
+class _Names:
+    """Rows by their names: as a whole, and by the ends of their paths; with endings of files cut off or not."""
 
+    def __init__(self, rows: list[str], cut: bool) -> None:
+        self._cut = cut
+        self._whole: dict[str, int] = {}
+        self._by_end: dict[str, int] = {}
+        for place, name in enumerate(rows):
+            ends = self._ends(name)
+            self._whole[ends[0]] = _SEVERAL if ends[0] in self._whole else place
+            for end in ends:
+                self._by_end[end] = _SEVERAL if end in self._by_end else place
 
-def _stem(name: str) -> str:
-    return Path(name).stem
+    def find(self, name: str) -> int | None:
+        """The place of the row, `_SEVERAL`, or None of none. Paths agree from the end on, as far as both of them go."""
+        ends = self._ends(name)
+        if ends[0] in self._whole:
+            return self._whole[ends[0]]
+        found = {self._whole.get(end) for end in ends[1:]} | {self._by_end.get(ends[0])}
+        found.discard(None)
+        return next(iter(found), None) if len(found) < 2 else _SEVERAL
+
+    def _ends(self, name: str) -> list[str]:
+        """`a/b/c`, `b/c` and `c`."""
+        parts = [part for part in re.split(r"[/\\]", name) if part not in ("", ".")] or [name]
+        if self._cut:
+            parts[-1] = _ENDING.sub("", parts[-1])
+        return ["/".join(parts[k:]) for k in range(len(parts))]
 
 
 def _cells(line: str) -> list[str]:

@@ -227,3 +227,25 @@ def test_bad_input(
     outputs = ["--json", "out.json"] if command[0] != "report" else []
     assert message in refuse(capsys, *command, *outputs)
     assert sorted(path.name for path in tmp_path.iterdir()) == before, "something was written"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["evaluate", "x.npy", "y.npy", "--threshold", "t.json", "--json", "t.json"],
+        ["evaluate", "x.npy", "y.npy", "--threshold", "t.json", "--csv", "./t.json"],
+        ["evaluate", "x.npy", "y.npy", "--threshold", "t.json", "--markdown", "t.json"],
+        ["report", "x.npy", "y.npy", "--threshold", "t.json", "--out", "t.json"],
+        ["trials", "t.txt", "x.npy", "--threshold", "t.json", "--save", "t.json"],
+    ],
+)
+def test_the_threshold_is_an_input(
+    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: list[str]
+) -> None:
+    for name in ("x.npy", "y.npy"):
+        (tmp_path / name).write_bytes((files / name).read_bytes())
+    (tmp_path / "t.txt").write_text("0 3 4\n1 0 5\n1 6 7\n")
+    Threshold(0.3).save(tmp_path / "t.json")
+    monkeypatch.chdir(tmp_path)
+    assert "it is an input or the other output" in refuse(capsys, *command)
+    assert Threshold.load("t.json").similarity == 0.3

@@ -46,6 +46,23 @@ def test_platt_of_every_pair() -> None:
     assert found(pairs.s) == pytest.approx(model.predict_proba(pairs.s[:, None])[:, 1], abs=2e-3)
 
 
+@pytest.mark.parametrize("prior", [1e-6, 1e-4, 0.01, 0.5, 0.999])
+def test_platt_is_fitted_to_the_end(prior: float) -> None:
+    """Newton's method on every pair by itself, which weighs as the prior says."""
+    x, y = data(2)
+    pairs = PairList.of(x, y)
+    a = np.stack((pairs.s, np.ones_like(pairs.s)), axis=1)
+    weight = np.where(pairs.same, prior / pairs.same.sum(), (1 - prior) / (~pairs.same).sum())
+    w = np.array([0.0, np.log(prior / (1 - prior))])
+    for _ in range(60):
+        p = 1 / (1 + np.exp(-a @ w))
+        w -= np.linalg.solve(a.T @ (a * (weight * p * (1 - p))[:, None]), a.T @ (weight * (p - pairs.same)))
+    s = np.linspace(-0.9, 0.9, 7)
+    expected = 1 / (1 + np.exp(-(w[0] * s + w[1])))
+    found = match_probability(x, y, method="platt", prior=prior)(s)
+    assert found == pytest.approx(expected, rel=2e-3)
+
+
 def test_prior() -> None:
     """As if there were as many positive pairs as negative ones: each weighs as much as those of its kind together."""
     x, y = data(1)

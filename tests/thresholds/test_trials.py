@@ -259,3 +259,28 @@ def test_rows_by_name_and_number() -> None:
         rows_of(["a"], ["x/a.png", "y/a.png"], 2)
     with pytest.raises(ValueError, match="there are 2 names for 3 rows"):
         rows_of(["a"], ["a", "b"], 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "place"),
+    [
+        ("id9/00001.wav", ["id1/00001.wav", "id2/00002.wav"], None),
+        ("face.v2", ["face.v1", "face.v3"], None),
+        ("face.v2", ["face.v1.png", "face.v2.png"], 1),
+        ("Dr._0001", ["Dr._0002.jpg", "Dr._0001.jpg"], 1),
+        ("J.R._Smith_0001", ["J.R._Smith_0001.JPEG", "J.R._Smith_0010.jpg"], 0),
+        ("id2/v/00001.wav", ["/data/wav/id1/v/00001.npy", "/data/wav/id2/v/00001.npy"], 1),
+        ("wav/id2/00001.wav", ["id1/00001.wav", "id2/00001.wav"], 1),
+        ("./id2/00001", ["id1/00001.wav", "id2\\00001.wav"], 1),
+        ("x/a.jpg", ["a.png", "a.jpg"], 1),
+        ("a.jpg", ["a.png", "a.webp"], -1),
+        ("a", ["b/a", "a"], 1),
+        ("b/a", ["c/a", "d/a"], None),
+    ],
+)
+def test_a_name_is_found_by_its_path_or_not_at_all(name: str, rows: list[str], place: int | None) -> None:
+    if place is None or place < 0:
+        with pytest.raises(ValueError, match="not there" if place is None else "which several rows are named"):
+            rows_of([name], rows, len(rows))
+    else:
+        assert rows_of([name, name], rows, len(rows)).tolist() == [place, place]
