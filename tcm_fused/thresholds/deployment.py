@@ -5,8 +5,6 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from tcm_fused.thresholds.calibration import calibrate
 from tcm_fused.thresholds.command_line import (
     add_command,
@@ -99,19 +97,22 @@ def _trials(arguments: argparse.Namespace) -> None:
     asked: dict[str, Any] = targets(arguments) if arguments.threshold is None else {}
     check_files(arguments, [arguments.trials, arguments.embeddings, arguments.names])
     trials = read_trials(arguments.trials)
-    scores, subjects = _scores(arguments, trials)
-    metric = SCORE if trials.scores is not None else COSINE
+    scores, columns = _scores(arguments, trials)
+    # A file of scores does not say what they are: a threshold's file does.
+    metric = None if columns is None else COSINE
     if arguments.threshold is not None:
-        asked = {"threshold": _threshold(arguments.threshold, metric)}
+        asked = {"threshold": _threshold(arguments.threshold, metric or SCORE)}
     folds = trials.folds if arguments.folds is None else arguments.folds
-    found = evaluate_trials(scores, trials.same, **asked, folds=folds, subjects=subjects, metric=metric)
+    found = evaluate_trials(
+        scores, trials.same, **asked, folds=folds, subjects=trials.subjects, metric=metric, columns=columns
+    )
     written = write(arguments, found)
     print(found.report())
     print("".join(written), end="")
 
 
-def _scores(arguments: argparse.Namespace, trials: Trials) -> tuple[Any, tuple[Any, Any] | None]:
-    """Scores [P], and the rows on either side, where trials name some."""
+def _scores(arguments: argparse.Namespace, trials: Trials) -> tuple[Any, int | None]:
+    """Scores [P], and how many columns the embeddings have, where they are cosine similarities of some."""
     if trials.scores is not None:
         if arguments.embeddings is not None:
             raise ValueError(f"{arguments.trials} has scores, which need no embeddings; leave EMB out")
@@ -124,7 +125,7 @@ def _scores(arguments: argparse.Namespace, trials: Trials) -> tuple[Any, tuple[A
         rows = [rows_of(side, names, len(x)) for side in (trials.first, trials.second)]
     except ValueError as error:
         raise ValueError(f"{arguments.trials}: {error}") from None
-    return trial_similarities(x, *rows), (np.array(trials.first), np.array(trials.second))
+    return trial_similarities(x, *rows), x.shape[1]
 
 
 def _names(path: Path) -> list[str]:

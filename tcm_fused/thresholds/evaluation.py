@@ -210,7 +210,7 @@ def evaluate(
         class_negatives=pairs.class_negatives,
         left_out=pairs.left_out,
         histogram=counts.rates.histogram(),
-        curve=Curve.of_counts(counts).thinned(),
+        curve=Curve.of_counts(counts).thinned(threshold=threshold.similarity),
         groups=_groups(counts, pairs.group_names),
         class_names=pairs.class_names,
     )

@@ -205,6 +205,8 @@ class Pairs:
         Classes without a positive pair share one row of counts, unless `all_classes`.
         """
         dtype = np.float64 if self._dtype == torch.float64 else np.float32  # the device may have no float64
+        # Of opposite rows rounding may lead below -1; on the grid these are in its lowest cell, and here below all.
+        thresholds = np.where(thresholds <= -1, -2.0, thresholds)
         t = torch.from_numpy(thresholds.astype(dtype)).to(self.x.device)
         classes = len(self.classes.ids) if all_classes else len(self.class_ids)
         counted = _Sum(t, classes, len(self.y))

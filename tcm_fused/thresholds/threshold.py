@@ -84,6 +84,8 @@ class Threshold:
         s = _numbers("similarities", a) if b is None else self._similarity(a, b)
         if not bool(torch.isfinite(s).all()):
             raise ValueError("similarities must be finite, but one is NaN or infinity")
+        if self.metric == COSINE:
+            s = check_cosines("similarities", s, _rounding(a))
         found = s >= self.above(s.dtype)
         if found.ndim == 0:
             return bool(found)
@@ -91,6 +93,8 @@ class Threshold:
 
     def above(self, dtype: torch.dtype) -> float:
         """The lowest number of a dtype that is accepted: a comparison in that dtype decides as in all digits."""
+        if self.metric == COSINE and self.similarity <= -1:
+            return -2.0  # of opposite rows rounding may lead below -1, and at -1 all are accepted
         if dtype == torch.float64:
             return self.similarity
         near = torch.tensor(self.similarity, dtype=dtype, device="cpu")
@@ -198,6 +202,27 @@ def _fields(content: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def check_cosines(name: str, values: Tensor, rounding: float = 1e-5) -> Tensor:
+    """Cosine similarities, of which `rounding` may lead a little beyond 1, cut to -1 to 1.
+
+    Raises:
+        ValueError: one lies further out: it is on another scale.
+    """
+    most = float(values.abs().max()) if values.numel() else 0.0
+    if most > 1 + rounding:
+        raise ValueError(
+            f"{name} must be cosine similarities, from -1 to 1, got {most:g} in size; of a percentage p it is "
+            "p / 100, of a Euclidean distance d of unit vectors 1 - d^2 / 2, of a cosine distance d it is 1 - d"
+        )
+    return values.clamp(-1, 1)
+
+
+def _rounding(values: Any) -> float:
+    """By which products of unit vectors may exceed 1 in the dtype that they came in."""
+    dtype = values.dtype if isinstance(values, Tensor) else torch.from_numpy(np.asarray(values)).dtype
+    return max(1e-5, 4 * torch.finfo(dtype).eps) if dtype.is_floating_point else 0.0
+
+
 def _numbers(name: str, value: Any) -> Tensor:
     if isinstance(value, Tensor):
         if value.is_complex() or value.dtype == torch.bool:
@@ -205,7 +230,10 @@ def _numbers(name: str, value: Any) -> Tensor:
         wide = value.dtype in (torch.float32, torch.float64)
         return value.detach() if wide else value.detach().float() if value.is_floating_point() else value.double()
     try:
-        return torch.from_numpy(np.array(value, dtype=np.float64))
+        found = np.asarray(value)
+        if found.dtype.kind not in "fiu":  # NumPy would make numbers of text and truth values
+            raise TypeError(f"they are {found.dtype}")
+        return torch.from_numpy(found.astype(np.float64))
     except (TypeError, ValueError) as error:
         raise TypeError(f"{name} must be numbers, got {type(value).__name__}: {error}") from error
 

@@ -27,6 +27,7 @@ class Trials(NamedTuple):
     second: list[str] | None
     scores: Array | None  # [P] float64
     folds: Array | None  # [P], of LFW's sets
+    subjects: tuple[list[str], list[str]] | None = None  # who is on either side; else, which picture or recording
 
 
 def read_trials(path: Path) -> Trials:
@@ -132,20 +133,23 @@ def _lfw(lines: list[tuple[int, str]]) -> Trials:
     """A line of one number (development) or two (folds, and pairs in each half of a fold), then the pairs."""
     numbers = [int(cell) for cell in lines[0][1].split()]
     first, second, same = [], [], []
+    people: tuple[list[str], list[str]] = [], []
     for k, line in lines[1:]:
         cells = re.split(r"\t+" if "\t" in line else r"\s+", line.strip())
         if len(cells) not in (3, 4) or not all(cell.isdecimal() for cell in (cells[1], cells[-1])):
             raise ValueError(f"line {k} is neither `name n1 n2` nor `name1 n1 name2 n2`: {line.strip()!r}")
         same.append(len(cells) == 3)
+        people[0].append(cells[0])
+        people[1].append(cells[-2] if len(cells) == 4 else cells[0])
         first.append(f"{cells[0]}_{int(cells[1]):04d}")
-        second.append(f"{cells[-2] if len(cells) == 4 else cells[0]}_{int(cells[-1]):04d}")
+        second.append(f"{people[1][-1]}_{int(cells[-1]):04d}")
     sets, of_half = numbers if len(numbers) == 2 else (1, numbers[0])
     if len(same) != 2 * sets * of_half:
         raise ValueError(
             f"its first line tells of {sets} x {2 * of_half} pairs, but there are {len(same)}: it is cut off or changed"
         )
     folds = np.repeat(np.arange(sets), 2 * of_half) if sets > 1 else None
-    return Trials(np.array(same), first, second, None, folds)
+    return Trials(np.array(same), first, second, None, folds, people)
 
 
 def _table(rows: list[tuple[int, list[str]]]) -> Trials:
@@ -195,10 +199,24 @@ def _named(header: list[str], rows: list[tuple[int, list[str]]]) -> Trials:
                 scores[index] = float(cell)
             except ValueError:
                 raise ValueError(f"line {k} has no score but {cell!r}") from None
+    same = np.array([_TRUTH[cell.casefold()] for cell in columns["same"]])
     return Trials(
-        np.array([_TRUTH[cell.casefold()] for cell in columns["same"]]),
+        same,
         columns["a"] if has_names else None,
         columns["b"] if has_names else None,
         scores,
         np.array(columns["fold"]) if "fold" in columns else None,
+        _subjects(columns["a"], columns["b"], same) if has_names else None,
     )
+
+
+def _subjects(first: list[str], second: list[str], same: Array) -> tuple[list[str], list[str]]:
+    """Folders of the names, if these are of one person each, as VoxCeleb's first are: if two of them agree just where a
+    trial matches. Else the names themselves."""
+    parts = [[name.replace("\\", "/").split("/") for name in side] for side in (first, second)]
+    depth = min(len(name) for side in parts for name in side) - 1
+    for level in range(depth):
+        folders = [[name[level] for name in side] for side in parts]
+        if all((a == b) == is_same for a, b, is_same in zip(*folders, same.tolist(), strict=True)):
+            return folders[0], folders[1]
+    return first, second

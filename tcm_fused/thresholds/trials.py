@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
+from tcm_fused.arguments import check_choice
 from tcm_fused.thresholds.frames import frame, markdown
 from tcm_fused.thresholds.intervals import Interval, binomial_interval, rate_interval
 from tcm_fused.thresholds.pairing import NothingToMeasure
 from tcm_fused.thresholds.rates import Histogram, fields, share
 from tcm_fused.thresholds.sets import Array, as_embeddings
 from tcm_fused.thresholds.targets import Cost, Curve, choose, equal_error, one_target
-from tcm_fused.thresholds.threshold import COSINE, SCORE, Threshold
+from tcm_fused.thresholds.threshold import COSINE, SCORE, Threshold, check_cosines
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -115,7 +116,8 @@ def evaluate_trials(
     costs: tuple[float, float] = (1.0, 1.0),
     folds: Any = None,
     subjects: tuple[Any, Any] | None = None,
-    metric: str = SCORE,
+    metric: str | None = None,
+    columns: int | None = None,
 ) -> TrialResult:
     """Error rates of a list of trials, at a threshold that is given or found as `calibrate` finds it.
 
@@ -132,7 +134,10 @@ def evaluate_trials(
         subjects: (first [P], second [P]): who, or which recording, either side of a trial is. Then intervals are from
             the spread when each is left out in turn. Without, nothing is known of it, and intervals (Clopper and
             Pearson's) take trials as independent: they are too narrow where trials share recordings.
-        metric: "cosine" if scores are cosine similarities, so that the threshold may be applied to embeddings.
+        metric: "cosine" if scores are cosine similarities, so that the threshold may be applied to embeddings, or
+            "score". None: as a given `Threshold` says, else "score".
+        columns: D of the embeddings that cosine similarities are of: kept with a threshold that is found, and compared
+            with a given one's.
 
     Raises:
         TypeError, ValueError: an argument is wrong.
@@ -144,13 +149,15 @@ def evaluate_trials(
         (0.9, 0.0, 0.5, 0.75)
     """
     scores, same = _check_trials(scores, same)
-    if metric == COSINE and np.abs(scores).max() > 1:
-        raise ValueError(f"scores must be cosine similarities, from -1 to 1, got {float(np.abs(scores).max())}")
+    metric = _metric(metric, threshold, columns)
+    if metric == COSINE:
+        scores = check_cosines("scores", torch.from_numpy(scores)).numpy()
     curve = Curve.of_scores(scores, same)
     at, cost = _threshold(
         curve,
         threshold,
         metric,
+        columns,
         dict(costs=costs, far=far, frr=frr, precision=precision, f_beta=f_beta, eer=eer, min_dcf=min_dcf),
     )
     accepted = scores >= at.similarity
@@ -258,14 +265,31 @@ def _check_trials(scores: Any, same: Any) -> tuple[Array, Array]:
     return scores, same
 
 
+def _metric(metric: str | None, given: Any, columns: int | None) -> str:
+    """That of the scores; a threshold on another, or of embeddings of another dimension, is refused."""
+    if metric is None:
+        metric = given.metric if isinstance(given, Threshold) else SCORE
+    check_choice("metric", metric, (COSINE, SCORE))
+    if isinstance(given, Threshold) and given.metric != metric:
+        raise ValueError(
+            f"this threshold is one on metric={given.metric!r}, but the scores are of metric={metric!r}: their scales "
+            "differ"
+        )
+    if columns is not None and metric != COSINE:
+        raise ValueError(f"columns={columns} are those of embeddings, so metric must be 'cosine', got {metric!r}")
+    if columns is not None and isinstance(given, Threshold):
+        given.check_columns(columns)
+    return metric
+
+
 def _threshold(
-    curve: Curve, given: Threshold | float | None, metric: str, targets: dict[str, Any]
+    curve: Curve, given: Threshold | float | None, metric: str, columns: int | None, targets: dict[str, Any]
 ) -> tuple[Threshold, Cost | None]:
     if given is not None:
         others = {n: v for n, v in targets.items() if n != "costs" and v is not None and v is not False}
         if others:
             raise ValueError(f"give a threshold or a target to find one by, got both: {', '.join(others)}")
-        return given if isinstance(given, Threshold) else Threshold(given, metric=metric), None
+        return given if isinstance(given, Threshold) else Threshold(given, metric=metric, columns=columns), None
     target = one_target(**targets)
     k = choose(curve, target)
     if metric == COSINE and curve.thresholds[k] > 1:
@@ -275,6 +299,7 @@ def _threshold(
         float(curve.far[k]),
         float(curve.frr[k]),
         target.asked(),
+        columns,
         pairs=(curve.positives, curve.negatives),
         metric=metric,
     )

@@ -15,7 +15,7 @@ from support import batches
 from support.oracle import Array
 from support.pair_list import PairList, arguments, oracle_of, two_sets
 
-from tcm_fused import calibrate, evaluate
+from tcm_fused import Threshold, calibrate, evaluate
 from tcm_fused.thresholds.pairing import NothingToMeasure
 from tcm_fused.thresholds.rates import HALF
 
@@ -212,3 +212,17 @@ def test_rule_of_three_where_nothing_was_observed() -> None:
     assert found.precision_interval == (1 - 3 / positives, 1)
     assert found.coverage_interval == (1 - 3 / 150, 1)
     assert f"0 of {negatives:,} negative pairs, by the rule of three" in str(found)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_opposite_rows_at_minus_one(dtype: Any) -> None:
+    """Their similarity is rounded to below -1 in part, and at -1 all pairs are accepted, in every figure."""
+    x = np.random.default_rng(0).standard_normal((60, 9)).astype(dtype)
+    x, y = np.concatenate((x, -x)), np.arange(120) // 2 % 30
+    for threshold in (-1.0, calibrate(x, y, precision=1e-4).threshold):
+        found = evaluate(x, y, threshold=threshold)
+        assert (found.far, found.frr, found.coverage) == (1, 0, 1)
+        assert found.class_far.min() == 1
+    assert calibrate(x, y, precision=1e-4).class_far.min() == 1
+    assert Threshold(-1.0).accepts(x[0], -x[0])
+    assert Threshold(-1.0).accepts(torch.tensor(-1.0 - 1e-7))

@@ -176,6 +176,21 @@ def test_bad_input(call: Any, error: type[Exception], message: str) -> None:
         call()
 
 
+def test_a_threshold_is_one_on_its_own_scale() -> None:
+    with pytest.raises(ValueError, match="must be cosine similarities, from -1 to 1, got 20"):
+        evaluate_trials([10, 20.0], [1, 0], threshold=Threshold(0.5))
+    for metric, other in (("cosine", "score"), ("score", "cosine")):
+        with pytest.raises(ValueError, match=f"one on metric='{metric}', but the scores are of metric='{other}'"):
+            evaluate_trials([0.1, 0.2], [1, 0], threshold=Threshold(0.5, metric=metric), metric=other)
+    with pytest.raises(ValueError, match="for embeddings of 16 columns, got 8"):
+        evaluate_trials([0.1, 0.2], [1, 0], threshold=Threshold(0.5, columns=16), columns=8)
+    with pytest.raises(ValueError, match="columns=8 are those of embeddings, so metric must be 'cosine'"):
+        evaluate_trials([0.1, 0.2], [1, 0], eer=True, columns=8)
+    assert evaluate_trials([0.9, 0.2], [1, 0], far=0.5, metric="cosine", columns=8).threshold.columns == 8
+    assert evaluate_trials([0.9, 0.2], [1, 0], threshold=Threshold(0.5)).threshold.metric == "cosine"
+    assert evaluate_trials([1 + 1e-7, 0.2], [1, 0], threshold=1.0, metric="cosine").frr == 0, "rounded above 1"
+
+
 # Files.
 
 LFW = "2\t1\nAnn\t1\t4\nAnn\t1\tBob Lee\t12\nBob Lee\t2\t3\nAnn\t2\tBob Lee\t1\n"
@@ -206,8 +221,23 @@ def test_pairs_of_lfw(tmp_path: Path) -> None:
     assert found.second == ["Ann_0004", "Bob Lee_0012", "Bob Lee_0003", "Bob Lee_0001"]
     assert found.folds is not None
     assert found.folds.tolist() == [0, 0, 1, 1]
+    assert found.subjects == (["Ann", "Ann", "Bob Lee", "Ann"], ["Ann", "Bob Lee", "Bob Lee", "Bob Lee"])
     (tmp_path / "dev.txt").write_text(LFW.replace("2\t1\nAnn", "2\nAnn", 1))
     assert read_trials(tmp_path / "dev.txt").folds is None
+
+
+@pytest.mark.parametrize(
+    ("text", "subjects"),
+    [
+        ("1 p1/v/a p1/w/b\n0 p1/v/a p2/v/a\n", (["p1", "p1"], ["p1", "p2"])),
+        ("1 wav/p1/a wav/p1/b\n0 wav/p1/a wav/p2/a\n", (["p1", "p1"], ["p1", "p2"])),
+        ("1 cam1/a cam2/b\n0 cam1/a cam1/c\n", (["cam1/a", "cam1/a"], ["cam2/b", "cam1/c"])),
+        ("1 7 3\n1 7 9\n0 4 5\n", (["7", "7", "4"], ["3", "9", "5"])),
+    ],
+)
+def test_subjects_are_folders_that_agree_where_trials_match(text: str, subjects: Any, tmp_path: Path) -> None:
+    (tmp_path / "t.txt").write_text(text)
+    assert read_trials(tmp_path / "t.txt").subjects == subjects
 
 
 @pytest.mark.parametrize("text", ["0.9 1\n0.2 0\n", "1,0.9\n0,0.2\n", "score,label,fold\n0.9,1,a\n0.2,0,b\n"])
