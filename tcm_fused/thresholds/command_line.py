@@ -306,6 +306,8 @@ def read_sets(arguments: argparse.Namespace) -> Sets:
         raise ValueError("--ref-labels came without --ref; give both or neither")
     if arguments.ref_groups is not None and (arguments.ref is None or arguments.groups is None):
         raise ValueError("--ref-groups came without --ref and --groups")
+    if arguments.groups is None and arguments.group_pairs != "within":
+        raise ValueError(f"--group-pairs {arguments.group_pairs} came without --groups")
     names = ("embeddings", "labels", "ref", "ref_labels", "groups", "ref_groups")
     check_files(arguments, [getattr(arguments, name) for name in names])
     data = load(arguments.embeddings, arguments.labels)

@@ -133,7 +133,7 @@ class Pairs:
         check_choice("backend", backend, ("auto", *BACKENDS))
         check_choice("group_pairs", group_pairs, ("within", "across"))
         own, reference, names, self.group_names = read_sides(
-            embeddings, labels, ref_emb, ref_labels, groups, ref_groups
+            embeddings, labels, ref_emb, ref_labels, groups, ref_groups, group_pairs
         )
         sides = [own] if reference is None else [own, reference]
         self._dtype = torch.float64 if any(s.x.dtype == torch.float64 for s in sides) else torch.float32

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tcm_fused.arguments import check_number
+from tcm_fused.backends.numerics import unit_and_norms
 from tcm_fused.thresholds.outputs import check_outputs, write_whole
 from tcm_fused.thresholds.rates import as_distance, plain
 from tcm_fused.thresholds.sets import as_embeddings
@@ -112,7 +113,7 @@ class Threshold:
 
     def _similarity(self, a: Any, b: Any) -> Tensor:
         rows = [_rows(name, value) for name, value in (("a", a), ("b", b))]
-        first, second = (torch.nn.functional.normalize(x.double(), dim=-1, eps=1e-12) for x in rows)
+        first, second = (unit_rows(x.reshape(-1, x.shape[-1])).reshape(x.shape) for x in rows)
         if first.shape[-1] != second.shape[-1] or (first.ndim == second.ndim == 2 and len(first) != len(second)):
             raise ValueError(f"a and b must be pairs of rows, got shapes {list(first.shape)} and {list(second.shape)}")
         self.check_columns(first.shape[-1])
@@ -200,6 +201,11 @@ def _fields(content: dict[str, Any]) -> dict[str, Any]:
         "columns": columns,
         "pairs": None if pairs is None else (pairs[0], pairs[1]),
     }
+
+
+def unit_rows(x: Tensor) -> Tensor:
+    """x / |x| [N, D] in float64, with no overflow on the way; a zero row stays."""
+    return unit_and_norms(x.double(), x.new_ones(len(x), dtype=torch.bool))[0]
 
 
 def check_cosines(name: str, values: Tensor, rounding: float = 1e-5) -> Tensor:

@@ -14,7 +14,7 @@ from tcm_fused.thresholds.pairing import NothingToMeasure
 from tcm_fused.thresholds.rates import Histogram, fields, share
 from tcm_fused.thresholds.sets import Array, as_embeddings
 from tcm_fused.thresholds.targets import Cost, Curve, choose, equal_error, one_target
-from tcm_fused.thresholds.threshold import COSINE, SCORE, Threshold, check_cosines
+from tcm_fused.thresholds.threshold import COSINE, SCORE, Threshold, check_cosines, unit_rows
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -198,7 +198,7 @@ def trial_similarities(embeddings: Any, first: Any, second: Any) -> Array:
             raise ValueError(f"{name}: trials name row {int(places.max())}, but there are rows 0 to {len(x) - 1} only")
     for start in range(0, len(first), 4096):
         part = slice(start, start + 4096)
-        a, b = (torch.nn.functional.normalize(x[torch.as_tensor(p[part])].double(), eps=1e-12) for p in (first, second))
+        a, b = (unit_rows(x[torch.as_tensor(p[part])]) for p in (first, second))
         found[part] = (a * b).sum(1).clamp(-1, 1).cpu().numpy()
     if not np.isfinite(found).all():
         raise ValueError(f"embeddings must be finite, but those of trial {int(np.argmin(np.isfinite(found)))} are not")
@@ -325,7 +325,9 @@ def _interval(kind: Array, event: Array, subjects: tuple[Any, Any] | None) -> In
 
     mine, out = of_subject(kind), of_subject(kind & event)
     without = share(events - out, total - mine, math.nan)[mine > 0]
-    return rate_interval(events / total, without, total)
+    # Matches of one subject stand or fall together; of others each has two subjects.
+    independent = len(without) if bool((first[kind] == second[kind]).all()) else total
+    return rate_interval(events / total, without, total, independent)
 
 
 def _auc(curve: Curve) -> float:

@@ -185,6 +185,9 @@ def test_report(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
         text = out.read_text()
         assert text.count("data:image/png;base64,") == 5
         assert "bird" in text
+        kind = "group" if "--groups" in options else "class"
+        assert f"False accepts of each {kind}" in text
+        assert ("<td>camera 1</td>" in text) == (kind == "group")
         assert "http" not in text
         assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
 
@@ -224,6 +227,7 @@ def test_report(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
         (["trials", "scores.csv", "--eer", "--folds", "9"], "folds must be from 2"),
         (["trials", "scores.csv", "--eer", "--plot", "a.png", "--picture", "far"], "invalid choice: 'far'"),
         (["report", "x.npy", "y.npy", "--eer", "--out", "no/page.html"], "there is no folder"),
+        (["evaluate", "x.npy", "y.npy", "--threshold", "0", "--group-pairs", "across"], "across came without --groups"),
         (["trials", "both.txt", "x.npy", "--threshold", "score.json"], "this threshold is one on metric='score'"),
         (["trials", "both.txt", "narrow.npy", "--threshold", "t12.json"], "for embeddings of 12 columns, got 5"),
         (["trials", "scores.csv", "--threshold", "t12.json"], "must be cosine similarities, from -1 to 1, got 2.5"),
