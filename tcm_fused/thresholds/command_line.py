@@ -293,10 +293,14 @@ def check_files(arguments: argparse.Namespace, inputs: Sequence[Path | None]) ->
 
 def threshold_file(text: str | None) -> Path | None:
     """The file that --threshold names; None of a number."""
+    if text is None:
+        return None
+    if not text.strip():
+        raise ValueError("--threshold is empty; give a number, or a file of `calibrate --save`")
     try:
-        float(text or 0)
+        float(text)
     except ValueError:
-        return Path(str(text))
+        return Path(text)
     return None
 
 

@@ -103,7 +103,13 @@ class _Cells(NamedTuple):
     negatives: Array  # [K]
 
 
+_SETS = ("ref_emb", "ref_labels", "groups", "ref_groups", "group_pairs", "backend", "progress")
+
+
 def _rates(embeddings: Any, labels: Any, sets: dict[str, Any]) -> Rates:
+    unknown = [name for name in sets if name not in _SETS]
+    if unknown:
+        raise TypeError(f"{unknown[0]!r} is no argument of the sets; those are {', '.join(_SETS)}")
     return (
         Pairs(embeddings, labels, sets.pop("backend", "auto"), sets.pop("progress", False), **sets)
         .count(np.empty(0))

@@ -2,6 +2,7 @@
 
 import json
 import math
+import numbers
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +30,7 @@ class Threshold:
     Numbers in files have all their digits, so a threshold decides after `load` as it did before `save`.
 
     Raises:
-        TypeError, ValueError: the similarity is no number, or not from -1 to 1.
+        TypeError, ValueError: the similarity is no number, or not from -1 to 1; or another field cannot be.
 
     Example:
         >>> Threshold(0.6).accepts([0.59, 0.6]).tolist()
@@ -57,7 +58,21 @@ class Threshold:
                 f"threshold must be a cosine similarity, from -1 to 1, got {self.similarity}; of a Euclidean distance "
                 "d of unit vectors it is 1 - d^2 / 2, of a cosine distance d it is 1 - d"
             )
-        object.__setattr__(self, "similarity", float(self.similarity))
+        pairs = self.pairs
+        if pairs is not None:
+            if not isinstance(pairs, (tuple, list)) or len(pairs) != 2:
+                raise TypeError(f"pairs must be two numbers, of positive and negative pairs, got {pairs!r}")
+            pairs = _whole("pairs", pairs[0], 0), _whole("pairs", pairs[1], 0)
+        found = {
+            "similarity": float(self.similarity),
+            "far": _rate("far", self.far),
+            "frr": _rate("frr", self.frr),
+            "target": _target(self.target),
+            "columns": None if self.columns is None else _whole("columns", self.columns, 1),
+            "pairs": pairs,
+        }
+        for name, value in found.items():
+            object.__setattr__(self, name, value)
 
     @property
     def distance(self) -> float:
@@ -152,18 +167,20 @@ class Threshold:
             ValueError: there is no such file, or it holds something else; the message names it.
         """
         try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            content = json.loads(Path(path).read_text(encoding="utf-8-sig"), parse_constant=_refuse)
         except OSError as error:
-            raise ValueError(f"cannot read the threshold {path}: {error.strerror or error}") from error
-        except ValueError as error:
-            raise ValueError(f"{path} is no threshold but no JSON either: {error}") from error
+            raise ValueError(f"cannot read the threshold {Path(path)}: {error.strerror or error}") from error
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path} is no threshold, since it is no JSON: {error}") from error
         if not isinstance(content, dict) or content.get("format") != _FORMAT:
             raise ValueError(f"{path} is no threshold: calibrate --save and Threshold.save write them")
         if content.get("version") != _VERSION:
             raise ValueError(f"{path} has version {content.get('version')!r}, this program reads {_VERSION}")
         try:
             return cls(**_fields(content))
-        except (TypeError, ValueError, KeyError) as error:
+        except KeyError as error:
+            raise ValueError(f"{path} is damaged: it has no {error}") from error
+        except (TypeError, ValueError) as error:
             raise ValueError(f"{path} is damaged: {error}") from error
 
     def __repr__(self) -> str:
@@ -183,24 +200,55 @@ def _asked(target: dict[str, float]) -> str:
 
 
 def _fields(content: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of `Threshold` in a file, of the types that it writes."""
-    pairs, columns, target = content["pairs"], content["columns"], content["target"]
-    if not isinstance(target, dict) or not all(isinstance(value, (int, float)) for value in target.values()):
-        raise ValueError(f"target is {target!r}")
-    if columns is not None and (not isinstance(columns, int) or columns < 1):
-        raise ValueError(f"columns is {columns!r}")
-    if pairs is not None and not (isinstance(pairs, list) and len(pairs) == 2 and all(type(n) is int for n in pairs)):
-        raise ValueError(f"pairs is {pairs!r}")
-    for name in ("far", "frr"):
-        if content[name] is not None and not (isinstance(content[name], (int, float)) and 0 <= content[name] <= 1):
-            raise ValueError(f"{name} is {content[name]!r}")
-    return {
-        **{name: content[name] for name in ("similarity", "metric")},
+    """The arguments of `Threshold` in a file, which must agree with all else that is in it."""
+    pairs = content["pairs"]
+    found = {
+        **{name: content[name] for name in ("similarity", "metric", "target", "columns")},
         **{name: math.nan if content[name] is None else content[name] for name in ("far", "frr")},
-        "target": target,
-        "columns": columns,
-        "pairs": None if pairs is None else (pairs[0], pairs[1]),
+        "pairs": tuple(pairs) if isinstance(pairs, list) else pairs,
     }
+    means = Threshold(**found)
+    for name in ("distance", "cosine_distance"):
+        if name not in content:
+            continue
+        told, value = content[name], getattr(means, name)
+        if means.metric != COSINE:
+            raise ValueError(f"it has a {name}, but metric is {means.metric!r}: a score has none")
+        if type(told) not in (int, float) or not abs(told - value) <= 1e-9:
+            raise ValueError(
+                f"{name} is {told!r}, but that of similarity {means.similarity!r} is {value!r}; leave it out"
+            )
+    return found
+
+
+def _refuse(constant: str) -> float:
+    raise ValueError(f"{constant} is no number of JSON")
+
+
+def _rate(name: str, value: Any) -> float:
+    """NaN, or from 0 to 1."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not math.isnan(value) and not 0 <= value <= 1:
+        raise ValueError(f"{name} must lie from 0 to 1, or be NaN if it is not known, got {value}")
+    return float(value)
+
+
+def _whole(name: str, value: Any, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name} must be whole numbers, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+    return int(value)
+
+
+def _target(target: Any) -> dict[str, float]:
+    """Names with finite numbers, of Python's own types, which JSON knows."""
+    if not isinstance(target, dict) or not all(isinstance(name, str) for name in target):
+        raise TypeError(f"target must be a dict of numbers by name, such as {{'far': 0.001}}, got {target!r}")
+    for name, value in target.items():
+        check_number(f"target[{name!r}]", value)
+    return {name: bool(value) if isinstance(value, bool) else float(value) for name, value in target.items()}
 
 
 def unit_rows(x: Tensor) -> Tensor:

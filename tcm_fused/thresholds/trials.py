@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
+_LARGEST = 1e300
+
+
 class Folds(NamedTuple):
     """Accuracy by the protocol of LFW: each fold at the threshold that is best for the others."""
 
@@ -191,18 +194,32 @@ def trial_similarities(embeddings: Any, first: Any, second: Any) -> Array:
         TypeError, ValueError: a place is no row, or a row is not finite.
     """
     x = as_embeddings("embeddings", embeddings).detach()
-    found = np.empty(len(first))
-    for name, places in (("first", first), ("second", second)):
-        places = np.asarray(places)
-        if len(places) and (places.min() < 0 or places.max() >= len(x)):
-            raise ValueError(f"{name}: trials name row {int(places.max())}, but there are rows 0 to {len(x) - 1} only")
-    for start in range(0, len(first), 4096):
+    sides = _places("first", first, len(x)), _places("second", second, len(x))
+    if len(sides[0]) != len(sides[1]):
+        raise ValueError(
+            f"first and second must have one place for each trial, got {len(sides[0])} and {len(sides[1])}"
+        )
+    found = np.empty(len(sides[0]))
+    for start in range(0, len(found), 4096):
         part = slice(start, start + 4096)
-        a, b = (unit_rows(x[torch.as_tensor(p[part])]) for p in (first, second))
+        a, b = (unit_rows(x[torch.from_numpy(side[part])]) for side in sides)
         found[part] = (a * b).sum(1).clamp(-1, 1).cpu().numpy()
     if not np.isfinite(found).all():
         raise ValueError(f"embeddings must be finite, but those of trial {int(np.argmin(np.isfinite(found)))} are not")
     return found
+
+
+def _places(name: str, places: Any, rows: int) -> Array:
+    """[P] int64, places of rows."""
+    found = places.cpu().numpy() if isinstance(places, torch.Tensor) else np.asarray(places)
+    if found.ndim != 1:
+        raise ValueError(f"{name} must have shape [P], got {list(found.shape)}")
+    if found.dtype.kind not in "iu" and len(found):
+        raise TypeError(f"{name} must hold the places of rows, integers, got {found.dtype}")
+    wrong = (found < 0) | (found >= rows)
+    if wrong.any():
+        raise ValueError(f"{name}: trials name row {found[wrong][0]}, but there are rows 0 to {rows - 1} only")
+    return found.astype(np.int64)
 
 
 def fold_accuracy(scores: Array, same: Array, folds: Any) -> Folds:
@@ -253,6 +270,8 @@ def _check_trials(scores: Any, same: Any) -> tuple[Array, Array]:
     scores = scores.astype(np.float64)
     if not np.isfinite(scores).all():
         raise ValueError(f"scores must be finite, but trial {int(np.argmin(np.isfinite(scores)))} has none")
+    if len(scores) and np.abs(scores).max() > _LARGEST:  # the threshold above it, and gaps, would be infinite
+        raise ValueError(f"scores must be at most {_LARGEST:g} in size, got {float(np.abs(scores).max())}")
     if same.shape != scores.shape:
         raise ValueError(f"same must have shape [{len(scores)}], one for each trial, got {list(same.shape)}")
     if same.dtype.kind not in "biuf" or not np.isin(same, (0, 1)).all():
@@ -311,7 +330,9 @@ def _interval(kind: Array, event: Array, subjects: tuple[Any, Any] | None) -> In
     events, total = int((kind & event).sum()), int(kind.sum())
     if subjects is None:
         return binomial_interval(events, total)
-    sides = [np.asarray(side) for side in subjects]
+    if not isinstance(subjects, (tuple, list)) or len(subjects) != 2:
+        raise TypeError(f"subjects must be a pair (first [P], second [P]), got {type(subjects).__name__}")
+    sides = [side.cpu().numpy() if isinstance(side, torch.Tensor) else np.asarray(side) for side in subjects]
     if any(side.shape != kind.shape for side in sides):
         raise ValueError(f"subjects must be two of [{len(kind)}], one for each trial")
     _, code = np.unique(np.concatenate(sides), return_inverse=True)

@@ -198,6 +198,7 @@ def test_report(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
         (["evaluate", "x.npy", "y.npy", "--threshold", "1.5"], "from -1 to 1, got 1.5"),
         (["evaluate", "x.npy", "y.npy", "--threshold", "none.json"], "cannot read the threshold none.json"),
         (["evaluate", "x.npy", "y.npy", "--threshold", "y.npy"], "y.npy is no threshold"),
+        (["evaluate", "x.npy", "y.npy", "--threshold", ""], "--threshold is empty; give a number, or a file"),
         (["evaluate", "x.npy", "y.npy", "--threshold", "nan"], "threshold must be finite"),
         (["evaluate", "x.npy", "y.npy", "--threshold", "t12.json", "--ref", "narrow.npy"], "needs a file of labels"),
         (["evaluate", "narrow.npy", "y.npy", "--threshold", "t12.json"], "for embeddings of 12 columns, got 5"),

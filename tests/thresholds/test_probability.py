@@ -102,6 +102,10 @@ def test_bad_input(monkeypatch: pytest.MonkeyPatch) -> None:
         match_probability(x, y, method="beta")
     with pytest.raises(ValueError, match="prior must lie between 0 and 1"):
         match_probability(x, y, prior=1.0)
+    with pytest.raises(TypeError, match="'prio' is no argument of the sets; those are ref_emb"):
+        match_probability(x, y, prio=0.1)
+    with pytest.raises(TypeError, match="'label' is no argument of the sets"):
+        match_probability(x, y).evaluate(x, y, label=y)
     with pytest.raises(ValueError, match="similarities must be finite"):
         match_probability(x, y)(np.nan)
     assert sklearn.__version__

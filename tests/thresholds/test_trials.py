@@ -135,6 +135,15 @@ def test_similarities_of_rows() -> None:
     assert trial_similarities(x, [0, 0, 2], [1, 2, 2]) == pytest.approx([0, math.sqrt(0.5), 1])
     with pytest.raises(ValueError, match="trials name row 3, but there are rows 0 to 2 only"):
         trial_similarities(x, [0], [3])
+    with pytest.raises(ValueError, match="first: trials name row -1, but there are rows 0 to 2 only"):
+        trial_similarities(x, [-1, 2], [0, 1])
+    with pytest.raises(ValueError, match="one place for each trial, got 2 and 1"):
+        trial_similarities(x, [0, 1], [2])
+    with pytest.raises(TypeError, match="second must hold the places of rows, integers, got float64"):
+        trial_similarities(x, [0], [1.0])
+    with pytest.raises(ValueError, match=r"first must have shape \[P\], got \[1, 1\]"):
+        trial_similarities(x, [[0]], [1])
+    assert len(trial_similarities(x, [], [])) == 0
     with pytest.raises(ValueError, match="those of trial 1 are not"):
         trial_similarities(np.array([[1.0], [math.nan]]), [0, 1], [0, 1])
 
@@ -163,6 +172,8 @@ def test_similarities_of_rows() -> None:
         ),
         (lambda: evaluate_trials([1, 2], [1, 0], far=0.1, costs=(2, 1)), ValueError, "are those of min_dcf"),
         (lambda: evaluate_trials([1, 2], [1, 0], eer=True, subjects=([1], [2])), ValueError, "subjects must be two"),
+        (lambda: evaluate_trials([1, 2], [1, 0], eer=True, subjects=([1],)), TypeError, "subjects must be a pair"),
+        (lambda: evaluate_trials([1e308, 2], [1, 0], eer=True), ValueError, "scores must be at most 1e[+]300 in size"),
         (lambda: evaluate_trials([1, 2], [1, 0], eer=True, metric="cosine"), ValueError, "must be cosine similarities"),
         (
             lambda: evaluate_trials([0.5, 1.0], [1, 0], far=0.1, metric="cosine"),
