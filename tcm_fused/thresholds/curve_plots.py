@@ -47,7 +47,7 @@ def plot_det(results: Curves, axes: Axes | None = None) -> Axes:
         far, frr = _corners(result.curve)
         label = name or f"equal error {_percent(_equal_error(result.curve))}"
         axes.plot(_probit(far, low), _probit(frr, low), color=colour, linestyle=style, linewidth=2, label=label)
-        _mark(axes, result, *(_onto(least, low) for least in lowest))
+        _mark(axes, result, _onto(lowest[0], low), _onto(lowest[1], low))
     ends = _probit(np.array([low, 1 - low]), low)
     axes.plot(ends, ends, color=GREY, linestyle=":", linewidth=1.2, label="equal errors")
     apart = 0.5 / width_of(axes)  # of the width, that ticks need
@@ -212,8 +212,11 @@ def _percent(rate: float) -> str:
     return "0 %" if rate == 0 or math.isnan(rate) else f"{100 * rate:.3g} %"
 
 
-def plot_reliability(reliability: Reliability, axes: Axes | None = None) -> Axes:
-    """The share of pairs that match over the probability that was told for them: on the dotted line if it holds."""
+def plot_reliability(reliability: Reliability, axes: Axes | None = None, of: str | None = None) -> Axes:
+    """The share of pairs that match over the probability that was told for them: on the dotted line if it holds.
+
+    `of` says in the title which pairs they are.
+    """
     own = axes is None
     axes = axes or new_axes()
     axes.plot([0, 1], [0, 1], color=GREY, linestyle=":", linewidth=1.4, label="as told")
@@ -224,8 +227,7 @@ def plot_reliability(reliability: Reliability, axes: Axes | None = None) -> Axes
     axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
     axes.set_xlabel("probability of a match, as told")
     axes.set_ylabel("share of pairs that match")
-    axes.set_title(
-        f"Brier score {reliability.brier:.3g}, calibration error {reliability.error:.3g}", loc="left", color=INK
-    )
+    title = f"Brier score {reliability.brier:.3g}, calibration error {reliability.error:.3g}"
+    axes.set_title(title if of is None else f"{title}, on {of}", loc="left", color=INK)
     finish(axes, own, columns=2)
     return axes

@@ -84,6 +84,15 @@ def _threshold(text: str, metric: str = COSINE) -> Threshold:
     return Threshold(float(text), metric=metric) if path is None else Threshold.load(path)
 
 
+def _asked(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The target, or nothing where a threshold is given."""
+    if arguments.threshold is None:
+        return targets(arguments)
+    if tuple(arguments.costs) != (1.0, 1.0):
+        raise ValueError("--costs are those of --min-dcf; with --threshold leave them out")
+    return {}
+
+
 def _evaluate(arguments: argparse.Namespace) -> None:
     threshold = _threshold(arguments.threshold)
     sets = read_sets(arguments)
@@ -94,7 +103,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 
 def _trials(arguments: argparse.Namespace) -> None:
-    asked: dict[str, Any] = targets(arguments) if arguments.threshold is None else {}
+    asked = _asked(arguments)
     check_files(arguments, [arguments.trials, arguments.embeddings, arguments.names])
     trials = read_trials(arguments.trials)
     scores, columns = _scores(arguments, trials)
@@ -116,6 +125,8 @@ def _scores(arguments: argparse.Namespace, trials: Trials) -> tuple[Any, int | N
     if trials.scores is not None:
         if arguments.embeddings is not None:
             raise ValueError(f"{arguments.trials} has scores, which need no embeddings; leave EMB out")
+        if arguments.names is not None:
+            raise ValueError(f"{arguments.trials} has scores, which need no rows; leave --names out")
         return trials.scores, None
     if arguments.embeddings is None or trials.first is None or trials.second is None:
         raise ValueError(f"{arguments.trials} names rows, so it needs the file EMB of their embeddings")
@@ -140,7 +151,7 @@ def _report(arguments: argparse.Namespace) -> None:
     from tcm_fused.thresholds.report import page
 
     judge = calibrate if arguments.threshold is None else evaluate
-    asked = targets(arguments) if arguments.threshold is None else {"threshold": _threshold(arguments.threshold)}
+    asked = _asked(arguments) or {"threshold": _threshold(arguments.threshold)}
     sets = read_sets(arguments)
     found: Any = judge(**sets.arguments, **asked, backend=arguments.backend)
     text = page(found, f"{arguments.embeddings.name}: {sets.rows}", arguments.worst)

@@ -9,6 +9,7 @@ from tcm_fused.arguments import check_choice
 from tcm_fused.thresholds.frames import frame
 from tcm_fused.thresholds.rates import HALF, Pairs, Rates, check_rate, fields, share
 from tcm_fused.thresholds.sets import Array
+from tcm_fused.thresholds.threshold import as_scores
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -43,9 +44,7 @@ class MatchProbability:
 
     def __call__(self, similarity: Any) -> Array:
         """Probabilities of similarities of any shape, from -1 to 1."""
-        values = np.asarray(similarity, dtype=np.float64)
-        if not np.isfinite(values).all():
-            raise ValueError("similarities must be finite, but one is NaN or infinity")
+        values = as_scores(similarity).double().cpu().numpy()
         return np.interp(values, self.similarity, self.probability)
 
     def evaluate(self, embeddings: Any, labels: Any, **sets: Any) -> Reliability:
@@ -61,10 +60,13 @@ class MatchProbability:
         return fields(self)
 
     def plot(self, axes: "Axes | None" = None) -> "Axes":
-        """Draw the share of matches over the probability; needs matplotlib."""
+        """Draw the share of matches over the probability, of the pairs that it was fitted to; needs matplotlib.
+
+        That is how well it fits. For how well it holds draw `evaluate` of other data with `plot_reliability`.
+        """
         from tcm_fused.thresholds.curve_plots import plot_reliability
 
-        return plot_reliability(self.reliability, axes)
+        return plot_reliability(self.reliability, axes, of="its own data")
 
 
 def match_probability(

@@ -59,8 +59,8 @@ class Curve:
         last = len(self.thresholds) - 1
         places = [np.array([0, equal_error(self), last])]
         if threshold is not None:
-            at = int(np.searchsorted(self.thresholds, threshold))
-            places.append(np.array([at - 1, at]).clip(0, last))
+            after = int(np.searchsorted(self.thresholds, threshold))
+            places.append(np.array([after - 1, after]).clip(0, last))
         for falling, total in ((self.accepted_negatives, self.negatives), (self.accepted_positives, self.positives)):
             for count in (falling, total - falling):  # both ends of the rates in detail
                 levels = np.append(0, np.geomspace(1, max(total, 1), most // 4))

@@ -97,11 +97,7 @@ class Threshold:
         Raises:
             TypeError, ValueError: they are no numbers, not finite, or of another dimension than the threshold's.
         """
-        s = _numbers("similarities", a) if b is None else self._similarity(a, b)
-        if not bool(torch.isfinite(s).all()):
-            raise ValueError("similarities must be finite, but one is NaN or infinity")
-        if self.metric == COSINE:
-            s = check_cosines("similarities", s, _rounding(a))
+        s = as_scores(a, self.metric) if b is None else self._similarity(a, b)
         found = s >= self.above(s.dtype)
         if found.ndim == 0:
             return bool(found)
@@ -227,9 +223,10 @@ def _refuse(constant: str) -> float:
 
 def _rate(name: str, value: Any) -> float:
     """NaN, or from 0 to 1."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not math.isnan(value) and not 0 <= value <= 1:
+    if isinstance(value, (float, np.floating)) and math.isnan(value):
+        return math.nan
+    check_number(name, value, least=0.0)
+    if isinstance(value, bool) or value > 1:
         raise ValueError(f"{name} must lie from 0 to 1, or be NaN if it is not known, got {value}")
     return float(value)
 
@@ -269,6 +266,18 @@ def check_cosines(name: str, values: Tensor, rounding: float = 1e-5) -> Tensor:
             "p / 100, of a Euclidean distance d of unit vectors 1 - d^2 / 2, of a cosine distance d it is 1 - d"
         )
     return values.clamp(-1, 1)
+
+
+def as_scores(values: Any, metric: str = COSINE) -> Tensor:
+    """Similarities of any shape, float32 or float64: cosine ones, or scores on whatever scale.
+
+    Raises:
+        TypeError, ValueError: they are no numbers, not finite, or not on the scale.
+    """
+    found = _numbers("similarities", values)
+    if not bool(torch.isfinite(found).all()):
+        raise ValueError("similarities must be finite, but one is NaN or infinity")
+    return check_cosines("similarities", found, _rounding(values)) if metric == COSINE else found
 
 
 def _rounding(values: Any) -> float:

@@ -52,7 +52,9 @@ def read_trials(path: Path) -> Trials:
         raise ValueError(f"cannot read trials from {path}: it is empty")
     try:
         first = lines[0][1].split()
-        if len(first) <= 2 and all(cell.isdecimal() for cell in first):
+        # Two numbers are also a score with 0 or 1, and then all lines have two cells.
+        is_lfw = len(first) == 1 or (len(first) == 2 and len(lines) > 1 and len(_lfw_cells(lines[1][1])) > 2)
+        if is_lfw and all(cell.isdecimal() for cell in first):
             return _lfw(lines)
         return _table([(k, _cells(line)) for k, line in lines])
     except ValueError as error:
@@ -135,7 +137,7 @@ def _lfw(lines: list[tuple[int, str]]) -> Trials:
     first, second, same = [], [], []
     people: tuple[list[str], list[str]] = [], []
     for k, line in lines[1:]:
-        cells = re.split(r"\t+" if "\t" in line else r"\s+", line.strip())
+        cells = _lfw_cells(line)
         if len(cells) not in (3, 4) or not all(cell.isdecimal() for cell in (cells[1], cells[-1])):
             raise ValueError(f"line {k} is neither `name n1 n2` nor `name1 n1 name2 n2`: {line.strip()!r}")
         same.append(len(cells) == 3)
@@ -150,6 +152,10 @@ def _lfw(lines: list[tuple[int, str]]) -> Trials:
         )
     folds = np.repeat(np.arange(sets), 2 * of_half) if sets > 1 else None
     return Trials(np.array(same), first, second, None, folds, people)
+
+
+def _lfw_cells(line: str) -> list[str]:
+    return re.split(r"\t+" if "\t" in line else r"\s+", line.strip())
 
 
 def _table(rows: list[tuple[int, list[str]]]) -> Trials:
@@ -198,7 +204,9 @@ def _named(header: list[str], rows: list[tuple[int, list[str]]]) -> Trials:
             try:
                 scores[index] = float(cell)
             except ValueError:
-                raise ValueError(f"line {k} has no score but {cell!r}") from None
+                scores[index] = np.nan
+            if not np.isfinite(scores[index]):
+                raise ValueError(f"line {k} has no score but {cell!r}")
     same = np.array([_TRUTH[cell.casefold()] for cell in columns["same"]])
     return Trials(
         same,

@@ -225,7 +225,8 @@ def _places(name: str, places: Any, rows: int) -> Array:
 def fold_accuracy(scores: Array, same: Array, folds: Any) -> Folds:
     """The protocol of LFW: the threshold of each fold is the one with the highest accuracy on all other folds.
 
-    In the middle of the gap between two scores; of several as good the lowest.
+    In the middle of the gap between two scores; of several as good the lowest. Where accepting all is best that is the
+    lowest score of the other folds, and a lower one of this fold is rejected.
     """
     of = _fold_of(folds, len(scores))
     accuracies, thresholds = [], []
@@ -308,11 +309,20 @@ def _threshold(
         others = {n: v for n, v in targets.items() if n != "costs" and v is not None and v is not False}
         if others:
             raise ValueError(f"give a threshold or a target to find one by, got both: {', '.join(others)}")
+        if targets["costs"] not in ((1.0, 1.0), [1.0, 1.0]):
+            raise ValueError(f"costs={targets['costs']} are those of min_dcf; with a threshold leave them out")
         return given if isinstance(given, Threshold) else Threshold(given, metric=metric, columns=columns), None
     target = one_target(**targets)
     k = choose(curve, target)
     if metric == COSINE and curve.thresholds[k] > 1:
-        raise NothingToMeasure(f"no threshold up to 1 meets {target.name}={target.value}: a trial of no match has that")
+        if target.name in ("far", "precision"):
+            why = f"no threshold up to 1 meets {target.name}={target.value}: a trial of no match has similarity 1"
+        else:
+            why = (
+                f"rejecting all trials is best by {target.name}={target.value}, but one has similarity 1, which no "
+                "threshold on cosine similarity rejects; give far, frr or precision"
+            )
+        raise NothingToMeasure(why)
     found = Threshold(
         float(curve.thresholds[k]),
         float(curve.far[k]),

@@ -84,6 +84,7 @@ def test_on_other_data(method: str) -> None:
     bins = other.to_frame()
     assert list(bins) == ["told", "found", "pairs"]
     assert "calibration error" in plot_reliability(other).get_title(loc="left")
+    assert found.plot().get_title(loc="left").endswith("on its own data")
     assert found.plot().get_xlabel() == "probability of a match, as told"
     assert "prior 0.3" in repr(found)
     assert found.to_dict()["method"] == method
@@ -106,6 +107,10 @@ def test_bad_input(monkeypatch: pytest.MonkeyPatch) -> None:
         match_probability(x, y, prio=0.1)
     with pytest.raises(TypeError, match="'label' is no argument of the sets"):
         match_probability(x, y).evaluate(x, y, label=y)
+    with pytest.raises(ValueError, match="from -1 to 1, got 95 in size"):
+        match_probability(x, y)([0.1, 95])
+    with pytest.raises(TypeError, match="similarities must be numbers"):
+        match_probability(x, y)(["0.9"])
     with pytest.raises(ValueError, match="similarities must be finite"):
         match_probability(x, y)(np.nan)
     assert sklearn.__version__

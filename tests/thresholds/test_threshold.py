@@ -134,8 +134,8 @@ def test_accepts_as_it_was_counted() -> None:
         (lambda: Threshold(0.5, target={"far": math.inf}), ValueError, r"target\['far'\] must be finite, got inf"),
         (lambda: Threshold(0.5, target={"far": "x"}), TypeError, r"target\['far'\] must be a number"),  # type: ignore[dict-item]
         (lambda: Threshold(0.5, target=[1]), TypeError, "target must be a dict"),  # type: ignore[arg-type]
-        (lambda: Threshold(0.5, far=math.inf), ValueError, "far must lie from 0 to 1"),
-        (lambda: Threshold(0.5, frr=-0.1), ValueError, "frr must lie from 0 to 1"),
+        (lambda: Threshold(0.5, far=math.inf), ValueError, "far must be finite and at least 0, got inf"),
+        (lambda: Threshold(0.5, frr=-0.1), ValueError, "frr must be finite and at least 0, got -0.1"),
         (lambda: Threshold(0.5, columns=2.0), TypeError, "columns must be whole numbers"),  # type: ignore[arg-type]
         (lambda: Threshold(0.5, pairs=(1,)), TypeError, "pairs must be two numbers"),  # type: ignore[arg-type]
         (lambda: Threshold(2.0, metric="score").accepts([1.0, 0.0], [1.0, 0.0]), ValueError, "on scores of trials"),

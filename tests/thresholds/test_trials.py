@@ -172,14 +172,24 @@ def test_similarities_of_rows() -> None:
         ),
         (lambda: evaluate_trials([1, 2], [1, 0], far=0.1, costs=(2, 1)), ValueError, "are those of min_dcf"),
         (lambda: evaluate_trials([1, 2], [1, 0], eer=True, subjects=([1], [2])), ValueError, "subjects must be two"),
-        (lambda: evaluate_trials([1, 2], [1, 0], eer=True, subjects=([1],)), TypeError, "subjects must be a pair"),
+        (
+            lambda: evaluate_trials([1, 2], [1, 0], eer=True, subjects=([1],)),  # type: ignore[arg-type]
+            TypeError,
+            "subjects must be a pair",
+        ),
         (lambda: evaluate_trials([1e308, 2], [1, 0], eer=True), ValueError, "scores must be at most 1e[+]300 in size"),
         (lambda: evaluate_trials([1, 2], [1, 0], eer=True, metric="cosine"), ValueError, "must be cosine similarities"),
         (
             lambda: evaluate_trials([0.5, 1.0], [1, 0], far=0.1, metric="cosine"),
             NothingToMeasure,
-            "no threshold up to 1",
+            "no threshold up to 1 meets far=0.1: a trial of no match has similarity 1",
         ),
+        (
+            lambda: evaluate_trials([0.5, 1.0], [1, 0], min_dcf=0.01, metric="cosine"),
+            NothingToMeasure,
+            "rejecting all trials is best by min_dcf=0.01, but one has similarity 1",
+        ),
+        (lambda: evaluate_trials([1, 2], [1, 0], threshold=1, costs=(2, 1)), ValueError, "costs=.2, 1. are those of"),
     ],
 )
 def test_bad_input(call: Any, error: type[Exception], message: str) -> None:
@@ -251,12 +261,14 @@ def test_subjects_are_folders_that_agree_where_trials_match(text: str, subjects:
     assert read_trials(tmp_path / "t.txt").subjects == subjects
 
 
-@pytest.mark.parametrize("text", ["0.9 1\n0.2 0\n", "1,0.9\n0,0.2\n", "score,label,fold\n0.9,1,a\n0.2,0,b\n"])
+@pytest.mark.parametrize(
+    "text", ["0.9 1\n0.2 0\n", "1,0.9\n0,0.2\n", "score,label,fold\n0.9,1,a\n0.2,0,b\n", "90 1\n20 0\n"]
+)
 def test_scores(text: str, tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text(text)
     found = read_trials(tmp_path / "t.csv")
     assert found.scores is not None
-    assert found.scores.tolist() == [0.9, 0.2]
+    assert found.scores.tolist() == ([90, 20] if "90" in text else [0.9, 0.2])
     assert found.same.tolist() == [True, False]
     assert (found.folds is not None) == ("fold" in text)
 
@@ -273,6 +285,8 @@ def test_scores(text: str, tmp_path: Path) -> None:
         ("a,b,same\nx,y,2\n", "line 2 must say 0 or 1 of a match, got '2'"),
         ("x,same\n1,1\n", "must name the columns a, b and same, or score and same"),
         ("score,same\nhigh,1\n", "line 2 has no score but 'high'"),
+        ("score,same\n0.5,1\n\nNaN,1\n", "line 4 has no score but 'NaN'"),
+        ("0.5 1\n-inf 0\n", "line 2 has no score but '-inf'"),
         (LFW + "Ann\t1\t2\n", "tells of 2 x 2 pairs, but there are 5"),
         (LFW.replace("12", "x"), "line 3 is neither"),
     ],
