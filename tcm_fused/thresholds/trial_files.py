@@ -164,7 +164,7 @@ def _table(rows: list[tuple[int, list[str]]]) -> Trials:
         if len(cells) != width:
             raise ValueError(f"line {k} has {len(cells)} columns, the first has {width}")
     header = [cell.casefold() for cell in rows[0][1]]
-    if any(cell in _SAME for cell in header):
+    if any(cell in _SAME for cell in header) and not any(cell in ("0", "1") for cell in header):  # a row may be named y
         return _named(header, rows[1:])
     if width not in (2, 3):
         raise ValueError(f"line {rows[0][0]} has {width} columns; `1 a b`, `a b 1` or `score 1` are known, or a header")

@@ -253,6 +253,7 @@ def test_pairs_of_lfw(tmp_path: Path) -> None:
         ("1 p1/v/a p1/w/b\n0 p1/v/a p2/v/a\n", (["p1", "p1"], ["p1", "p2"])),
         ("1 wav/p1/a wav/p1/b\n0 wav/p1/a wav/p2/a\n", (["p1", "p1"], ["p1", "p2"])),
         ("1 cam1/a cam2/b\n0 cam1/a cam1/c\n", (["cam1/a", "cam1/a"], ["cam2/b", "cam1/c"])),
+        ("1 y b\n0 y d\n", (["y", "y"], ["b", "d"])),
         ("1 7 3\n1 7 9\n0 4 5\n", (["7", "7", "4"], ["3", "9", "5"])),
     ],
 )
