@@ -287,7 +287,7 @@ def calibrate(
         class_positives=pairs.class_positives,
         class_negatives=pairs.class_negatives,
         histogram=rates.histogram(),
-        curve=curve.thinned(),
+        curve=curve.thinned(threshold=float(curve.thresholds[chosen])),
         class_names=pairs.class_names,
     )
 

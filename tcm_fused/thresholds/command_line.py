@@ -288,7 +288,20 @@ def check_files(arguments: argparse.Namespace, inputs: Sequence[Path | None]) ->
     if arguments.plot is not None:
         importlib.import_module("tcm_fused.thresholds.plots")  # its error says how to install matplotlib
     outputs = [getattr(arguments, name, None) for name in ("json", "plot", "csv", "markdown", "save", "out")]
-    check_outputs(outputs, inputs)
+    check_outputs(outputs, [*inputs, threshold_file(getattr(arguments, "threshold", None))])
+
+
+def threshold_file(text: str | None) -> Path | None:
+    """The file that --threshold names; None of a number."""
+    if text is None:
+        return None
+    if not text.strip():
+        raise ValueError("--threshold is empty; give a number, or a file of `calibrate --save`")
+    try:
+        float(text)
+    except ValueError:
+        return Path(text)
+    return None
 
 
 def read_sets(arguments: argparse.Namespace) -> Sets:
@@ -297,6 +310,8 @@ def read_sets(arguments: argparse.Namespace) -> Sets:
         raise ValueError("--ref-labels came without --ref; give both or neither")
     if arguments.ref_groups is not None and (arguments.ref is None or arguments.groups is None):
         raise ValueError("--ref-groups came without --ref and --groups")
+    if arguments.groups is None and arguments.group_pairs != "within":
+        raise ValueError(f"--group-pairs {arguments.group_pairs} came without --groups")
     names = ("embeddings", "labels", "ref", "ref_labels", "groups", "ref_groups")
     check_files(arguments, [getattr(arguments, name) for name in names])
     data = load(arguments.embeddings, arguments.labels)

@@ -4,7 +4,7 @@ Each function draws on `axes`, or on those of a new figure that no window shows,
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import NormalDist
 from typing import Any, Protocol
 
@@ -17,7 +17,7 @@ from tcm_fused.thresholds.intervals import binomial_interval, effective_pairs
 from tcm_fused.thresholds.plots import BLUE, GREEN, GREY, INK, ROSE, SAND, finish, new_axes, shortened, width_of
 from tcm_fused.thresholds.probability import Reliability
 from tcm_fused.thresholds.sets import Array, shown
-from tcm_fused.thresholds.targets import Curve
+from tcm_fused.thresholds.targets import Curve, equal_error
 from tcm_fused.thresholds.trials import TrialResult
 
 _TICKS = (1e-6, 1e-5, 1e-4, 1e-3, 0.01, 0.05, 0.2, 0.5, 0.8, 0.95, 0.99)
@@ -40,16 +40,16 @@ def plot_det(results: Curves, axes: Axes | None = None) -> Axes:
     own, named = axes is None, _named(results)
     axes = axes or new_axes()
     curves = [result.curve for result in named.values()]
-    low = max(min(0.5 / max(c.negatives, c.positives) for c in curves), 1e-7)
+    low = max(min(0.05, *(0.5 / max(c.negatives, c.positives) for c in curves)), 1e-7)
+    seen = [_corners(curve) for curve in curves]
+    lowest = [_least([side[k] for side in seen], low) for k in (0, 1)]
     for (name, result), (colour, style) in zip(named.items(), _cycle(len(named)), strict=True):
         far, frr = _corners(result.curve)
         label = name or f"equal error {_percent(_equal_error(result.curve))}"
         axes.plot(_probit(far, low), _probit(frr, low), color=colour, linestyle=style, linewidth=2, label=label)
-        _mark(axes, result, lambda rate: float(_probit(np.array([rate]), low)[0]))
+        _mark(axes, result, _onto(lowest[0], low), _onto(lowest[1], low))
     ends = _probit(np.array([low, 1 - low]), low)
     axes.plot(ends, ends, color=GREY, linestyle=":", linewidth=1.2, label="equal errors")
-    seen = [_corners(curve) for curve in curves]
-    lowest = [_least([side[k] for side in seen], low) for k in (0, 1)]
     apart = 0.5 / width_of(axes)  # of the width, that ticks need
     for axis, limit, least in ((axes.xaxis, axes.set_xlim, lowest[0]), (axes.yaxis, axes.set_ylim, lowest[1])):
         first, last = _probit(np.array([least, 0.99]), low)
@@ -77,17 +77,18 @@ def plot_roc(results: Curves, axes: Axes | None = None) -> Axes:
     """
     own, named = axes is None, _named(results)
     axes = axes or new_axes()
-    least = min(1 / max(result.curve.negatives, 1) for result in named.values())
+    least = min(0.1, *(1 / max(result.curve.negatives, 1) for result in named.values()))
     for (name, result), (colour, style) in zip(named.items(), _cycle(len(named)), strict=True):
         far, frr = _corners(result.curve)
-        if len(named) == 1:
-            x, low, high = _band(result)
+        order = np.lexsort((-frr, far))  # of several thresholds at one rate the last has the highest line
+        x, y = far[order], np.maximum.accumulate(1 - frr[order])
+        band = _band(result, y) if len(named) == 1 else None
+        if band is not None:
+            low, high = band
             axes.fill_between(x, low, high, step="post", color=colour, alpha=0.18, linewidth=0, label="95 % band")
         label = name or f"{result.curve.positives:,} positive, {result.curve.negatives:,} negative pairs"
-        order = np.argsort(far, kind="stable")
-        x, y = far[order], np.maximum.accumulate(1 - frr[order])
         axes.plot(x, y, drawstyle="steps-post", color=colour, linestyle=style, linewidth=2, label=label)
-        _mark(axes, result, lambda rate: rate, tar=True)
+        _mark(axes, result, float, lambda frr: 1 - frr, least_far=least)
     axes.set_xscale("log")
     axes.set_xlim(least, 1)
     axes.set_ylim(top=1.01)
@@ -122,8 +123,9 @@ def plot_rates(result: Calibration | Evaluation, rate: str = "far", most: int = 
         axes.tick_params(axis="x", labelsize=8.5)
         axes.set_xlabel(kind)
     else:
-        axes.fill_between(x, 100 * values, step="mid", color=BLUE if rate == "frr" else ROSE, alpha=0.6, linewidth=0)
-        axes.set_xlim(0, len(values) - 1)
+        edges, steps = np.arange(len(values) + 1) - 0.5, 100 * np.append(values, values[-1])
+        axes.fill_between(edges, steps, step="post", color=BLUE if rate == "frr" else ROSE, alpha=0.6, linewidth=0)
+        axes.set_xlim(-0.5, len(values) - 0.5)
         axes.set_xlabel(f"{len(values):,} {'classes' if kind == 'class' else 'groups'}, the worst first")
     axes.axhline(100 * total, color=INK, linewidth=1.6, linestyle="--", label=f"over all pairs {_percent(total)}")
     text = "false accept rate" if rate == "far" else "false reject rate"
@@ -148,7 +150,9 @@ def _named(results: Curves) -> dict[str, Any]:
 
 
 def _cycle(number: int) -> Sequence[tuple[Any, Any]]:
-    return [_STYLES[k % len(_STYLES)] for k in range(number)]
+    """Colours with dashes: the first of each as they stand, then other dashes with each colour."""
+    kinds = len(_STYLES)
+    return [(_STYLES[k % kinds][0], _STYLES[(k + k // kinds) % kinds][1]) for k in range(number)]
 
 
 def _corners(curve: Curve) -> tuple[Array, Array]:
@@ -166,31 +170,36 @@ def _least(rates: Sequence[Array], low: float) -> float:
 
 
 def _equal_error(curve: Curve) -> float:
-    k = int(np.argmin(np.abs(curve.far - curve.frr)))
+    k = equal_error(curve)
     return float(curve.far[k] + curve.frr[k]) / 2
 
 
-def _band(result: Any) -> tuple[Array, Array, Array]:
-    """False accept rates, and the ends of the 95 % intervals of the true accept rate."""
-    curve = result.curve.thinned(256)
-    pairs = float(curve.positives)
+def _band(result: Any, rates: Array) -> tuple[Array, Array] | None:
+    """The ends of the 95 % intervals of true accept rates; None where the classes' rates tell of no spread."""
+    pairs = float(result.curve.positives)
     if not isinstance(result, TrialResult):
         rejected = result.class_frr * result.class_positives
+        if not 0 < rejected.sum() < result.class_positives.sum():
+            return None
         pairs = effective_pairs(rejected, result.class_positives)
-    rates = 1 - curve.frr
-    ends = [binomial_interval(min(rate * pairs, pairs), pairs) for rate in rates]
-    order = np.argsort(curve.far, kind="stable")
-    low, high = (np.array([end[k] for end in ends])[order] for k in (0, 1))
-    return curve.far[order], low, high
+    # Straight lines between fewer rates are near enough, and hold every rate, as their ends do.
+    known = np.unique(1 - result.curve.thinned(256).frr)
+    ends = [binomial_interval(min(rate * pairs, pairs), pairs) for rate in known]
+    low, high = (np.interp(rates, known, [end[k] for end in ends]) for k in (0, 1))
+    return low, high
 
 
-def _mark(axes: Axes, result: Any, scale: Any, tar: bool = False) -> None:
-    """The threshold's point, where it lies on the axes."""
+def _mark(axes: Axes, result: Any, x_of: Any, y_of: Any, least_far: float = 0.0) -> None:
+    """The threshold's point, where it lies on the axes; whole at their ends."""
     rates = result if isinstance(result, TrialResult | Evaluation) else result.threshold
-    y = 1 - rates.frr if tar else rates.frr
-    if tar and rates.far == 0:
+    if rates.far < least_far:
         return
-    axes.plot([scale(rates.far)], [scale(y)], "o", color=INK, markersize=6, zorder=4, clip_on=True)
+    axes.plot([x_of(rates.far)], [y_of(rates.frr)], "o", color=INK, markersize=6, zorder=4, clip_on=False)
+
+
+def _onto(least: float, low: float) -> Callable[[float], float]:
+    """The place of a rate on an axis from `least` to 0.99, at whose ends are all rates beyond."""
+    return lambda rate: float(_probit(np.array([min(max(rate, least), 0.99)]), low)[0])
 
 
 def _probit(rates: Array, low: float) -> Array:
@@ -203,8 +212,11 @@ def _percent(rate: float) -> str:
     return "0 %" if rate == 0 or math.isnan(rate) else f"{100 * rate:.3g} %"
 
 
-def plot_reliability(reliability: Reliability, axes: Axes | None = None) -> Axes:
-    """The share of pairs that match over the probability that was told for them: on the dotted line if it holds."""
+def plot_reliability(reliability: Reliability, axes: Axes | None = None, of: str | None = None) -> Axes:
+    """The share of pairs that match over the probability that was told for them: on the dotted line if it holds.
+
+    `of` says in the title which pairs they are.
+    """
     own = axes is None
     axes = axes or new_axes()
     axes.plot([0, 1], [0, 1], color=GREY, linestyle=":", linewidth=1.4, label="as told")
@@ -215,8 +227,7 @@ def plot_reliability(reliability: Reliability, axes: Axes | None = None) -> Axes
     axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
     axes.set_xlabel("probability of a match, as told")
     axes.set_ylabel("share of pairs that match")
-    axes.set_title(
-        f"Brier score {reliability.brier:.3g}, calibration error {reliability.error:.3g}", loc="left", color=INK
-    )
+    title = f"Brier score {reliability.brier:.3g}, calibration error {reliability.error:.3g}"
+    axes.set_title(title if of is None else f"{title}, on {of}", loc="left", color=INK)
     finish(axes, own, columns=2)
     return axes

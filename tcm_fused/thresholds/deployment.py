@@ -5,8 +5,6 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from tcm_fused.thresholds.calibration import calibrate
 from tcm_fused.thresholds.command_line import (
     add_command,
@@ -17,6 +15,7 @@ from tcm_fused.thresholds.command_line import (
     check_files,
     read_sets,
     targets,
+    threshold_file,
     write,
     write_text,
 )
@@ -81,11 +80,17 @@ def _add_threshold(command: Any, required: bool) -> None:
 
 
 def _threshold(text: str, metric: str = COSINE) -> Threshold:
-    try:
-        number = float(text)
-    except ValueError:
-        return Threshold.load(text)
-    return Threshold(number, metric=metric)
+    path = threshold_file(text)
+    return Threshold(float(text), metric=metric) if path is None else Threshold.load(path)
+
+
+def _asked(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The target, or nothing where a threshold is given."""
+    if arguments.threshold is None:
+        return targets(arguments)
+    if tuple(arguments.costs) != (1.0, 1.0):
+        raise ValueError("--costs are those of --min-dcf; with --threshold leave them out")
+    return {}
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
@@ -98,25 +103,30 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 
 def _trials(arguments: argparse.Namespace) -> None:
-    asked: dict[str, Any] = targets(arguments) if arguments.threshold is None else {}
+    asked = _asked(arguments)
     check_files(arguments, [arguments.trials, arguments.embeddings, arguments.names])
     trials = read_trials(arguments.trials)
-    scores, subjects = _scores(arguments, trials)
-    metric = SCORE if trials.scores is not None else COSINE
+    scores, columns = _scores(arguments, trials)
+    # A file of scores does not say what they are: a threshold's file does.
+    metric = None if columns is None else COSINE
     if arguments.threshold is not None:
-        asked = {"threshold": _threshold(arguments.threshold, metric)}
+        asked = {"threshold": _threshold(arguments.threshold, metric or SCORE)}
     folds = trials.folds if arguments.folds is None else arguments.folds
-    found = evaluate_trials(scores, trials.same, **asked, folds=folds, subjects=subjects, metric=metric)
+    found = evaluate_trials(
+        scores, trials.same, **asked, folds=folds, subjects=trials.subjects, metric=metric, columns=columns
+    )
     written = write(arguments, found)
     print(found.report())
     print("".join(written), end="")
 
 
-def _scores(arguments: argparse.Namespace, trials: Trials) -> tuple[Any, tuple[Any, Any] | None]:
-    """Scores [P], and the rows on either side, where trials name some."""
+def _scores(arguments: argparse.Namespace, trials: Trials) -> tuple[Any, int | None]:
+    """Scores [P], and how many columns the embeddings have, where they are cosine similarities of some."""
     if trials.scores is not None:
         if arguments.embeddings is not None:
             raise ValueError(f"{arguments.trials} has scores, which need no embeddings; leave EMB out")
+        if arguments.names is not None:
+            raise ValueError(f"{arguments.trials} has scores, which need no rows; leave --names out")
         return trials.scores, None
     if arguments.embeddings is None or trials.first is None or trials.second is None:
         raise ValueError(f"{arguments.trials} names rows, so it needs the file EMB of their embeddings")
@@ -126,7 +136,7 @@ def _scores(arguments: argparse.Namespace, trials: Trials) -> tuple[Any, tuple[A
         rows = [rows_of(side, names, len(x)) for side in (trials.first, trials.second)]
     except ValueError as error:
         raise ValueError(f"{arguments.trials}: {error}") from None
-    return trial_similarities(x, *rows), (np.array(trials.first), np.array(trials.second))
+    return trial_similarities(x, *rows), x.shape[1]
 
 
 def _names(path: Path) -> list[str]:
@@ -141,7 +151,7 @@ def _report(arguments: argparse.Namespace) -> None:
     from tcm_fused.thresholds.report import page
 
     judge = calibrate if arguments.threshold is None else evaluate
-    asked = targets(arguments) if arguments.threshold is None else {"threshold": _threshold(arguments.threshold)}
+    asked = _asked(arguments) or {"threshold": _threshold(arguments.threshold)}
     sets = read_sets(arguments)
     found: Any = judge(**sets.arguments, **asked, backend=arguments.backend)
     text = page(found, f"{arguments.embeddings.name}: {sets.rows}", arguments.worst)

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
+_FEW = 20  # classes, of which the spread from class to class is badly known
+
+
 class Groups(NamedTuple):
     """The pairs of each of G groups, where each pair is of one: within groups, or of a group's queries across them."""
 
@@ -30,6 +33,11 @@ class Groups(NamedTuple):
     positives: Array  # [G] pairs
     negatives: Array  # [G]
 
+    def to_markdown(self) -> str:
+        """The rates of each group as a table."""
+        names = self.ids if self.names is None else self.names
+        return markdown({"group": names, "FAR": self.far, "FRR": self.frr})
+
     def __repr__(self) -> str:
         return f"Groups: {len(self.ids)}, FAR {np.nanmin(self.far):.4g} to {np.nanmax(self.far):.4g}"
 
@@ -39,7 +47,8 @@ class Evaluation:
     """The result of `evaluate`: rates over all pairs, each with its 95 % interval, and for each of C classes.
 
     An interval is for other classes of the same kind: from the spread when each class is left out in turn (see
-    `tcm_fused.thresholds.intervals`). Where nothing was observed it is the rule of three. NaN: there is no such rate.
+    `tcm_fused.thresholds.intervals`). Where nothing was observed it is the rule of three, (0, 1) of fewer than
+    three classes. NaN: there is no such rate.
     """
 
     threshold: Threshold
@@ -90,7 +99,7 @@ class Evaluation:
             lines += ["", f"classes with the most false {name}:"]
             lines += [f"{'':14} {item}" for item in self.worst(worst, rate)]
         if self.groups is not None:
-            lines += ["", *(f"{'':14} {line}" for line in self._groups())]
+            lines += ["", *(f"{'':14} {line}" for line in self.groups.to_markdown().splitlines())]
         return "\n".join(lines)
 
     def _lines(self) -> list[str]:
@@ -110,15 +119,12 @@ class Evaluation:
         for name, (text, counts) in of.items():
             value, interval = getattr(self, name), getattr(self, f"{name}_interval")
             if not math.isnan(value):
-                counts += ", by the rule of three" if value in (0, 1) else ""
+                if value in (0, 1) and interval != (0, 1):
+                    counts += ", by the rule of three" + (" over the classes" if name == "frr" else "")
                 lines.append(f"{text:14} {100 * value:9.4g} %   ({interval}){'':2}{counts}")
+        if len(self.class_ids) < _FEW:
+            lines.append(f"intervals of {len(self.class_ids)} classes hold less often than the 95 % that they are for")
         return lines
-
-    def _groups(self) -> list[str]:
-        groups = self.groups
-        assert groups is not None
-        names = groups.ids if groups.names is None else groups.names
-        return markdown({"group": names, "FAR": groups.far, "FRR": groups.frr}).splitlines()
 
     def columns(self) -> dict[str, Any]:
         """The classes as columns of a table."""
@@ -210,7 +216,7 @@ def evaluate(
         class_negatives=pairs.class_negatives,
         left_out=pairs.left_out,
         histogram=counts.rates.histogram(),
-        curve=Curve.of_counts(counts).thinned(),
+        curve=Curve.of_counts(counts).thinned(threshold=threshold.similarity),
         groups=_groups(counts, pairs.group_names),
         class_names=pairs.class_names,
     )
@@ -229,6 +235,7 @@ def _rates(tp: Array, fp: Array, positives: Array, negatives: Array, beta: float
     """Rates over all pairs with their intervals, from those of each class [C]; a negative pair is of two of them."""
     every = [np.array(v) for v in (tp.sum(), fp.sum() // 2, positives.sum(), negatives.sum() // 2)]
     without = [total - of_class for total, of_class in zip(every, (tp, fp, positives, negatives), strict=True)]
+    classes = int((positives > 0).sum())  # of which the positive pairs stand or fall together
     rules: dict[str, tuple[Callable[..., Array], Array, int]] = {
         "far": (lambda tp, fp, p, n: share(fp, n, math.nan), negatives > 0, int(every[3])),
         "frr": (lambda tp, fp, p, n: share(p - tp, p, math.nan), positives > 0, int(every[2])),
@@ -238,7 +245,8 @@ def _rates(tp: Array, fp: Array, positives: Array, negatives: Array, beta: float
     found: dict[str, Any] = {}
     for name, (rule, has_any, pairs) in rules.items():
         found[name] = float(rule(*every))
-        found[f"{name}_interval"] = rate_interval(found[name], rule(*without)[has_any], pairs)
+        independent = classes if name == "frr" else pairs
+        found[f"{name}_interval"] = rate_interval(found[name], rule(*without)[has_any], pairs, independent)
     return found
 
 

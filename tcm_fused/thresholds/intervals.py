@@ -6,7 +6,9 @@ from class to class: each class is left out in turn, with all pairs of which eit
 the two-way form: to first order the bootstrap over classes, and exact, with nothing drawn at random). Clopper's and
 Pearson's interval is then taken for the number of independent pairs that would spread as much (`rate_interval`, by
 Korn and Graubard 1998): it stays within 0 and 1 and is sound for rare errors. Where nothing was observed there is no
-spread, and the rule of three gives the upper end, 3 / n: that takes the n pairs as independent, so it is the least.
+spread, and the rule of three gives the upper end, 3 / n: of n classes for false rejects, since the positive pairs of a
+class stand or fall together; else of n pairs, taken as independent, so it is the least. The spread of few classes is
+badly known: of 5 in a simulation the interval of false rejects held 87 % of the time, of 20 unequal ones 90 %.
 """
 
 import math
@@ -49,18 +51,19 @@ def binomial_interval(events: float, total: float) -> Interval:
     return Interval(low, beta_quantile(events + 1, total - events, 1 - _ALPHA / 2))
 
 
-def rate_interval(rate: float, without: Array, total: int) -> Interval:
+def rate_interval(rate: float, without: Array, total: int, independent: int | None = None) -> Interval:
     """The interval of a rate over `total` pairs, from its values [C] without each class in turn.
 
     NaN for a rate that is NaN. (0, 1) where it is known from fewer than three classes, or is that of one class alone.
+    For a rate of 0 or 1 the rule of three, over `independent` pairs (default: all).
     """
     if math.isnan(rate):
         return Interval(math.nan, math.nan)
-    if rate in (0.0, 1.0):
-        return binomial_interval(rate * total, total)
-    classes = len(without)
-    if classes < 3 or np.isnan(without).any():
+    if len(without) < 3 or np.isnan(without).any():
         return Interval(0.0, 1.0)
+    if rate in (0.0, 1.0):
+        units = total if independent is None else min(independent, total)
+        return binomial_interval(rate * units, units)
     effective = _effective(rate, without, total)
     events = rate * effective
     low = beta_quantile(events, effective - events + 1, _ALPHA / 2)

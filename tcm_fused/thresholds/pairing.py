@@ -77,7 +77,7 @@ class Classes:
 
 
 def read_sides(
-    embeddings: Any, labels: Any, ref_emb: Any, ref_labels: Any, groups: Any, ref_groups: Any
+    embeddings: Any, labels: Any, ref_emb: Any, ref_labels: Any, groups: Any, ref_groups: Any, group_pairs: str
 ) -> tuple[Side, Side | None, Array | None, Array | None]:
     """The sets, and the names of their labels and of their groups where those are text.
 
@@ -87,7 +87,7 @@ def read_sides(
     if (ref_emb is None) != (ref_labels is None):
         there, missing = ("ref_labels", "ref_emb") if ref_emb is None else ("ref_emb", "ref_labels")
         raise ValueError(f"{there} came without {missing}; give both or neither")
-    _check_groups_given(groups, ref_emb, ref_groups)
+    _check_groups_given(groups, ref_emb, ref_groups, group_pairs)
     if ref_emb is not None and ref_emb is embeddings:
         warn_caller(
             "ref_emb is embeddings itself: each row is paired with itself too, as a match that cannot fail; leave "
@@ -111,7 +111,11 @@ def read_sides(
     return own, reference, names, group_names
 
 
-def _check_groups_given(groups: Any, ref_emb: Any, ref_groups: Any) -> None:
+def _check_groups_given(groups: Any, ref_emb: Any, ref_groups: Any, group_pairs: str) -> None:
+    if groups is None and group_pairs != "within":
+        raise ValueError(
+            f"group_pairs={group_pairs!r} came without groups; give the group of each row, or leave it out"
+        )
     if ref_groups is not None and (groups is None or ref_emb is None):
         raise ValueError("ref_groups came without groups and ref_emb; give all three, or leave it out")
     if groups is not None and ref_emb is not None and ref_groups is None:

@@ -9,6 +9,7 @@ from tcm_fused.arguments import check_choice
 from tcm_fused.thresholds.frames import frame
 from tcm_fused.thresholds.rates import HALF, Pairs, Rates, check_rate, fields, share
 from tcm_fused.thresholds.sets import Array
+from tcm_fused.thresholds.threshold import as_scores
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -43,9 +44,7 @@ class MatchProbability:
 
     def __call__(self, similarity: Any) -> Array:
         """Probabilities of similarities of any shape, from -1 to 1."""
-        values = np.asarray(similarity, dtype=np.float64)
-        if not np.isfinite(values).all():
-            raise ValueError("similarities must be finite, but one is NaN or infinity")
+        values = as_scores(similarity).double().cpu().numpy()
         return np.interp(values, self.similarity, self.probability)
 
     def evaluate(self, embeddings: Any, labels: Any, **sets: Any) -> Reliability:
@@ -61,10 +60,13 @@ class MatchProbability:
         return fields(self)
 
     def plot(self, axes: "Axes | None" = None) -> "Axes":
-        """Draw the share of matches over the probability; needs matplotlib."""
+        """Draw the share of matches over the probability, of the pairs that it was fitted to; needs matplotlib.
+
+        That is how well it fits. For how well it holds draw `evaluate` of other data with `plot_reliability`.
+        """
         from tcm_fused.thresholds.curve_plots import plot_reliability
 
-        return plot_reliability(self.reliability, axes)
+        return plot_reliability(self.reliability, axes, of="its own data")
 
 
 def match_probability(
@@ -103,7 +105,13 @@ class _Cells(NamedTuple):
     negatives: Array  # [K]
 
 
+_SETS = ("ref_emb", "ref_labels", "groups", "ref_groups", "group_pairs", "backend", "progress")
+
+
 def _rates(embeddings: Any, labels: Any, sets: dict[str, Any]) -> Rates:
+    unknown = [name for name in sets if name not in _SETS]
+    if unknown:
+        raise TypeError(f"{unknown[0]!r} is no argument of the sets; those are {', '.join(_SETS)}")
     return (
         Pairs(embeddings, labels, sets.pop("backend", "auto"), sets.pop("progress", False), **sets)
         .count(np.empty(0))
@@ -137,7 +145,10 @@ def _platt(cells: _Cells) -> tuple[Array, Array]:
     x, y = np.tile(cells.similarity, 2)[:, None], np.repeat([1, 0], len(cells.similarity))
     weight = np.concatenate((cells.positives, cells.negatives))
     there = weight > 0
-    model = LogisticRegression(C=1e6, max_iter=1000).fit(x[there], y[there], sample_weight=weight[there])
+    # Newton's method: the gradient is small far from the optimum where the prior is, and others stop there.
+    rarer = min(cells.positives.sum(), cells.negatives.sum()) / weight.sum()  # the penalty is to be small beside it
+    model = LogisticRegression(C=1e6 / rarer, solver="newton-cholesky", tol=1e-10, max_iter=1000)
+    model.fit(x[there], y[there], sample_weight=weight[there])
     similarity = np.linspace(-1, 1, 2049)  # near enough for straight lines between
     return similarity, model.predict_proba(similarity[:, None])[:, 1]
 

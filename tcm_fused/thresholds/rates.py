@@ -133,7 +133,7 @@ class Pairs:
         check_choice("backend", backend, ("auto", *BACKENDS))
         check_choice("group_pairs", group_pairs, ("within", "across"))
         own, reference, names, self.group_names = read_sides(
-            embeddings, labels, ref_emb, ref_labels, groups, ref_groups
+            embeddings, labels, ref_emb, ref_labels, groups, ref_groups, group_pairs
         )
         sides = [own] if reference is None else [own, reference]
         self._dtype = torch.float64 if any(s.x.dtype == torch.float64 for s in sides) else torch.float32
@@ -205,6 +205,8 @@ class Pairs:
         Classes without a positive pair share one row of counts, unless `all_classes`.
         """
         dtype = np.float64 if self._dtype == torch.float64 else np.float32  # the device may have no float64
+        # Of opposite rows rounding may lead below -1; on the grid these are in its lowest cell, and here below all.
+        thresholds = np.where(thresholds <= -1, -2.0, thresholds)
         t = torch.from_numpy(thresholds.astype(dtype)).to(self.x.device)
         classes = len(self.classes.ids) if all_classes else len(self.class_ids)
         counted = _Sum(t, classes, len(self.y))

@@ -18,17 +18,21 @@ _STYLE = (
 
 def page(result: Calibration | Evaluation, title: str, worst: int = 5) -> str:
     """The text of the page; needs matplotlib."""
+    groups = getattr(result, "groups", None)
+    kind = "class" if groups is None else "group"
     pictures = {
         "Similarities": plots.plot_similarities(result),
         "Detection errors": curve_plots.plot_det(result),
         "True accepts": curve_plots.plot_roc(result),
-        "False accepts of each class": curve_plots.plot_rates(result, "far"),
-        "False rejects of each class": curve_plots.plot_rates(result, "frr"),
+        f"False accepts of each {kind}": curve_plots.plot_rates(result, "far"),
+        f"False rejects of each {kind}": curve_plots.plot_rates(result, "frr"),
     }
     parts = [f"<h1>{html.escape(title)}</h1>", f"<pre>{html.escape(repr(result))}</pre>", _table(result.to_markdown())]
     for rate, name in (("frr", "rejects"), ("far", "accepts")):
         parts.append(f"<h2>Classes with the most false {name}</h2>")
         parts.append("<ul>" + "".join(f"<li>{html.escape(str(c))}</li>" for c in result.worst(worst, rate)) + "</ul>")
+    if groups is not None:
+        parts.append(f"<h2>Groups</h2>{_table(groups.to_markdown())}")
     parts += [f"<h2>{name}</h2>{_image(axes, name)}" for name, axes in pictures.items()]
     head = f'<meta charset="utf-8"><title>{html.escape(title)}</title><style>{_STYLE}</style>'
     return f'<!doctype html>\n<html lang="en"><head>{head}</head><body>\n' + "\n".join(parts) + "\n</body></html>\n"

@@ -51,9 +51,16 @@ class Curve:
         """The detection cost, [K]."""
         return cost.of(self.far, self.frr)
 
-    def thinned(self, most: int = 512) -> "Curve":
-        """The same counts at fewer thresholds: where either rate passes one of about `most` levels, for a picture."""
-        places = [np.array([0, len(self.thresholds) - 1])]
+    def thinned(self, most: int = 512, threshold: float | None = None) -> "Curve":
+        """The same counts at fewer thresholds, for a picture.
+
+        Where either rate passes one of about `most` levels, where they are equal, and on either side of `threshold`.
+        """
+        last = len(self.thresholds) - 1
+        places = [np.array([0, equal_error(self), last])]
+        if threshold is not None:
+            after = int(np.searchsorted(self.thresholds, threshold))
+            places.append(np.array([after - 1, after]).clip(0, last))
         for falling, total in ((self.accepted_negatives, self.negatives), (self.accepted_positives, self.positives)):
             for count in (falling, total - falling):  # both ends of the rates in detail
                 levels = np.append(0, np.geomspace(1, max(total, 1), most // 4))

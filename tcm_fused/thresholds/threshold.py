@@ -2,6 +2,7 @@
 
 import json
 import math
+import numbers
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tcm_fused.arguments import check_number
+from tcm_fused.backends.numerics import unit_and_norms
 from tcm_fused.thresholds.outputs import check_outputs, write_whole
 from tcm_fused.thresholds.rates import as_distance, plain
 from tcm_fused.thresholds.sets import as_embeddings
@@ -28,7 +30,7 @@ class Threshold:
     Numbers in files have all their digits, so a threshold decides after `load` as it did before `save`.
 
     Raises:
-        TypeError, ValueError: the similarity is no number, or not from -1 to 1.
+        TypeError, ValueError: the similarity is no number, or not from -1 to 1; or another field cannot be.
 
     Example:
         >>> Threshold(0.6).accepts([0.59, 0.6]).tolist()
@@ -56,7 +58,21 @@ class Threshold:
                 f"threshold must be a cosine similarity, from -1 to 1, got {self.similarity}; of a Euclidean distance "
                 "d of unit vectors it is 1 - d^2 / 2, of a cosine distance d it is 1 - d"
             )
-        object.__setattr__(self, "similarity", float(self.similarity))
+        pairs = self.pairs
+        if pairs is not None:
+            if not isinstance(pairs, (tuple, list)) or len(pairs) != 2:
+                raise TypeError(f"pairs must be two numbers, of positive and negative pairs, got {pairs!r}")
+            pairs = _whole("pairs", pairs[0], 0), _whole("pairs", pairs[1], 0)
+        found = {
+            "similarity": float(self.similarity),
+            "far": _rate("far", self.far),
+            "frr": _rate("frr", self.frr),
+            "target": _target(self.target),
+            "columns": None if self.columns is None else _whole("columns", self.columns, 1),
+            "pairs": pairs,
+        }
+        for name, value in found.items():
+            object.__setattr__(self, name, value)
 
     @property
     def distance(self) -> float:
@@ -81,9 +97,7 @@ class Threshold:
         Raises:
             TypeError, ValueError: they are no numbers, not finite, or of another dimension than the threshold's.
         """
-        s = _numbers("similarities", a) if b is None else self._similarity(a, b)
-        if not bool(torch.isfinite(s).all()):
-            raise ValueError("similarities must be finite, but one is NaN or infinity")
+        s = as_scores(a, self.metric) if b is None else self._similarity(a, b)
         found = s >= self.above(s.dtype)
         if found.ndim == 0:
             return bool(found)
@@ -91,6 +105,8 @@ class Threshold:
 
     def above(self, dtype: torch.dtype) -> float:
         """The lowest number of a dtype that is accepted: a comparison in that dtype decides as in all digits."""
+        if self.metric == COSINE and self.similarity <= -1:
+            return -2.0  # of opposite rows rounding may lead below -1, and at -1 all are accepted
         if dtype == torch.float64:
             return self.similarity
         near = torch.tensor(self.similarity, dtype=dtype, device="cpu")
@@ -108,7 +124,7 @@ class Threshold:
 
     def _similarity(self, a: Any, b: Any) -> Tensor:
         rows = [_rows(name, value) for name, value in (("a", a), ("b", b))]
-        first, second = (torch.nn.functional.normalize(x.double(), dim=-1, eps=1e-12) for x in rows)
+        first, second = (unit_rows(x.reshape(-1, x.shape[-1])).reshape(x.shape) for x in rows)
         if first.shape[-1] != second.shape[-1] or (first.ndim == second.ndim == 2 and len(first) != len(second)):
             raise ValueError(f"a and b must be pairs of rows, got shapes {list(first.shape)} and {list(second.shape)}")
         self.check_columns(first.shape[-1])
@@ -147,18 +163,20 @@ class Threshold:
             ValueError: there is no such file, or it holds something else; the message names it.
         """
         try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            content = json.loads(Path(path).read_text(encoding="utf-8-sig"), parse_constant=_refuse)
         except OSError as error:
-            raise ValueError(f"cannot read the threshold {path}: {error.strerror or error}") from error
-        except ValueError as error:
-            raise ValueError(f"{path} is no threshold but no JSON either: {error}") from error
+            raise ValueError(f"cannot read the threshold {Path(path)}: {error.strerror or error}") from error
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path} is no threshold, since it is no JSON: {error}") from error
         if not isinstance(content, dict) or content.get("format") != _FORMAT:
             raise ValueError(f"{path} is no threshold: calibrate --save and Threshold.save write them")
         if content.get("version") != _VERSION:
             raise ValueError(f"{path} has version {content.get('version')!r}, this program reads {_VERSION}")
         try:
             return cls(**_fields(content))
-        except (TypeError, ValueError, KeyError) as error:
+        except KeyError as error:
+            raise ValueError(f"{path} is damaged: it has no {error}") from error
+        except (TypeError, ValueError) as error:
             raise ValueError(f"{path} is damaged: {error}") from error
 
     def __repr__(self) -> str:
@@ -178,24 +196,94 @@ def _asked(target: dict[str, float]) -> str:
 
 
 def _fields(content: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of `Threshold` in a file, of the types that it writes."""
-    pairs, columns, target = content["pairs"], content["columns"], content["target"]
-    if not isinstance(target, dict) or not all(isinstance(value, (int, float)) for value in target.values()):
-        raise ValueError(f"target is {target!r}")
-    if columns is not None and (not isinstance(columns, int) or columns < 1):
-        raise ValueError(f"columns is {columns!r}")
-    if pairs is not None and not (isinstance(pairs, list) and len(pairs) == 2 and all(type(n) is int for n in pairs)):
-        raise ValueError(f"pairs is {pairs!r}")
-    for name in ("far", "frr"):
-        if content[name] is not None and not (isinstance(content[name], (int, float)) and 0 <= content[name] <= 1):
-            raise ValueError(f"{name} is {content[name]!r}")
-    return {
-        **{name: content[name] for name in ("similarity", "metric")},
+    """The arguments of `Threshold` in a file, which must agree with all else that is in it."""
+    pairs = content["pairs"]
+    found = {
+        **{name: content[name] for name in ("similarity", "metric", "target", "columns")},
         **{name: math.nan if content[name] is None else content[name] for name in ("far", "frr")},
-        "target": target,
-        "columns": columns,
-        "pairs": None if pairs is None else (pairs[0], pairs[1]),
+        "pairs": tuple(pairs) if isinstance(pairs, list) else pairs,
     }
+    means = Threshold(**found)
+    for name in ("distance", "cosine_distance"):
+        if name not in content:
+            continue
+        told, value = content[name], getattr(means, name)
+        if means.metric != COSINE:
+            raise ValueError(f"it has a {name}, but metric is {means.metric!r}: a score has none")
+        if type(told) not in (int, float) or not abs(told - value) <= 1e-9:
+            raise ValueError(
+                f"{name} is {told!r}, but that of similarity {means.similarity!r} is {value!r}; leave it out"
+            )
+    return found
+
+
+def _refuse(constant: str) -> float:
+    raise ValueError(f"{constant} is no number of JSON")
+
+
+def _rate(name: str, value: Any) -> float:
+    """NaN, or from 0 to 1."""
+    if isinstance(value, (float, np.floating)) and math.isnan(value):
+        return math.nan
+    check_number(name, value, least=0.0)
+    if isinstance(value, bool) or value > 1:
+        raise ValueError(f"{name} must lie from 0 to 1, or be NaN if it is not known, got {value}")
+    return float(value)
+
+
+def _whole(name: str, value: Any, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name} must be whole numbers, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+    return int(value)
+
+
+def _target(target: Any) -> dict[str, float]:
+    """Names with finite numbers, of Python's own types, which JSON knows."""
+    if not isinstance(target, dict) or not all(isinstance(name, str) for name in target):
+        raise TypeError(f"target must be a dict of numbers by name, such as {{'far': 0.001}}, got {target!r}")
+    for name, value in target.items():
+        check_number(f"target[{name!r}]", value)
+    return {name: bool(value) if isinstance(value, bool) else float(value) for name, value in target.items()}
+
+
+def unit_rows(x: Tensor) -> Tensor:
+    """x / |x| [N, D] in float64, with no overflow on the way; a zero row stays."""
+    return unit_and_norms(x.double(), x.new_ones(len(x), dtype=torch.bool))[0]
+
+
+def check_cosines(name: str, values: Tensor, rounding: float = 1e-5) -> Tensor:
+    """Cosine similarities, of which `rounding` may lead a little beyond 1, cut to -1 to 1.
+
+    Raises:
+        ValueError: one lies further out: it is on another scale.
+    """
+    most = float(values.abs().max()) if values.numel() else 0.0
+    if most > 1 + rounding:
+        raise ValueError(
+            f"{name} must be cosine similarities, from -1 to 1, got {most:g} in size; of a percentage p it is "
+            "p / 100, of a Euclidean distance d of unit vectors 1 - d^2 / 2, of a cosine distance d it is 1 - d"
+        )
+    return values.clamp(-1, 1)
+
+
+def as_scores(values: Any, metric: str = COSINE) -> Tensor:
+    """Similarities of any shape, float32 or float64: cosine ones, or scores on whatever scale.
+
+    Raises:
+        TypeError, ValueError: they are no numbers, not finite, or not on the scale.
+    """
+    found = _numbers("similarities", values)
+    if not bool(torch.isfinite(found).all()):
+        raise ValueError("similarities must be finite, but one is NaN or infinity")
+    return check_cosines("similarities", found, _rounding(values)) if metric == COSINE else found
+
+
+def _rounding(values: Any) -> float:
+    """By which products of unit vectors may exceed 1 in the dtype that they came in."""
+    dtype = values.dtype if isinstance(values, Tensor) else torch.from_numpy(np.asarray(values)).dtype
+    return max(1e-5, 4 * torch.finfo(dtype).eps) if dtype.is_floating_point else 0.0
 
 
 def _numbers(name: str, value: Any) -> Tensor:
@@ -205,7 +293,10 @@ def _numbers(name: str, value: Any) -> Tensor:
         wide = value.dtype in (torch.float32, torch.float64)
         return value.detach() if wide else value.detach().float() if value.is_floating_point() else value.double()
     try:
-        return torch.from_numpy(np.array(value, dtype=np.float64))
+        found = np.asarray(value)
+        if found.dtype.kind not in "fiu":  # NumPy would make numbers of text and truth values
+            raise TypeError(f"they are {found.dtype}")
+        return torch.from_numpy(found.astype(np.float64))
     except (TypeError, ValueError) as error:
         raise TypeError(f"{name} must be numbers, got {type(value).__name__}: {error}") from error
 

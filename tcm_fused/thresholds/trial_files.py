@@ -14,6 +14,9 @@ _SCORE = {"score", "scores", "similarity", "cosine", "prediction"}
 _FIRST = {"a", "first", "enrol", "enroll", "enrollment", "reference", "file1", "path1", "img1", "image1", "x1", "left"}
 _SECOND = {"b", "second", "test", "probe", "file2", "path2", "img2", "image2", "x2", "right"}
 _TRUTH = {"1": True, "0": False, "true": True, "false": False, "target": True, "nontarget": False}
+# Of files; whatever else follows a dot belongs to the name, as in `face.v1` and `Dr._0001`.
+_ENDING = re.compile(r"\.(jpe?g|png|bmp|webp|tiff?|wav|flac|mp3|m4a|npy|pt)$", re.IGNORECASE)
+_SEVERAL = -1
 
 
 class Trials(NamedTuple):
@@ -24,6 +27,7 @@ class Trials(NamedTuple):
     second: list[str] | None
     scores: Array | None  # [P] float64
     folds: Array | None  # [P], of LFW's sets
+    subjects: tuple[list[str], list[str]] | None = None  # who is on either side; else, which picture or recording
 
 
 def read_trials(path: Path) -> Trials:
@@ -48,7 +52,9 @@ def read_trials(path: Path) -> Trials:
         raise ValueError(f"cannot read trials from {path}: it is empty")
     try:
         first = lines[0][1].split()
-        if len(first) <= 2 and all(cell.isdecimal() for cell in first):
+        # Two numbers are also a score with 0 or 1, and then all lines have two cells.
+        is_lfw = len(first) == 1 or (len(first) == 2 and len(lines) > 1 and len(_lfw_cells(lines[1][1])) > 2)
+        if is_lfw and all(cell.isdecimal() for cell in first):
             return _lfw(lines)
         return _table([(k, _cells(line)) for k, line in lines])
     except ValueError as error:
@@ -58,7 +64,8 @@ def read_trials(path: Path) -> Trials:
 def rows_of(names: list[str], rows: list[str] | None, number: int) -> Array:
     """The rows that trials name: by `rows` [N], their names, or else by their numbers, from 0 on.
 
-    A name is found as it is, or else by that of its file without folders and ending.
+    A name is found as it is, or else by the end of its path: where one side has fewer folders, those that it has must
+    agree. Endings of pictures and recordings count only where they tell rows apart.
 
     Raises:
         ValueError: one is not there; the message says which, and how many.
@@ -73,28 +80,48 @@ def rows_of(names: list[str], rows: list[str] | None, number: int) -> Array:
         return np.array([int(name) for name in names])
     if len(rows) != number:
         raise ValueError(f"there are {len(rows):,} names for {number:,} rows of embeddings")
-    whole = _places(rows)
-    short = _places([_stem(name) for name in rows])
-    found = [whole.get(name, short.get(_stem(name))) for name in names]
-    wrong = [name for name, place in zip(names, found, strict=True) if place is None]
+    exact, cut = _Names(rows, cut=False), _Names(rows, cut=True)
+    place_of: dict[str, int | None] = {}
+    for name in dict.fromkeys(names):
+        place = exact.find(name)
+        place_of[name] = cut.find(name) if place is None else place
+    wrong = [name for name, place in place_of.items() if place is None]
     if wrong:
-        raise ValueError(f"trials name {len(set(wrong)):,} rows that are not there, the first is {wrong[0]!r}")
-    taken = [name for name, place in zip(names, found, strict=True) if place == -1]
+        raise ValueError(f"trials name {len(wrong):,} rows that are not there, the first is {wrong[0]!r}")
+    taken = [name for name, place in place_of.items() if place == _SEVERAL]
     if taken:
         raise ValueError(f"trials name {taken[0]!r}, which several rows are named")
-    return np.array(found)
+    return np.array([place_of[name] for name in names])
 
 
-def _places(names: list[str]) -> dict[str, int]:
-    """The place of each name, -1 of one that is there twice."""
-    places: dict[str, int] = {}
-    for place, name in enumerate(names):
-        places[name] = -1 if name in places else place
-    return places
+class _Names:
+    """Rows by their names: as a whole, and by the ends of their paths; with endings of files cut off or not."""
 
+    def __init__(self, rows: list[str], cut: bool) -> None:
+        self._cut = cut
+        self._whole: dict[str, int] = {}
+        self._by_end: dict[str, int] = {}
+        for place, name in enumerate(rows):
+            ends = self._ends(name)
+            self._whole[ends[0]] = _SEVERAL if ends[0] in self._whole else place
+            for end in ends:
+                self._by_end[end] = _SEVERAL if end in self._by_end else place
 
-def _stem(name: str) -> str:
-    return Path(name).stem
+    def find(self, name: str) -> int | None:
+        """The place of the row, `_SEVERAL`, or None of none. Paths agree from the end on, as far as both of them go."""
+        ends = self._ends(name)
+        if ends[0] in self._whole:
+            return self._whole[ends[0]]
+        found = {self._whole.get(end) for end in ends[1:]} | {self._by_end.get(ends[0])}
+        found.discard(None)
+        return next(iter(found), None) if len(found) < 2 else _SEVERAL
+
+    def _ends(self, name: str) -> list[str]:
+        """`a/b/c`, `b/c` and `c`."""
+        parts = [part for part in re.split(r"[/\\]", name) if part not in ("", ".")] or [name]
+        if self._cut:
+            parts[-1] = _ENDING.sub("", parts[-1])
+        return ["/".join(parts[k:]) for k in range(len(parts))]
 
 
 def _cells(line: str) -> list[str]:
@@ -108,20 +135,27 @@ def _lfw(lines: list[tuple[int, str]]) -> Trials:
     """A line of one number (development) or two (folds, and pairs in each half of a fold), then the pairs."""
     numbers = [int(cell) for cell in lines[0][1].split()]
     first, second, same = [], [], []
+    people: tuple[list[str], list[str]] = [], []
     for k, line in lines[1:]:
-        cells = re.split(r"\t+" if "\t" in line else r"\s+", line.strip())
+        cells = _lfw_cells(line)
         if len(cells) not in (3, 4) or not all(cell.isdecimal() for cell in (cells[1], cells[-1])):
             raise ValueError(f"line {k} is neither `name n1 n2` nor `name1 n1 name2 n2`: {line.strip()!r}")
         same.append(len(cells) == 3)
+        people[0].append(cells[0])
+        people[1].append(cells[-2] if len(cells) == 4 else cells[0])
         first.append(f"{cells[0]}_{int(cells[1]):04d}")
-        second.append(f"{cells[-2] if len(cells) == 4 else cells[0]}_{int(cells[-1]):04d}")
+        second.append(f"{people[1][-1]}_{int(cells[-1]):04d}")
     sets, of_half = numbers if len(numbers) == 2 else (1, numbers[0])
     if len(same) != 2 * sets * of_half:
         raise ValueError(
             f"its first line tells of {sets} x {2 * of_half} pairs, but there are {len(same)}: it is cut off or changed"
         )
     folds = np.repeat(np.arange(sets), 2 * of_half) if sets > 1 else None
-    return Trials(np.array(same), first, second, None, folds)
+    return Trials(np.array(same), first, second, None, folds, people)
+
+
+def _lfw_cells(line: str) -> list[str]:
+    return re.split(r"\t+" if "\t" in line else r"\s+", line.strip())
 
 
 def _table(rows: list[tuple[int, list[str]]]) -> Trials:
@@ -130,7 +164,7 @@ def _table(rows: list[tuple[int, list[str]]]) -> Trials:
         if len(cells) != width:
             raise ValueError(f"line {k} has {len(cells)} columns, the first has {width}")
     header = [cell.casefold() for cell in rows[0][1]]
-    if any(cell in _SAME for cell in header):
+    if any(cell in _SAME for cell in header) and not any(cell in ("0", "1") for cell in header):  # a row may be named y
         return _named(header, rows[1:])
     if width not in (2, 3):
         raise ValueError(f"line {rows[0][0]} has {width} columns; `1 a b`, `a b 1` or `score 1` are known, or a header")
@@ -170,11 +204,27 @@ def _named(header: list[str], rows: list[tuple[int, list[str]]]) -> Trials:
             try:
                 scores[index] = float(cell)
             except ValueError:
-                raise ValueError(f"line {k} has no score but {cell!r}") from None
+                scores[index] = np.nan
+            if not np.isfinite(scores[index]):
+                raise ValueError(f"line {k} has no score but {cell!r}")
+    same = np.array([_TRUTH[cell.casefold()] for cell in columns["same"]])
     return Trials(
-        np.array([_TRUTH[cell.casefold()] for cell in columns["same"]]),
+        same,
         columns["a"] if has_names else None,
         columns["b"] if has_names else None,
         scores,
         np.array(columns["fold"]) if "fold" in columns else None,
+        _subjects(columns["a"], columns["b"], same) if has_names else None,
     )
+
+
+def _subjects(first: list[str], second: list[str], same: Array) -> tuple[list[str], list[str]]:
+    """Folders of the names, if these are of one person each, as VoxCeleb's first are: if two of them agree just where a
+    trial matches. Else the names themselves."""
+    parts = [[name.replace("\\", "/").split("/") for name in side] for side in (first, second)]
+    depth = min(len(name) for side in parts for name in side) - 1
+    for level in range(depth):
+        folders = [[name[level] for name in side] for side in parts]
+        if all((a == b) == is_same for a, b, is_same in zip(*folders, same.tolist(), strict=True)):
+            return folders[0], folders[1]
+    return first, second

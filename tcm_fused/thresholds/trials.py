@@ -7,16 +7,20 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
+from tcm_fused.arguments import check_choice
 from tcm_fused.thresholds.frames import frame, markdown
 from tcm_fused.thresholds.intervals import Interval, binomial_interval, rate_interval
 from tcm_fused.thresholds.pairing import NothingToMeasure
 from tcm_fused.thresholds.rates import Histogram, fields, share
 from tcm_fused.thresholds.sets import Array, as_embeddings
 from tcm_fused.thresholds.targets import Cost, Curve, choose, equal_error, one_target
-from tcm_fused.thresholds.threshold import COSINE, SCORE, Threshold
+from tcm_fused.thresholds.threshold import COSINE, SCORE, Threshold, check_cosines, unit_rows
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+
+_LARGEST = 1e300
 
 
 class Folds(NamedTuple):
@@ -115,7 +119,8 @@ def evaluate_trials(
     costs: tuple[float, float] = (1.0, 1.0),
     folds: Any = None,
     subjects: tuple[Any, Any] | None = None,
-    metric: str = SCORE,
+    metric: str | None = None,
+    columns: int | None = None,
 ) -> TrialResult:
     """Error rates of a list of trials, at a threshold that is given or found as `calibrate` finds it.
 
@@ -132,7 +137,10 @@ def evaluate_trials(
         subjects: (first [P], second [P]): who, or which recording, either side of a trial is. Then intervals are from
             the spread when each is left out in turn. Without, nothing is known of it, and intervals (Clopper and
             Pearson's) take trials as independent: they are too narrow where trials share recordings.
-        metric: "cosine" if scores are cosine similarities, so that the threshold may be applied to embeddings.
+        metric: "cosine" if scores are cosine similarities, so that the threshold may be applied to embeddings, or
+            "score". None: as a given `Threshold` says, else "score".
+        columns: D of the embeddings that cosine similarities are of: kept with a threshold that is found, and compared
+            with a given one's.
 
     Raises:
         TypeError, ValueError: an argument is wrong.
@@ -144,13 +152,15 @@ def evaluate_trials(
         (0.9, 0.0, 0.5, 0.75)
     """
     scores, same = _check_trials(scores, same)
-    if metric == COSINE and np.abs(scores).max() > 1:
-        raise ValueError(f"scores must be cosine similarities, from -1 to 1, got {float(np.abs(scores).max())}")
+    metric = _metric(metric, threshold, columns)
+    if metric == COSINE:
+        scores = check_cosines("scores", torch.from_numpy(scores)).numpy()
     curve = Curve.of_scores(scores, same)
     at, cost = _threshold(
         curve,
         threshold,
         metric,
+        columns,
         dict(costs=costs, far=far, frr=frr, precision=precision, f_beta=f_beta, eer=eer, min_dcf=min_dcf),
     )
     accepted = scores >= at.similarity
@@ -184,24 +194,39 @@ def trial_similarities(embeddings: Any, first: Any, second: Any) -> Array:
         TypeError, ValueError: a place is no row, or a row is not finite.
     """
     x = as_embeddings("embeddings", embeddings).detach()
-    found = np.empty(len(first))
-    for name, places in (("first", first), ("second", second)):
-        places = np.asarray(places)
-        if len(places) and (places.min() < 0 or places.max() >= len(x)):
-            raise ValueError(f"{name}: trials name row {int(places.max())}, but there are rows 0 to {len(x) - 1} only")
-    for start in range(0, len(first), 4096):
+    sides = _places("first", first, len(x)), _places("second", second, len(x))
+    if len(sides[0]) != len(sides[1]):
+        raise ValueError(
+            f"first and second must have one place for each trial, got {len(sides[0])} and {len(sides[1])}"
+        )
+    found = np.empty(len(sides[0]))
+    for start in range(0, len(found), 4096):
         part = slice(start, start + 4096)
-        a, b = (torch.nn.functional.normalize(x[torch.as_tensor(p[part])].double(), eps=1e-12) for p in (first, second))
+        a, b = (unit_rows(x[torch.from_numpy(side[part])]) for side in sides)
         found[part] = (a * b).sum(1).clamp(-1, 1).cpu().numpy()
     if not np.isfinite(found).all():
         raise ValueError(f"embeddings must be finite, but those of trial {int(np.argmin(np.isfinite(found)))} are not")
     return found
 
 
+def _places(name: str, places: Any, rows: int) -> Array:
+    """[P] int64, places of rows."""
+    found = places.cpu().numpy() if isinstance(places, torch.Tensor) else np.asarray(places)
+    if found.ndim != 1:
+        raise ValueError(f"{name} must have shape [P], got {list(found.shape)}")
+    if found.dtype.kind not in "iu" and len(found):
+        raise TypeError(f"{name} must hold the places of rows, integers, got {found.dtype}")
+    wrong = (found < 0) | (found >= rows)
+    if wrong.any():
+        raise ValueError(f"{name}: trials name row {found[wrong][0]}, but there are rows 0 to {rows - 1} only")
+    return found.astype(np.int64)
+
+
 def fold_accuracy(scores: Array, same: Array, folds: Any) -> Folds:
     """The protocol of LFW: the threshold of each fold is the one with the highest accuracy on all other folds.
 
-    In the middle of the gap between two scores; of several as good the lowest.
+    In the middle of the gap between two scores; of several as good the lowest. Where accepting all is best that is the
+    lowest score of the other folds, and a lower one of this fold is rejected.
     """
     of = _fold_of(folds, len(scores))
     accuracies, thresholds = [], []
@@ -246,6 +271,8 @@ def _check_trials(scores: Any, same: Any) -> tuple[Array, Array]:
     scores = scores.astype(np.float64)
     if not np.isfinite(scores).all():
         raise ValueError(f"scores must be finite, but trial {int(np.argmin(np.isfinite(scores)))} has none")
+    if len(scores) and np.abs(scores).max() > _LARGEST:  # the threshold above it, and gaps, would be infinite
+        raise ValueError(f"scores must be at most {_LARGEST:g} in size, got {float(np.abs(scores).max())}")
     if same.shape != scores.shape:
         raise ValueError(f"same must have shape [{len(scores)}], one for each trial, got {list(same.shape)}")
     if same.dtype.kind not in "biuf" or not np.isin(same, (0, 1)).all():
@@ -258,23 +285,50 @@ def _check_trials(scores: Any, same: Any) -> tuple[Array, Array]:
     return scores, same
 
 
+def _metric(metric: str | None, given: Any, columns: int | None) -> str:
+    """That of the scores; a threshold on another, or of embeddings of another dimension, is refused."""
+    if metric is None:
+        metric = given.metric if isinstance(given, Threshold) else SCORE
+    check_choice("metric", metric, (COSINE, SCORE))
+    if isinstance(given, Threshold) and given.metric != metric:
+        raise ValueError(
+            f"this threshold is one on metric={given.metric!r}, but the scores are of metric={metric!r}: their scales "
+            "differ"
+        )
+    if columns is not None and metric != COSINE:
+        raise ValueError(f"columns={columns} are those of embeddings, so metric must be 'cosine', got {metric!r}")
+    if columns is not None and isinstance(given, Threshold):
+        given.check_columns(columns)
+    return metric
+
+
 def _threshold(
-    curve: Curve, given: Threshold | float | None, metric: str, targets: dict[str, Any]
+    curve: Curve, given: Threshold | float | None, metric: str, columns: int | None, targets: dict[str, Any]
 ) -> tuple[Threshold, Cost | None]:
     if given is not None:
         others = {n: v for n, v in targets.items() if n != "costs" and v is not None and v is not False}
         if others:
             raise ValueError(f"give a threshold or a target to find one by, got both: {', '.join(others)}")
-        return given if isinstance(given, Threshold) else Threshold(given, metric=metric), None
+        if targets["costs"] not in ((1.0, 1.0), [1.0, 1.0]):
+            raise ValueError(f"costs={targets['costs']} are those of min_dcf; with a threshold leave them out")
+        return given if isinstance(given, Threshold) else Threshold(given, metric=metric, columns=columns), None
     target = one_target(**targets)
     k = choose(curve, target)
     if metric == COSINE and curve.thresholds[k] > 1:
-        raise NothingToMeasure(f"no threshold up to 1 meets {target.name}={target.value}: a trial of no match has that")
+        if target.name in ("far", "precision"):
+            why = f"no threshold up to 1 meets {target.name}={target.value}: a trial of no match has similarity 1"
+        else:
+            why = (
+                f"rejecting all trials is best by {target.name}={target.value}, but one has similarity 1, which no "
+                "threshold on cosine similarity rejects; give far, frr or precision"
+            )
+        raise NothingToMeasure(why)
     found = Threshold(
         float(curve.thresholds[k]),
         float(curve.far[k]),
         float(curve.frr[k]),
         target.asked(),
+        columns,
         pairs=(curve.positives, curve.negatives),
         metric=metric,
     )
@@ -286,7 +340,9 @@ def _interval(kind: Array, event: Array, subjects: tuple[Any, Any] | None) -> In
     events, total = int((kind & event).sum()), int(kind.sum())
     if subjects is None:
         return binomial_interval(events, total)
-    sides = [np.asarray(side) for side in subjects]
+    if not isinstance(subjects, (tuple, list)) or len(subjects) != 2:
+        raise TypeError(f"subjects must be a pair (first [P], second [P]), got {type(subjects).__name__}")
+    sides = [side.cpu().numpy() if isinstance(side, torch.Tensor) else np.asarray(side) for side in subjects]
     if any(side.shape != kind.shape for side in sides):
         raise ValueError(f"subjects must be two of [{len(kind)}], one for each trial")
     _, code = np.unique(np.concatenate(sides), return_inverse=True)
@@ -300,7 +356,9 @@ def _interval(kind: Array, event: Array, subjects: tuple[Any, Any] | None) -> In
 
     mine, out = of_subject(kind), of_subject(kind & event)
     without = share(events - out, total - mine, math.nan)[mine > 0]
-    return rate_interval(events / total, without, total)
+    # Matches of one subject stand or fall together; of others each has two subjects.
+    independent = len(without) if bool((first[kind] == second[kind]).all()) else total
+    return rate_interval(events / total, without, total, independent)
 
 
 def _auc(curve: Curve) -> float:

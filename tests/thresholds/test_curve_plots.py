@@ -125,3 +125,62 @@ def test_perfect_and_useless() -> None:
         for draw in (plot_det, plot_roc, plot_rates):
             drawn: Any = draw(result).figure
             drawn.savefig("/dev/null", format="png")
+
+
+def test_band_holds_its_own_curve() -> None:
+    """Also at small rates, where several thresholds have the same one."""
+    x, y = data()
+    for result in (
+        RESULT,
+        evaluate(x, y, threshold=0.6),
+        evaluate_trials([0.9, 0.8, 0.5, 0.4, 0.1], [1, 1, 0, 1, 0], eer=True),
+    ):
+        axes: Any = plot_roc(result)
+        far, tar = np.asarray(axes.get_lines()[0].get_xydata()).T
+        (band,) = axes.collections
+        inside = (far > 0) & (tar > 0)
+        just_behind = np.stack((far * (1 + 1e-7), np.minimum(tar, 1 - 1e-7)), axis=1)[inside]
+        last = np.append(far[1:] > far[:-1], True)[inside]  # of several steps at one rate
+        assert band.get_paths()[0].contains_points(just_behind[last & (far[inside] < 1)]).all()
+    for threshold in (-0.999, 1.0):
+        found = evaluate(x, y, threshold=threshold)
+        assert found.frr in (0, 1)
+        assert not plot_roc(found).collections, "the rates of classes tell of no spread"
+
+
+def test_few_pairs_are_on_the_axes() -> None:
+    result = evaluate_trials([0.9, 0.1], [1, 0], threshold=0.5)
+    det: Any = plot_det(result)
+    point = next(line for line in det.get_lines() if line.get_marker() == "o")
+    assert point.get_xydata()[0].tolist() == [det.get_xlim()[0], det.get_ylim()[0]]
+    assert point.get_xydata()[0] == pytest.approx(norm.ppf([0.05, 0.05]))
+    assert not point.get_clip_on()
+    assert len(det.get_xticks()) >= 3
+    assert plot_roc(result).get_xlim() == (0.1, 1)
+    strict: Any = plot_det(evaluate(*data(), threshold=0.99))  # FAR 0: at the end of the axis, not beyond it
+    point = next(line for line in strict.get_lines() if line.get_marker() == "o")
+    assert strict.get_xlim()[0] <= point.get_xdata()[0] <= strict.get_xlim()[1]
+    assert strict.get_ylim()[0] <= point.get_ydata()[0] <= strict.get_ylim()[1]
+
+
+@pytest.mark.parametrize("classes", [20, 47])
+def test_legend_has_the_equal_error_rate_that_is_found(classes: int) -> None:
+    x, y = data(classes)
+    found = calibrate(x, y, eer=True)
+    names = [text.get_text() for text in plot_det(calibrate(x, y, far=0.01)).get_legend().get_texts()]  # type: ignore[union-attr]
+    assert f"equal error {100 * found.equal_error_rate:.3g} %" in names
+    assert found.threshold.similarity in found.curve.thresholds.tolist()
+
+
+def test_many_models_are_told_apart() -> None:
+    trials = evaluate_trials([0.1, 0.4, 0.3, 0.9], [0, 1, 0, 1], eer=True)
+    axes: Any = plot_det({f"model {k}": trials for k in range(25)})
+    lines = [line for line in axes.get_lines() if line.get_label().startswith("model")]
+    assert len({(line.get_color(), line._unscaled_dash_pattern) for line in lines}) == 25
+
+
+def test_steps_of_many_classes_are_whole() -> None:
+    axes: Any = plot_rates(calibrate(*data(60), far=0.01), "frr")
+    (steps,) = axes.collections
+    assert axes.get_xlim() == (-0.5, 59.5)
+    assert steps.get_paths()[0].get_extents().intervalx.tolist() == [-0.5, 59.5]

@@ -148,7 +148,7 @@ def test_trials(files: Path, data: dict[str, Array], tmp_path: Path, capsys: pyt
     printed = run(capsys, "trials", tmp_path / "trials.txt", files / "x.npy", *named, "--far", "0.1", *options)
     scores = trial_similarities(data["x"], first, second)
     sides = (np.array([f"f/{a}.wav" for a in first]), np.array([f"f/{b}.wav" for b in second]))
-    expected = evaluate_trials(scores, same, far=0.1, folds=10, subjects=sides, metric="cosine")
+    expected = evaluate_trials(scores, same, far=0.1, folds=10, subjects=sides, metric="cosine", columns=12)
     assert json.loads(out.read_text()) == json.loads(json.dumps(expected.to_dict()))
     assert "over 10 folds" in printed
     assert "<svg" in (tmp_path / "d.svg").read_text()
@@ -159,6 +159,24 @@ def test_trials(files: Path, data: dict[str, Array], tmp_path: Path, capsys: pyt
     assert "trials" in run(capsys, "trials", tmp_path / "scores.csv", "--threshold", "2")
 
 
+def test_trials_tell_who_is_left_out(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The persons of LFW's list and VoxCeleb's folders, also where the list has scores and no rows are read."""
+    rng = np.random.default_rng(3)
+    sides = rng.integers(8, size=(2, 200))
+    sides[1, :60] = sides[0, :60]
+    scores, same = rng.normal(size=200) + (sides[0] == sides[1]), sides[0] == sides[1]
+    rows = [
+        f"{s},{int(m)},p{a}/{k}.wav,p{b}/x{k}.wav"
+        for k, (s, m, a, b) in enumerate(zip(scores, same, *sides, strict=True))
+    ]
+    (tmp_path / "t.csv").write_text("\n".join(["score,same,a,b", *rows]) + "\n")
+    out = tmp_path / "out.json"
+    run(capsys, "trials", tmp_path / "t.csv", "--far", "0.2", "--json", out)
+    expected = evaluate_trials(scores, same, far=0.2, subjects=(sides[0], sides[1]))
+    assert json.loads(out.read_text())["far_interval"] == pytest.approx(expected.far_interval._asdict())
+    assert expected.far_interval != evaluate_trials(scores, same, far=0.2).far_interval
+
+
 def test_report(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for options in (("--far", "0.1"), ("--threshold", "0.3", "--groups", files / "text_g.npy")):
         out = tmp_path / "page.html"
@@ -167,6 +185,9 @@ def test_report(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
         text = out.read_text()
         assert text.count("data:image/png;base64,") == 5
         assert "bird" in text
+        kind = "group" if "--groups" in options else "class"
+        assert f"False accepts of each {kind}" in text
+        assert ("<td>camera 1</td>" in text) == (kind == "group")
         assert "http" not in text
         assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
 
@@ -177,6 +198,7 @@ def test_report(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
         (["evaluate", "x.npy", "y.npy", "--threshold", "1.5"], "from -1 to 1, got 1.5"),
         (["evaluate", "x.npy", "y.npy", "--threshold", "none.json"], "cannot read the threshold none.json"),
         (["evaluate", "x.npy", "y.npy", "--threshold", "y.npy"], "y.npy is no threshold"),
+        (["evaluate", "x.npy", "y.npy", "--threshold", ""], "--threshold is empty; give a number, or a file"),
         (["evaluate", "x.npy", "y.npy", "--threshold", "nan"], "threshold must be finite"),
         (["evaluate", "x.npy", "y.npy", "--threshold", "t12.json", "--ref", "narrow.npy"], "needs a file of labels"),
         (["evaluate", "narrow.npy", "y.npy", "--threshold", "t12.json"], "for embeddings of 12 columns, got 5"),
@@ -203,9 +225,16 @@ def test_report(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
         (["trials", "missing.txt", "--eer"], "needs the file EMB"),
         (["trials", "scores.csv", "x.npy", "--eer"], "leave EMB out"),
         (["trials", "missing.txt", "x.npy", "--eer", "--names", "none.txt"], "cannot read names from none.txt"),
+        (["trials", "scores.csv", "--eer", "--names", "scores.csv"], "which need no rows; leave --names out"),
+        (["trials", "scores.csv", "--threshold", "1", "--costs", "2", "1"], "--costs are those of --min-dcf"),
+        (["report", "x.npy", "y.npy", "--threshold", "0", "--costs", "2", "1", "--out", "p.html"], "--costs are those"),
         (["trials", "scores.csv", "--eer", "--folds", "9"], "folds must be from 2"),
         (["trials", "scores.csv", "--eer", "--plot", "a.png", "--picture", "far"], "invalid choice: 'far'"),
         (["report", "x.npy", "y.npy", "--eer", "--out", "no/page.html"], "there is no folder"),
+        (["evaluate", "x.npy", "y.npy", "--threshold", "0", "--group-pairs", "across"], "across came without --groups"),
+        (["trials", "both.txt", "x.npy", "--threshold", "score.json"], "this threshold is one on metric='score'"),
+        (["trials", "both.txt", "narrow.npy", "--threshold", "t12.json"], "for embeddings of 12 columns, got 5"),
+        (["trials", "scores.csv", "--threshold", "t12.json"], "must be cosine similarities, from -1 to 1, got 2.5"),
     ],
 )
 def test_bad_input(
@@ -222,8 +251,31 @@ def test_bad_input(
     Threshold(3.0, metric="score").save(tmp_path / "score.json")
     (tmp_path / "missing.txt").write_text("1 0 1\n0 0 150\n".replace("0 0 150", "0 2 150").replace("1 0 1", "1 3 4"))
     (tmp_path / "scores.csv").write_text("score,same\n2.5,1\n1.5,0\n")
+    (tmp_path / "both.txt").write_text("0 3 4\n1 0 5\n1 6 7\n")
     monkeypatch.chdir(tmp_path)
     before = sorted(path.name for path in tmp_path.iterdir())
     outputs = ["--json", "out.json"] if command[0] != "report" else []
     assert message in refuse(capsys, *command, *outputs)
     assert sorted(path.name for path in tmp_path.iterdir()) == before, "something was written"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["evaluate", "x.npy", "y.npy", "--threshold", "t.json", "--json", "t.json"],
+        ["evaluate", "x.npy", "y.npy", "--threshold", "t.json", "--csv", "./t.json"],
+        ["evaluate", "x.npy", "y.npy", "--threshold", "t.json", "--markdown", "t.json"],
+        ["report", "x.npy", "y.npy", "--threshold", "t.json", "--out", "t.json"],
+        ["trials", "t.txt", "x.npy", "--threshold", "t.json", "--save", "t.json"],
+    ],
+)
+def test_the_threshold_is_an_input(
+    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: list[str]
+) -> None:
+    for name in ("x.npy", "y.npy"):
+        (tmp_path / name).write_bytes((files / name).read_bytes())
+    (tmp_path / "t.txt").write_text("0 3 4\n1 0 5\n1 6 7\n")
+    Threshold(0.3).save(tmp_path / "t.json")
+    monkeypatch.chdir(tmp_path)
+    assert "it is an input or the other output" in refuse(capsys, *command)
+    assert Threshold.load("t.json").similarity == 0.3

@@ -15,9 +15,10 @@ from support import batches
 from support.oracle import Array
 from support.pair_list import PairList, arguments, oracle_of, two_sets
 
-from tcm_fused import calibrate, evaluate
+from tcm_fused import Threshold, calibrate, evaluate, evaluate_trials
 from tcm_fused.thresholds.pairing import NothingToMeasure
 from tcm_fused.thresholds.rates import HALF
+from tcm_fused.thresholds.trials import trial_similarities
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -208,7 +209,42 @@ def test_rule_of_three_where_nothing_was_observed() -> None:
     found = evaluate(x, y, threshold=0.5)
     positives, negatives = found.pairs
     assert found.far_interval == (0, 3 / negatives)
-    assert found.frr_interval == (0, 3 / positives)
+    assert found.frr_interval == (0, 3 / 30), "of the classes: positive pairs of one stand or fall together"
     assert found.precision_interval == (1 - 3 / positives, 1)
     assert found.coverage_interval == (1 - 3 / 150, 1)
     assert f"0 of {negatives:,} negative pairs, by the rule of three" in str(found)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_opposite_rows_at_minus_one(dtype: Any) -> None:
+    """Their similarity is rounded to below -1 in part, and at -1 all pairs are accepted, in every figure."""
+    x = np.random.default_rng(0).standard_normal((60, 9)).astype(dtype)
+    x, y = np.concatenate((x, -x)), np.arange(120) // 2 % 30
+    for threshold in (-1.0, calibrate(x, y, precision=1e-4).threshold):
+        found = evaluate(x, y, threshold=threshold)
+        assert (found.far, found.frr, found.coverage) == (1, 0, 1)
+        assert found.class_far.min() == 1
+    assert calibrate(x, y, precision=1e-4).class_far.min() == 1
+    assert Threshold(-1.0).accepts(x[0], -x[0])
+    assert Threshold(-1.0).accepts(torch.tensor(-1.0 - 1e-7))
+
+
+def test_few_classes() -> None:
+    """Two say nothing of others, whatever the rate; a few say little, and the report says so."""
+    x, y = np.repeat(np.eye(12), 4, axis=0), np.repeat(np.arange(12), 4)
+    two = evaluate(x[:8], y[:8], threshold=0.5)
+    assert (two.far, two.far_interval, two.frr, two.frr_interval) == (0, (0, 1), 0, (0, 1))
+    assert "rule of three" not in two.report()
+    assert "intervals of 12 classes hold less often than the 95 %" in evaluate(x, y, threshold=0.5).report()
+    many = evaluate(np.repeat(np.eye(20), 4, axis=0), np.repeat(np.arange(20), 4), threshold=0.5).report()
+    assert "hold less often" not in many
+    assert "positive pairs, by the rule of three over the classes" in many
+
+
+@pytest.mark.parametrize("size", [1e200, 1e-9, 1e-300, 1.0])
+def test_rows_of_any_length_are_decided_alike(size: float) -> None:
+    """A pair by itself as in the counts; rows that are shorter than 1e-12 count as zero there and here."""
+    x = size * np.array([[1.0, 0], [0.8, 0.6], [0, 1.0], [-1.0, 0]])
+    found = evaluate(x, [0, 0, 1, 1], threshold=0.5)
+    assert found.frr == 1 - Threshold(0.5).accepts(x[0], x[1]) * 0.5
+    assert found.frr == evaluate_trials(trial_similarities(x, [0, 2, 0], [1, 3, 2]), [1, 1, 0], threshold=0.5).frr

@@ -61,7 +61,9 @@ def test_leaving_each_class_out_again() -> None:
     for name in ("far", "frr"):
         without = np.array([getattr(PairList.of(x[y != c], y[y != c]), name)(0.4) for c in range(9)])
         n = found.pairs[name == "far"]
-        assert getattr(found, f"{name}_interval") == pytest.approx(rate_interval(getattr(found, name), without, n))
+        independent = 9 if name == "frr" else n
+        expected = rate_interval(getattr(found, name), without, n, independent)
+        assert tuple(getattr(found, f"{name}_interval")) == pytest.approx(tuple(expected))
     assert jackknife_variance(np.array([1.0, 2.0, 3.0])) == pytest.approx(2 / 3 * 2)
 
 
@@ -91,7 +93,9 @@ def test_width_where_classes_differ() -> None:
 def test_edges() -> None:
     assert rate_interval(0.0, np.zeros(5), 100) == (0, 0.03)
     assert rate_interval(1.0, np.ones(5), 100) == (0.97, 1)
-    assert rate_interval(0.5, np.array([0.4, 0.6]), 100) == (0, 1), "two classes say nothing of others"
+    assert rate_interval(0.0, np.zeros(5), 100, independent=5) == (0, 0.6)
+    for rate, without in ((0.5, [0.4, 0.6]), (0.0, [0.0, 0.0]), (1.0, [1.0])):
+        assert rate_interval(rate, np.array(without), 100) == (0, 1), "two classes say nothing of others"
     assert rate_interval(0.5, np.array([0.4, 0.6, math.nan]), 100) == (0, 1), "without one class nothing is left"
     assert all(map(math.isnan, rate_interval(math.nan, np.ones(5), 0)))
     alike = rate_interval(0.5, np.full(10, 0.5), 100)

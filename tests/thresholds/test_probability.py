@@ -46,6 +46,23 @@ def test_platt_of_every_pair() -> None:
     assert found(pairs.s) == pytest.approx(model.predict_proba(pairs.s[:, None])[:, 1], abs=2e-3)
 
 
+@pytest.mark.parametrize("prior", [1e-6, 1e-4, 0.01, 0.5, 0.999])
+def test_platt_is_fitted_to_the_end(prior: float) -> None:
+    """Newton's method on every pair by itself, which weighs as the prior says."""
+    x, y = data(2)
+    pairs = PairList.of(x, y)
+    a = np.stack((pairs.s, np.ones_like(pairs.s)), axis=1)
+    weight = np.where(pairs.same, prior / pairs.same.sum(), (1 - prior) / (~pairs.same).sum())
+    w = np.array([0.0, np.log(prior / (1 - prior))])
+    for _ in range(60):
+        p = 1 / (1 + np.exp(-a @ w))
+        w -= np.linalg.solve(a.T @ (a * (weight * p * (1 - p))[:, None]), a.T @ (weight * (p - pairs.same)))
+    s = np.linspace(-0.9, 0.9, 7)
+    expected = 1 / (1 + np.exp(-(w[0] * s + w[1])))
+    found = match_probability(x, y, method="platt", prior=prior)(s)
+    assert found == pytest.approx(expected, rel=2e-3)
+
+
 def test_prior() -> None:
     """As if there were as many positive pairs as negative ones: each weighs as much as those of its kind together."""
     x, y = data(1)
@@ -67,6 +84,7 @@ def test_on_other_data(method: str) -> None:
     bins = other.to_frame()
     assert list(bins) == ["told", "found", "pairs"]
     assert "calibration error" in plot_reliability(other).get_title(loc="left")
+    assert found.plot().get_title(loc="left").endswith("on its own data")
     assert found.plot().get_xlabel() == "probability of a match, as told"
     assert "prior 0.3" in repr(found)
     assert found.to_dict()["method"] == method
@@ -85,6 +103,14 @@ def test_bad_input(monkeypatch: pytest.MonkeyPatch) -> None:
         match_probability(x, y, method="beta")
     with pytest.raises(ValueError, match="prior must lie between 0 and 1"):
         match_probability(x, y, prior=1.0)
+    with pytest.raises(TypeError, match="'prio' is no argument of the sets; those are ref_emb"):
+        match_probability(x, y, prio=0.1)
+    with pytest.raises(TypeError, match="'label' is no argument of the sets"):
+        match_probability(x, y).evaluate(x, y, label=y)
+    with pytest.raises(ValueError, match="from -1 to 1, got 95 in size"):
+        match_probability(x, y)([0.1, 95])
+    with pytest.raises(TypeError, match="similarities must be numbers"):
+        match_probability(x, y)(["0.9"])
     with pytest.raises(ValueError, match="similarities must be finite"):
         match_probability(x, y)(np.nan)
     assert sklearn.__version__

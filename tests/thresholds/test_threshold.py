@@ -73,12 +73,12 @@ def test_accepts_similarities() -> None:
     for t in (0.3, 0.1, -0.7, 1 / 3, 1.0, -1.0, 0.0):
         near = np.nextafter(np.float32(t), np.array([-2, 2], dtype=np.float32))
         values = np.array([near[0], np.float32(t), near[1]], dtype=np.float32)
-        expected = (values.astype(np.float64) >= t).tolist()
+        expected = (values.astype(np.float64).clip(-1, 1) >= t).tolist()  # at -1 all are accepted
         assert Threshold(t).accepts(values).tolist() == expected
         found = Threshold(t).accepts(torch.from_numpy(values))
         assert isinstance(found, torch.Tensor)
         assert found.tolist() == expected
-        halves = torch.tensor([t - 0.01, t, t + 0.01], dtype=torch.float16)
+        halves = torch.tensor([t - 0.01, t, t + 0.01], dtype=torch.float16).clamp(-1, 1)
         assert Threshold(t).accepts(halves).tolist() == (halves.double() >= t).tolist()
     assert Threshold(0.5).accepts(0.5) is True
     assert Threshold(0.5).accepts([[0.4, 0.6], [0.5, 0.1]]).tolist() == [[False, True], [True, False]]
@@ -121,6 +121,23 @@ def test_accepts_as_it_was_counted() -> None:
         (lambda: Threshold(0.5).accepts([0.1, math.nan]), ValueError, "similarities must be finite"),
         (lambda: Threshold(0.5).accepts([math.nan, 0.1], [0.1, 0.1]), ValueError, "a must be finite"),
         (lambda: Threshold(0.5).accepts("high"), TypeError, "similarities must be numbers"),
+        (lambda: Threshold(0.5).accepts("0.9"), TypeError, "similarities must be numbers"),
+        (lambda: Threshold(0.5).accepts([True]), TypeError, "similarities must be numbers"),
+        (lambda: Threshold(0.5).accepts([None, 0.9]), TypeError, "similarities must be numbers"),
+        (
+            lambda: Threshold(0.5).accepts(95.0),
+            ValueError,
+            "from -1 to 1, got 95 in size; of a percentage p it is p / 100",
+        ),
+        (lambda: Threshold(0.5).accepts([0.2, -1.3]), ValueError, "from -1 to 1, got 1.3 in size"),
+        (lambda: Threshold(0.5).accepts(torch.tensor([2])), ValueError, "from -1 to 1, got 2 in size"),
+        (lambda: Threshold(0.5, target={"far": math.inf}), ValueError, r"target\['far'\] must be finite, got inf"),
+        (lambda: Threshold(0.5, target={"far": "x"}), TypeError, r"target\['far'\] must be a number"),  # type: ignore[dict-item]
+        (lambda: Threshold(0.5, target=[1]), TypeError, "target must be a dict"),  # type: ignore[arg-type]
+        (lambda: Threshold(0.5, far=math.inf), ValueError, "far must be finite and at least 0, got inf"),
+        (lambda: Threshold(0.5, frr=-0.1), ValueError, "frr must be finite and at least 0, got -0.1"),
+        (lambda: Threshold(0.5, columns=2.0), TypeError, "columns must be whole numbers"),  # type: ignore[arg-type]
+        (lambda: Threshold(0.5, pairs=(1,)), TypeError, "pairs must be two numbers"),  # type: ignore[arg-type]
         (lambda: Threshold(2.0, metric="score").accepts([1.0, 0.0], [1.0, 0.0]), ValueError, "on scores of trials"),
     ],
 )
@@ -135,18 +152,30 @@ GOOD = {"format": "tcm_fused.threshold", "version": 1, **Threshold(0.5).to_dict(
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", "is no threshold but no JSON either"),
+        ("", "is no threshold, since it is no JSON"),
         ("[0.5]", "is no threshold: "),
         ('{"similarity": 0.5}', "is no threshold: "),
         (json.dumps(GOOD | {"version": 2}), "has version 2"),
         (json.dumps(GOOD | {"metric": "euclidean"}), "is damaged: metric must be 'cosine' or 'score', got 'euclidean'"),
         (json.dumps(GOOD | {"similarity": 1.5}), "is damaged: threshold must be a cosine similarity"),
         (json.dumps(GOOD | {"similarity": None}), "is damaged: threshold must be a number"),
-        (json.dumps(GOOD | {"columns": "8"}), "is damaged: columns is '8'"),
-        (json.dumps(GOOD | {"pairs": [1]}), "is damaged: pairs is"),
-        (json.dumps(GOOD | {"far": 2}), "is damaged: far is 2"),
-        (json.dumps(GOOD | {"target": {"far": "x"}}), "is damaged: target is"),
-        (json.dumps({k: v for k, v in GOOD.items() if k != "far"}), "is damaged: 'far'"),
+        (json.dumps(GOOD | {"columns": "8"}), "is damaged: columns must be whole numbers, got '8'"),
+        (json.dumps(GOOD | {"pairs": [1]}), "is damaged: pairs must be two numbers"),
+        (json.dumps(GOOD | {"far": 2}), "is damaged: far must lie from 0 to 1"),
+        (json.dumps(GOOD | {"target": {"far": "x"}}), r"is damaged: target\['far'\] must be a number"),
+        (json.dumps({k: v for k, v in GOOD.items() if k != "far"}), "is damaged: it has no 'far'"),
+        (json.dumps(GOOD | {"distance": 0.9}), "is damaged: distance is 0.9, but that of similarity 0.5 is 1.0"),
+        (json.dumps(GOOD | {"similarity": 0.6}), "is damaged: distance is 1.0, but that of similarity 0.6 is 0.89"),
+        (json.dumps(GOOD | {"cosine_distance": "x"}), "is damaged: cosine_distance is 'x'"),
+        (json.dumps(GOOD | {"metric": "score"}), "is damaged: it has a distance, but metric is 'score'"),
+        (json.dumps(GOOD | {"columns": True}), "is damaged: columns must be whole numbers, got True"),
+        (json.dumps(GOOD | {"columns": 0}), "is damaged: columns must be at least 1, got 0"),
+        (json.dumps(GOOD | {"pairs": [-1, 2]}), "is damaged: pairs must be at least 0, got -1"),
+        (json.dumps(GOOD | {"pairs": [1.5, 2]}), "is damaged: pairs must be whole numbers, got 1.5"),
+        (json.dumps(GOOD | {"target": {"far": math.nan}}), "NaN is no number of JSON"),
+        (json.dumps(GOOD | {"target": {"far": 10**400}}), "must be finite"),
+        (json.dumps(GOOD | {"similarity": 10**400}), "threshold must be finite"),
+        ("[" * 100_000, "is no threshold, since it is no JSON"),
     ],
 )
 def test_bad_files(tmp_path: Path, content: str, message: str) -> None:
@@ -154,6 +183,29 @@ def test_bad_files(tmp_path: Path, content: str, message: str) -> None:
     with pytest.raises(ValueError, match=message) as raised:
         Threshold.load(tmp_path / "t.json")
     assert "t.json" in str(raised.value)
+
+
+def test_fields_are_of_types_that_json_knows(tmp_path: Path) -> None:
+    wide: Any = np.float32(0.25)
+    made = Threshold(wide, wide, wide, {"far": wide, "eer": True}, np.int64(8), (np.int64(3), np.int32(4)))  # type: ignore[arg-type]
+    made.save(tmp_path / "t.json")
+    assert (
+        Threshold.load(tmp_path / "t.json")
+        == made
+        == Threshold(0.25, 0.25, 0.25, {"far": 0.25, "eer": True}, 8, (3, 4))
+    )
+    (tmp_path / "bom.json").write_text("\ufeff" + (tmp_path / "t.json").read_text(), encoding="utf-8")
+    assert Threshold.load(tmp_path / "bom.json") == made
+    with pytest.raises(ValueError, match=r"cannot read the threshold \.: Is a directory"):
+        Threshold.load("")
+
+
+def test_rounding_beyond_one_is_none() -> None:
+    """Of the dtype that similarities come in."""
+    assert Threshold(1.0).accepts(1 + 1e-7)
+    assert Threshold(1.0).accepts(torch.tensor([1.0078125], dtype=torch.bfloat16)).tolist() == [True]
+    assert Threshold(1.0).accepts(np.array([1.001], dtype=np.float16)).tolist() == [True]
+    assert Threshold(2.0, metric="score").accepts([95.0, 1.0]).tolist() == [True, False]
 
 
 def test_files_that_are_not_there(tmp_path: Path) -> None:

@@ -135,6 +135,15 @@ def test_similarities_of_rows() -> None:
     assert trial_similarities(x, [0, 0, 2], [1, 2, 2]) == pytest.approx([0, math.sqrt(0.5), 1])
     with pytest.raises(ValueError, match="trials name row 3, but there are rows 0 to 2 only"):
         trial_similarities(x, [0], [3])
+    with pytest.raises(ValueError, match="first: trials name row -1, but there are rows 0 to 2 only"):
+        trial_similarities(x, [-1, 2], [0, 1])
+    with pytest.raises(ValueError, match="one place for each trial, got 2 and 1"):
+        trial_similarities(x, [0, 1], [2])
+    with pytest.raises(TypeError, match="second must hold the places of rows, integers, got float64"):
+        trial_similarities(x, [0], [1.0])
+    with pytest.raises(ValueError, match=r"first must have shape \[P\], got \[1, 1\]"):
+        trial_similarities(x, [[0]], [1])
+    assert len(trial_similarities(x, [], [])) == 0
     with pytest.raises(ValueError, match="those of trial 1 are not"):
         trial_similarities(np.array([[1.0], [math.nan]]), [0, 1], [0, 1])
 
@@ -163,17 +172,44 @@ def test_similarities_of_rows() -> None:
         ),
         (lambda: evaluate_trials([1, 2], [1, 0], far=0.1, costs=(2, 1)), ValueError, "are those of min_dcf"),
         (lambda: evaluate_trials([1, 2], [1, 0], eer=True, subjects=([1], [2])), ValueError, "subjects must be two"),
+        (
+            lambda: evaluate_trials([1, 2], [1, 0], eer=True, subjects=([1],)),  # type: ignore[arg-type]
+            TypeError,
+            "subjects must be a pair",
+        ),
+        (lambda: evaluate_trials([1e308, 2], [1, 0], eer=True), ValueError, "scores must be at most 1e[+]300 in size"),
         (lambda: evaluate_trials([1, 2], [1, 0], eer=True, metric="cosine"), ValueError, "must be cosine similarities"),
         (
             lambda: evaluate_trials([0.5, 1.0], [1, 0], far=0.1, metric="cosine"),
             NothingToMeasure,
-            "no threshold up to 1",
+            "no threshold up to 1 meets far=0.1: a trial of no match has similarity 1",
         ),
+        (
+            lambda: evaluate_trials([0.5, 1.0], [1, 0], min_dcf=0.01, metric="cosine"),
+            NothingToMeasure,
+            "rejecting all trials is best by min_dcf=0.01, but one has similarity 1",
+        ),
+        (lambda: evaluate_trials([1, 2], [1, 0], threshold=1, costs=(2, 1)), ValueError, "costs=.2, 1. are those of"),
     ],
 )
 def test_bad_input(call: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         call()
+
+
+def test_a_threshold_is_one_on_its_own_scale() -> None:
+    with pytest.raises(ValueError, match="must be cosine similarities, from -1 to 1, got 20"):
+        evaluate_trials([10, 20.0], [1, 0], threshold=Threshold(0.5))
+    for metric, other in (("cosine", "score"), ("score", "cosine")):
+        with pytest.raises(ValueError, match=f"one on metric='{metric}', but the scores are of metric='{other}'"):
+            evaluate_trials([0.1, 0.2], [1, 0], threshold=Threshold(0.5, metric=metric), metric=other)
+    with pytest.raises(ValueError, match="for embeddings of 16 columns, got 8"):
+        evaluate_trials([0.1, 0.2], [1, 0], threshold=Threshold(0.5, columns=16), columns=8)
+    with pytest.raises(ValueError, match="columns=8 are those of embeddings, so metric must be 'cosine'"):
+        evaluate_trials([0.1, 0.2], [1, 0], eer=True, columns=8)
+    assert evaluate_trials([0.9, 0.2], [1, 0], far=0.5, metric="cosine", columns=8).threshold.columns == 8
+    assert evaluate_trials([0.9, 0.2], [1, 0], threshold=Threshold(0.5)).threshold.metric == "cosine"
+    assert evaluate_trials([1 + 1e-7, 0.2], [1, 0], threshold=1.0, metric="cosine").frr == 0, "rounded above 1"
 
 
 # Files.
@@ -206,16 +242,34 @@ def test_pairs_of_lfw(tmp_path: Path) -> None:
     assert found.second == ["Ann_0004", "Bob Lee_0012", "Bob Lee_0003", "Bob Lee_0001"]
     assert found.folds is not None
     assert found.folds.tolist() == [0, 0, 1, 1]
+    assert found.subjects == (["Ann", "Ann", "Bob Lee", "Ann"], ["Ann", "Bob Lee", "Bob Lee", "Bob Lee"])
     (tmp_path / "dev.txt").write_text(LFW.replace("2\t1\nAnn", "2\nAnn", 1))
     assert read_trials(tmp_path / "dev.txt").folds is None
 
 
-@pytest.mark.parametrize("text", ["0.9 1\n0.2 0\n", "1,0.9\n0,0.2\n", "score,label,fold\n0.9,1,a\n0.2,0,b\n"])
+@pytest.mark.parametrize(
+    ("text", "subjects"),
+    [
+        ("1 p1/v/a p1/w/b\n0 p1/v/a p2/v/a\n", (["p1", "p1"], ["p1", "p2"])),
+        ("1 wav/p1/a wav/p1/b\n0 wav/p1/a wav/p2/a\n", (["p1", "p1"], ["p1", "p2"])),
+        ("1 cam1/a cam2/b\n0 cam1/a cam1/c\n", (["cam1/a", "cam1/a"], ["cam2/b", "cam1/c"])),
+        ("1 y b\n0 y d\n", (["y", "y"], ["b", "d"])),
+        ("1 7 3\n1 7 9\n0 4 5\n", (["7", "7", "4"], ["3", "9", "5"])),
+    ],
+)
+def test_subjects_are_folders_that_agree_where_trials_match(text: str, subjects: Any, tmp_path: Path) -> None:
+    (tmp_path / "t.txt").write_text(text)
+    assert read_trials(tmp_path / "t.txt").subjects == subjects
+
+
+@pytest.mark.parametrize(
+    "text", ["0.9 1\n0.2 0\n", "1,0.9\n0,0.2\n", "score,label,fold\n0.9,1,a\n0.2,0,b\n", "90 1\n20 0\n"]
+)
 def test_scores(text: str, tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text(text)
     found = read_trials(tmp_path / "t.csv")
     assert found.scores is not None
-    assert found.scores.tolist() == [0.9, 0.2]
+    assert found.scores.tolist() == ([90, 20] if "90" in text else [0.9, 0.2])
     assert found.same.tolist() == [True, False]
     assert (found.folds is not None) == ("fold" in text)
 
@@ -232,6 +286,8 @@ def test_scores(text: str, tmp_path: Path) -> None:
         ("a,b,same\nx,y,2\n", "line 2 must say 0 or 1 of a match, got '2'"),
         ("x,same\n1,1\n", "must name the columns a, b and same, or score and same"),
         ("score,same\nhigh,1\n", "line 2 has no score but 'high'"),
+        ("score,same\n0.5,1\n\nNaN,1\n", "line 4 has no score but 'NaN'"),
+        ("0.5 1\n-inf 0\n", "line 2 has no score but '-inf'"),
         (LFW + "Ann\t1\t2\n", "tells of 2 x 2 pairs, but there are 5"),
         (LFW.replace("12", "x"), "line 3 is neither"),
     ],
@@ -259,3 +315,28 @@ def test_rows_by_name_and_number() -> None:
         rows_of(["a"], ["x/a.png", "y/a.png"], 2)
     with pytest.raises(ValueError, match="there are 2 names for 3 rows"):
         rows_of(["a"], ["a", "b"], 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "place"),
+    [
+        ("id9/00001.wav", ["id1/00001.wav", "id2/00002.wav"], None),
+        ("face.v2", ["face.v1", "face.v3"], None),
+        ("face.v2", ["face.v1.png", "face.v2.png"], 1),
+        ("Dr._0001", ["Dr._0002.jpg", "Dr._0001.jpg"], 1),
+        ("J.R._Smith_0001", ["J.R._Smith_0001.JPEG", "J.R._Smith_0010.jpg"], 0),
+        ("id2/v/00001.wav", ["/data/wav/id1/v/00001.npy", "/data/wav/id2/v/00001.npy"], 1),
+        ("wav/id2/00001.wav", ["id1/00001.wav", "id2/00001.wav"], 1),
+        ("./id2/00001", ["id1/00001.wav", "id2\\00001.wav"], 1),
+        ("x/a.jpg", ["a.png", "a.jpg"], 1),
+        ("a.jpg", ["a.png", "a.webp"], -1),
+        ("a", ["b/a", "a"], 1),
+        ("b/a", ["c/a", "d/a"], None),
+    ],
+)
+def test_a_name_is_found_by_its_path_or_not_at_all(name: str, rows: list[str], place: int | None) -> None:
+    if place is None or place < 0:
+        with pytest.raises(ValueError, match="not there" if place is None else "which several rows are named"):
+            rows_of([name], rows, len(rows))
+    else:
+        assert rows_of([name, name], rows, len(rows)).tolist() == [place, place]

@@ -285,6 +285,7 @@ CALLS: dict[str, Any] = {
         ({"groups": Y}, NothingToMeasure, "no pair is negative"),
         ({"groups": Y, "group_pairs": "between"}, ValueError, "group_pairs='between' is not known"),
         ({"groups": Y, "ref_emb": X, "ref_labels": Y}, ValueError, "groups and ref_emb came without ref_groups"),
+        ({"group_pairs": "across"}, ValueError, "group_pairs='across' came without groups"),
         ({"ref_groups": Y}, ValueError, "ref_groups came without groups and ref_emb"),
         ({"ref_emb": X, "ref_labels": Y, "backend": "triton"}, RuntimeError, "backend='triton' is not available"),
     ],
