@@ -79,7 +79,7 @@ def test_memory_of_dense_pairs(benchmark: Any, hard: str) -> None:
 @pytest.mark.parametrize("d", (64, 128, 256, 512, 1024))
 def test_width(benchmark: Any, d: int) -> None:
     """From narrow embeddings, where looking at pairs costs most, to wide ones, where the product does."""
-    x, labels = _batch(benchmark, 8192, d, "few")
+    x, labels = _batch(benchmark, 4096, d, "few")
     measure(benchmark, _steps(x, labels, "tcm_fused", "eager") | {"product": _product(x)})
 
 
