@@ -44,7 +44,7 @@ class MatchProbability:
 
     def __call__(self, similarity: Any) -> Array:
         """Probabilities of similarities of any shape, from -1 to 1."""
-        values = as_scores(similarity).double().cpu().numpy()
+        values = as_scores(similarity).cpu().numpy().astype(np.float64)
         return np.interp(values, self.similarity, self.probability)
 
     def evaluate(self, embeddings: Any, labels: Any, **sets: Any) -> Reliability:
