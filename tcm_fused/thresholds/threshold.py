@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tcm_fused.arguments import check_number
-from tcm_fused.backends.numerics import unit_and_norms
+from tcm_fused.backends.numerics import unit_and_norms, wide_dtype
 from tcm_fused.thresholds.outputs import check_outputs, write_whole
 from tcm_fused.thresholds.rates import as_distance, plain
 from tcm_fused.thresholds.sets import as_embeddings
@@ -249,8 +249,9 @@ def _target(target: Any) -> dict[str, float]:
 
 
 def unit_rows(x: Tensor) -> Tensor:
-    """x / |x| [N, D] in float64, with no overflow on the way; a zero row stays."""
-    return unit_and_norms(x.double(), x.new_ones(len(x), dtype=torch.bool))[0]
+    """x / |x| [N, D] in float64 where the device has it, with no overflow on the way; a zero row stays."""
+    wide = x.to(torch.promote_types(x.dtype, wide_dtype(x.device)))
+    return unit_and_norms(wide, x.new_ones(len(x), dtype=torch.bool))[0]
 
 
 def check_cosines(name: str, values: Tensor, rounding: float = 1e-5) -> Tensor:
@@ -291,7 +292,8 @@ def _numbers(name: str, value: Any) -> Tensor:
         if value.is_complex() or value.dtype == torch.bool:
             raise TypeError(f"{name} must be numbers, got {value.dtype}")
         wide = value.dtype in (torch.float32, torch.float64)
-        return value.detach() if wide else value.detach().float() if value.is_floating_point() else value.double()
+        dtype = torch.float32 if value.is_floating_point() else wide_dtype(value.device)
+        return value.detach() if wide else value.detach().to(dtype)
     try:
         found = np.asarray(value)
         if found.dtype.kind not in "fiu":  # NumPy would make numbers of text and truth values
