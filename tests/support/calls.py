@@ -101,7 +101,7 @@ def _two_sets(backend: str) -> list[Any]:
 
 
 def _probability(backend: str) -> list[Any]:
-    return [match_probability(*sets(), backend=backend)(torch.tensor(0.5, dtype=torch.float32))]
+    return [match_probability(*sets(), backend=backend)(torch.tensor(0.5, dtype=torch.float32, device="cpu"))]
 
 
 def _suggest(backend: str) -> list[Any]:
