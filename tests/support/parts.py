@@ -85,13 +85,13 @@ def draw(rng: np.random.Generator, sizes: tuple[int, ...], name: str = "plain", 
 
 
 def margins(x: Tensor, y: Array) -> dict[str, float]:
-    """About half of the positives and a quarter of the negatives are hard, whatever the rounding."""
+    """About half of the positives and a quarter of the negatives are hard, whatever the rounding; a sole pair too."""
     x_hat = nn.functional.normalize(x.double()).numpy()
     s = x_hat @ x_hat.T
     found = {}
     for name, pairs, share in (("plus", y[:, None] == y, 0.5), ("minus", y[:, None] != y, 0.75)):
-        ordered = np.sort(s[pairs & ~np.eye(len(y), dtype=bool)])
-        near = ordered[int(share * len(ordered)) :][:12]
+        ordered = np.sort(s[np.triu(pairs, 1)])
+        near = np.append(ordered, ordered[-1:] + 0.1)[int(share * len(ordered)) :][:12]
         place = int(np.argmax(np.diff(near))) if len(near) > 1 else 0
         found[f"margin_{name}"] = float(near[place : place + 2].mean()) if len(near) else 0.3
     return found
