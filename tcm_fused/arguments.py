@@ -161,6 +161,7 @@ def check_sets(
     row_offset: int | None,
     groups: Tensor | None,
     ref_groups: Tensor | None,
+    group_pairs: str,
 ) -> tuple[Rows, Rows | None]:
     """Rows and columns (None: the rows) as the operators take them; raises TypeError, ValueError or RuntimeError."""
     check_set("embeddings", embeddings, "labels", labels)
@@ -174,7 +175,8 @@ def check_sets(
         _check_reference(embeddings, ref_emb, row_offset)
     elif row_offset not in (None, 0):
         raise ValueError(f"row_offset={row_offset} needs ref_emb; without it the rows are the columns, from 0 on")
-    if groups is not None or ref_groups is not None:
+    check_groups_given(groups, ref_emb, ref_groups, group_pairs)
+    if groups is not None:
         _check_groups(embeddings, ref_emb, row_offset, groups, ref_groups)
         groups, ref_groups = (None if t is None else t.long() for t in (groups, ref_groups))
     check_differentiation(embeddings, ref_emb)
@@ -312,13 +314,19 @@ def _check_reference(embeddings: Tensor, ref_emb: Tensor, row_offset: Any) -> No
         )
 
 
-def _check_groups(embeddings: Tensor, ref_emb: Any, row_offset: Any, groups: Any, ref_groups: Any) -> None:
-    if (ref_groups is None) != (groups is None or ref_emb is None):
+def check_groups_given(groups: Any, ref_emb: Any, ref_groups: Any, group_pairs: str) -> None:
+    """Groups come for all rows or none, and with `group_pairs` where it is not the default. Raises ValueError."""
+    if groups is None and group_pairs != "within":
         raise ValueError(
-            "ref_groups came without groups and ref_emb; give all three, or leave it out"
-            if ref_groups is not None
-            else "groups and ref_emb came without ref_groups; give the group of each row of ref_emb as well"
+            f"group_pairs={group_pairs!r} came without groups; give the group of each row, or leave it out"
         )
+    if ref_groups is not None and (groups is None or ref_emb is None):
+        raise ValueError("ref_groups came without groups and ref_emb; give all three, or leave it out")
+    if groups is not None and ref_emb is not None and ref_groups is None:
+        raise ValueError("groups and ref_emb came without ref_groups; give the group of each row of ref_emb as well")
+
+
+def _check_groups(embeddings: Tensor, ref_emb: Any, row_offset: Any, groups: Any, ref_groups: Any) -> None:
     for name, value, x in (("groups", groups, embeddings), ("ref_groups", ref_groups, ref_emb)):
         if value is None:
             continue

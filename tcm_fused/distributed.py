@@ -188,7 +188,7 @@ reduction='violating', group_pairs='within', precision='auto', backend='auto', g
     def _checked_rows(
         self, embeddings: Tensor, labels: Tensor, groups: Tensor | None, group: dist.ProcessGroup
     ) -> Rows:
-        rows, _ = check_sets(embeddings, labels, None, None, None, groups, None)
+        rows, _ = check_sets(embeddings, labels, None, None, None, groups, None, self.group_pairs)
         for values in (self.options.margins, self.options.weights):
             values(rows.x)  # raises if they are on another device
         choose(self.backend, rows.x.device.type, rows.x.dtype, self.penalty)

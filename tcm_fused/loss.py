@@ -123,7 +123,7 @@ def tcm_loss(
             only those across groups, take part (`group_pairs`). The work is done group by group: that reads the
             groups, so it waits for the device, and is for tens of groups rather than thousands.
         ref_groups: [M], groups of `ref_emb`.
-        group_pairs: "within" or "across".
+        group_pairs: "within" or "across"; "across" needs `groups`.
         precision: the least precision of the products: "fp32", "fp16", or "auto": "fp16" for 16-bit input, under
             autocast, and where `torch.set_float32_matmul_precision` allows less than the highest; else "fp32".
             On a CPU and with backend="torch" 16-bit input is always worked in float32, and float64 in float64.
@@ -159,7 +159,7 @@ def tcm_loss(
     )
     options.check()
     options.warn_of_crossed_margins()
-    rows, columns = check_sets(embeddings, labels, ref_emb, ref_labels, row_offset, groups, ref_groups)
+    rows, columns = check_sets(embeddings, labels, ref_emb, ref_labels, row_offset, groups, ref_groups, group_pairs)
     loss, sums, count = loss_and_sums(rows, columns, row_offset, options)
     return (loss, stats_of(sums, count, loss.dtype)) if return_stats else loss
 
@@ -250,7 +250,7 @@ class TCMLoss(nn.Module):
         if indices_tuple is not None:
             raise ValueError("indices_tuple must be None: TCM finds its hard pairs itself; leave the miner out")
         options = self._checked_options()
-        rows, columns = check_sets(embeddings, labels, ref_emb, ref_labels, None, groups, ref_groups)
+        rows, columns = check_sets(embeddings, labels, ref_emb, ref_labels, None, groups, ref_groups, self.group_pairs)
         loss, penalty, count = loss_and_sums(rows, columns, None, options)
         self.last_call = penalty, count, loss.dtype
         return loss
@@ -260,7 +260,7 @@ class TCMLoss(nn.Module):
     ) -> tuple[Tensor, Rows]:
         """The loss of a batch against itself and a bank of constants (None: no bank); and the batch, checked."""
         options = self._checked_options()
-        rows, _ = check_sets(embeddings, labels, None, None, None, groups, None)
+        rows, _ = check_sets(embeddings, labels, None, None, None, groups, None, self.group_pairs)
         bank = check_bank(rows, bank)
         if bank is None:
             return self(embeddings, labels, groups=groups), rows

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tcm_fused.arguments import check_choice, check_set, int64_labels
+from tcm_fused.arguments import check_choice, check_groups_given, check_set, int64_labels
 from tcm_fused.thresholds.sets import Array, Labels, as_embeddings, as_labels
 from tcm_fused.warn import warn_caller
 
@@ -87,7 +87,7 @@ def read_sides(
     if (ref_emb is None) != (ref_labels is None):
         there, missing = ("ref_labels", "ref_emb") if ref_emb is None else ("ref_emb", "ref_labels")
         raise ValueError(f"{there} came without {missing}; give both or neither")
-    _check_groups_given(groups, ref_emb, ref_groups, group_pairs)
+    check_groups_given(groups, ref_emb, ref_groups, group_pairs)
     if ref_emb is not None and ref_emb is embeddings:
         warn_caller(
             "ref_emb is embeddings itself: each row is paired with itself too, as a match that cannot fail; leave "
@@ -109,17 +109,6 @@ def read_sides(
     if reference is not None and ref_g is not None:
         reference = reference._replace(groups=_group_column(reference, ref_g))
     return own, reference, names, group_names
-
-
-def _check_groups_given(groups: Any, ref_emb: Any, ref_groups: Any, group_pairs: str) -> None:
-    if groups is None and group_pairs != "within":
-        raise ValueError(
-            f"group_pairs={group_pairs!r} came without groups; give the group of each row, or leave it out"
-        )
-    if ref_groups is not None and (groups is None or ref_emb is None):
-        raise ValueError("ref_groups came without groups and ref_emb; give all three, or leave it out")
-    if groups is not None and ref_emb is not None and ref_groups is None:
-        raise ValueError("groups and ref_emb came without ref_groups; give the group of each row of ref_emb as well")
 
 
 def _together(name: str, first: Any, second: Any) -> tuple[Tensor, Tensor | None, Array | None]:

@@ -12,7 +12,7 @@ from support.refusals import M, N, arguments, refuse
 from support.strategies import LABEL_DTYPES
 from torch import Tensor
 
-from tcm_fused import tcm_loss
+from tcm_fused import CrossBatchMemory, TCMLoss, tcm_loss
 
 # Groups, and all pairs as the divisor.
 
@@ -187,9 +187,19 @@ def test_shape_and_device_of_groups(name: str, size: int, other: str) -> None:
 
 
 def test_half_of_the_groups() -> None:
+    refuse(ValueError, "group_pairs='across' came without groups", group_pairs="across")
     refuse(ValueError, "groups and ref_emb came without ref_groups", groups=torch.arange(N))
     refuse(ValueError, "ref_groups came without groups and ref_emb", ref_groups=torch.arange(M))
     refuse(ValueError, "ref_groups came without groups and ref_emb", ref_emb=None, ref_labels=None, **with_groups())
+
+
+def test_pairs_across_groups_without_groups() -> None:
+    """All pairs would be another loss than the one that was asked for. In every form, and at the call."""
+    x, y = batch(12, 4, 3)
+    for criterion in (TCMLoss(group_pairs="across"), CrossBatchMemory(TCMLoss(group_pairs="across"), size=8)):
+        with pytest.raises(ValueError, match="group_pairs='across' came without groups"):
+            criterion(x, y)
+        criterion(x, y, groups=torch.arange(12) % 2)
 
 
 def test_a_row_is_of_one_group() -> None:

@@ -164,8 +164,9 @@ def test_groups_now_and_then() -> None:
     criterion(x, y)
     assert criterion(x, y, y).item() == 0  # each row is alone in its group
     assert criterion(x, y, y).item() == pytest.approx(2.0 - 1.0)  # but for itself, stored with its group
-    across = memory(8, margin_plus=2.0, group_pairs="across")
+    across = memory(8, margin_plus=2.0)
     across(x, y)
+    across.loss.group_pairs = "across"
     assert across(x, y, torch.zeros_like(y)).item() == 0
     assert across(x, y, torch.ones_like(y)).item() == pytest.approx(2.0 - 1.0)
 

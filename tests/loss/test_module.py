@@ -44,16 +44,16 @@ def test_module(backend: str) -> None:
     criterion = TCMLoss(**options, backend=backend)
     x, y = batch(90, 9, 5)
     ref_x, ref_y = batch(120, 9, 5, seed=1)
-    plain, stats = tcm_loss(x, y, **options, backend=backend, return_stats=True)
-    rectangular = tcm_loss(x, y, ref_x, ref_y, **options, backend=backend)
-    groups: dict[str, Any] = {"groups": torch.arange(90) % 3, "ref_groups": torch.arange(120) % 3}
-    of_groups = tcm_loss(x, y, ref_x, ref_y, **groups, **options, backend=backend)
+    own: dict[str, Any] = {"groups": torch.arange(90) % 3}
+    groups = {**own, "ref_groups": torch.arange(120) % 3}
+    plain, stats = tcm_loss(x, y, **own, **options, backend=backend, return_stats=True)
+    rectangular = tcm_loss(x, y, ref_x, ref_y, **groups, **options, backend=backend)
     assert criterion.stats is None
     used = TCMLoss(**options, backend=backend)
-    used(x.requires_grad_(), y)
+    used(x.requires_grad_(), y, **own)
     assert used.stats is not None
     assert [t.item() for t in used.stats] == [t.item() for t in stats]
-    used(x.detach().double(), y)
+    used(x.detach().double(), y, **own)
     assert used.stats.violation_plus.dtype == torch.float64
     assert not any(t.requires_grad for t in used.stats)
     for module in (
@@ -61,11 +61,10 @@ def test_module(backend: str) -> None:
         *(again(m) for m in (criterion, used) for again in (copy.deepcopy, in_and_out_of_pickle)),
     ):
         assert module.options._asdict() == {**options, "backend": backend}
-        assert torch.equal(module(x, y, None, ref_x, ref_y, **groups), of_groups)
-        assert torch.equal(module(x, y), plain)
-        assert torch.equal(module(x, y, None), plain)
-        assert torch.equal(module(x, y, None, ref_x, ref_y), rectangular)
-        assert torch.equal(module(x, y, indices_tuple=None, ref_emb=ref_x, ref_labels=ref_y), rectangular)
+        assert torch.equal(module(x, y, **own), plain)
+        assert torch.equal(module(x, y, None, **own), plain)
+        assert torch.equal(module(x, y, None, ref_x, ref_y, **groups), rectangular)
+        assert torch.equal(module(x, y, indices_tuple=None, ref_emb=ref_x, ref_labels=ref_y, **groups), rectangular)
     assert not criterion.state_dict()
     assert not used.state_dict()
     for name, value in options.items():
