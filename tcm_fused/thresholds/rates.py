@@ -49,24 +49,33 @@ class Histogram(NamedTuple):
         )
 
 
+class ErrorRates:
+    """Rates of K ascending thresholds, from the pairs accepted at each and those in all."""
+
+    accepted_positives: Array  # [K] int64
+    accepted_negatives: Array
+    positives: int
+    negatives: int
+
+    @property
+    def far(self) -> Array:
+        """False accept rate, [K]: falls."""
+        return self.accepted_negatives / max(self.negatives, 1)
+
+    @property
+    def frr(self) -> Array:
+        """False reject rate, [K]: rises."""
+        return (self.positives - self.accepted_positives) / max(self.positives, 1)
+
+
 @dataclass(frozen=True, eq=False)
-class Rates:
+class Rates(ErrorRates):
     """Pairs of a whole set, by the thresholds k / HALF - 1 of the grid, k = 0 ... 2 HALF."""
 
     accepted_positives: Array  # [2 HALF + 1] int64, unordered positive pairs with s >= threshold
     accepted_negatives: Array
     positives: int  # unordered positive pairs in all
     negatives: int
-
-    @property
-    def far(self) -> Array:
-        """False accept rate at each threshold of the grid: falls with k."""
-        return self.accepted_negatives / max(self.negatives, 1)
-
-    @property
-    def frr(self) -> Array:
-        """False reject rate at each threshold of the grid: rises with k."""
-        return (self.positives - self.accepted_positives) / max(self.positives, 1)
 
     def histogram(self, most: int = 256) -> Histogram:
         """The pairs in at most `most` cells of one width between the lowest and the highest similarity."""

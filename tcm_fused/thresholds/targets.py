@@ -10,12 +10,12 @@ from torch import Tensor
 
 from tcm_fused.arguments import check_number
 from tcm_fused.thresholds.pairing import NothingToMeasure
-from tcm_fused.thresholds.rates import HALF, Counts, check_rate, share, utility_of
+from tcm_fused.thresholds.rates import HALF, Counts, ErrorRates, check_rate, share, utility_of
 from tcm_fused.thresholds.sets import Array
 
 
 @dataclass(frozen=True, eq=False)
-class Curve:
+class Curve(ErrorRates):
     """Pairs accepted at each of K ascending thresholds; a pair is accepted from its threshold on."""
 
     thresholds: Array  # [K]
@@ -27,16 +27,6 @@ class Curve:
     queries: int = 0
     alarms: Array | None = None  # [K] int64, those of them that have no positive
     strangers: int = 0  # queries that have no positive
-
-    @property
-    def far(self) -> Array:
-        """False accept rate, [K]: falls."""
-        return self.accepted_negatives / max(self.negatives, 1)
-
-    @property
-    def frr(self) -> Array:
-        """False reject rate, [K]: rises."""
-        return (self.positives - self.accepted_positives) / max(self.positives, 1)
 
     @property
     def precision(self) -> Array:

@@ -141,7 +141,7 @@ def test_timm_backbones(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.rand(2, 3, 16, 16)
     assert network.eval()(x).shape == (2, 5)
     means, stds = torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1), torch.tensor([0.5, 0.25, 0.125]).view(3, 1, 1)
-    network.head = torch.nn.Identity()  # type: ignore[assignment]  # which is declared as what it is, linear
+    network.head = torch.nn.Identity()  # type: ignore[assignment]  # the attribute is declared as a linear layer; here the rows shall pass unchanged
     normal = ((x - means) / stds).flatten(1)  # and the trial of the width left the batch norm as it was
     torch.testing.assert_close(network(x), normal / (1 + 1e-5) ** 0.5)
     with pytest.raises(ValueError, match=r"no model for --backbone resnet05: Unknown model .*'small' or one of timm's"):

@@ -165,7 +165,7 @@ def test_memory_grows_with_n(gpu_backend: str, share: str) -> None:
 def test_other_device(gpu_backend: str) -> None:
     """Tensors of a GPU that is not the current one."""
     if torch.cuda.device_count() < 2:
-        pytest.skip("there is one GPU")
+        pytest.skip("there is one GPU: no other one could hold the tensors")
     sets = on_gpu(500, 33)
     expected = loss_and_gradients(gpu_backend, *sets)
     got = loss_and_gradients(gpu_backend, *(t.to("cuda:1") for t in sets))
@@ -258,11 +258,11 @@ def test_operator_refuses_what_the_kernels_trust() -> None:
             OPERATORS["cuda"].loss(x, y, x, y, offset, *rest[1:])
 
 
-@pytest.mark.skipif("TCM_FUSED_SM" in os.environ, reason="this is that run")
+@pytest.mark.skipif("TCM_FUSED_SM" in os.environ, reason="the process that this test starts would start itself again")
 def test_path_for_older_gpus() -> None:
     """The kernels for sm_80 on a later GPU, in a process of their own."""
     if torch.cuda.get_device_capability() < (9, 0):
-        pytest.skip("that is the path taken here")
+        pytest.skip("this GPU is before Hopper: all other tests take this path")
     chosen = "test_densities or test_widths or test_gradients or test_two_runs or test_no_pairs"
     chosen += " or test_pair_counts"
     done = subprocess.run(
@@ -289,11 +289,11 @@ def test_path_for_older_gpus() -> None:
     assert done.returncode == 0, done.stdout[-4000:]
 
 
-@pytest.mark.skipif("TCM_FUSED_SM" in os.environ, reason="the path for older GPUs was asked for")
+@pytest.mark.skipif("TCM_FUSED_SM" in os.environ, reason="TCM_FUSED_SM asks for the path of older GPUs")
 def test_hopper_runs_its_own_kernels() -> None:
     """Nothing else tells: where the copy engine cannot be set up, the kernels for older GPUs run without a word."""
     if torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("this GPU is no Hopper")
+        pytest.skip("this GPU is no Hopper: it cannot run these kernels")
     x, y = batch(600, 128, 5)
     x = x.to(DEVICE).requires_grad_()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:

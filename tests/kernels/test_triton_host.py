@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from support.batches import batch
-from support.oracle import check, check_sides, run, two
+from support.oracle import assert_same_bits, check, check_sides, run, two
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tcm_fused import tcm_loss
@@ -34,12 +34,7 @@ def test_same_bits_whatever_the_memory_held(rectangular: bool, precision: str, r
     first = check("triton", *sets, **options)
     request.getfixturevalue("poisoned")
     again = run("triton", *sets, **options)
-    assert again.loss == first.loss
-    np.testing.assert_array_equal(again.count, first.count)
-    np.testing.assert_array_equal(again.violation, first.violation)
-    np.testing.assert_array_equal(again.grad_x, first.grad_x)
-    if rectangular:
-        np.testing.assert_array_equal(again.grad_ref, first.grad_ref)
+    assert_same_bits(again, first)
     check_sides("triton", *sets, **options)
 
 
@@ -151,9 +146,10 @@ def test_reduction_over_all_pairs(dtype: torch.dtype) -> None:
     assert result.loss == pytest.approx(expected.item(), rel=1e-6)
     for grad, leaf in ((result.grad_x, leaves[0]), (result.grad_ref, leaves[2])):
         assert leaf.grad is not None
-        # 16-bit: the gradient's own rounding is half of that. float32: sums over up to 135 unit vectors round as well.
+        # 16-bit: the gradient's own rounding is half of eps. float32: besides its own there is that of sums over 135
+        # unit vectors and of the projection; 1.6 eps is the worst of twelve other batches.
         atol = torch.finfo(dtype).eps * leaf.grad.abs().max().item()
-        np.testing.assert_allclose(grad, leaf.grad.numpy(), rtol=0, atol=4 * atol if dtype == torch.float32 else atol)
+        np.testing.assert_allclose(grad, leaf.grad.numpy(), rtol=0, atol=2 * atol if dtype == torch.float32 else atol)
 
 
 # Which backend runs.

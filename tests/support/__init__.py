@@ -1,1 +1,1 @@
-"""Helpers that several rooms of tests share."""
+"""Helpers that several folders of tests share."""

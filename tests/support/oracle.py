@@ -8,7 +8,7 @@ fall on either side of it in another precision: such a pair may differ, every ot
 import math
 import os
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -36,6 +36,11 @@ class Result:
     violation: Array  # [2] mean of m+ - s and of s - m-, or of their squares, over the hard pairs
     grad_x: Gradient  # [N, D]
     grad_ref: Gradient  # [M, D]
+
+
+def assert_same_bits(given: Result, wanted: Result) -> None:
+    for field in fields(Result):
+        np.testing.assert_array_equal(getattr(given, field.name), getattr(wanted, field.name), strict=True)
 
 
 class Oracle:

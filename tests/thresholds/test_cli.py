@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.commands import refuse, run
 
 from tcm_fused import calibrate, opis, suggest_margins
 from tcm_fused.__main__ import main
@@ -123,25 +124,6 @@ def test_one_file_of_both(files: Path, data: tuple[Any, Any]) -> None:
     loaded = load(files / "both.npz", None)
     assert np.array_equal(loaded.embeddings, data[0])
     assert np.array_equal(loaded.labels, data[1])
-
-
-def run(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
-    """The output of a command that succeeds."""
-    main([str(a) for a in arguments])
-    captured = capsys.readouterr()
-    assert captured.err == ""
-    return captured.out
-
-
-def refuse(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
-    """The message of a command that fails with exit code 2, which is no traceback."""
-    with pytest.raises(SystemExit) as left:
-        main([str(a) for a in arguments])
-    captured = capsys.readouterr()
-    assert left.value.code == 2
-    assert captured.out == ""
-    assert "Traceback" not in captured.err
-    return captured.err
 
 
 def test_opis(files: Path, data: tuple[Any, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

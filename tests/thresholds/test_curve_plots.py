@@ -167,7 +167,9 @@ def test_few_pairs_are_on_the_axes() -> None:
 def test_legend_has_the_equal_error_rate_that_is_found(classes: int) -> None:
     x, y = data(classes)
     found = calibrate(x, y, eer=True)
-    names = [text.get_text() for text in plot_det(calibrate(x, y, far=0.01)).get_legend().get_texts()]  # type: ignore[union-attr]
+    legend = plot_det(calibrate(x, y, far=0.01)).get_legend()
+    assert legend is not None
+    names = [text.get_text() for text in legend.get_texts()]
     assert f"equal error {100 * found.equal_error_rate:.3g} %" in names
     assert found.threshold.similarity in found.curve.thresholds.tolist()
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.commands import refuse, run
 from support.oracle import Array
 
 from tcm_fused import Threshold, calibrate, evaluate, evaluate_trials, opis, suggest_margins
-from tcm_fused.__main__ import main
 from tcm_fused.thresholds.trials import trial_similarities
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -37,23 +37,6 @@ def files(data: dict[str, Array], tmp_path_factory: pytest.TempPathFactory) -> P
     np.savez(folder / "gallery.npz", embeddings=data["ref"], labels=data["ref_y"])
     np.save(folder / "narrow.npy", data["x"][:, :5])
     return folder
-
-
-def run(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
-    main([str(a) for a in arguments])
-    captured = capsys.readouterr()
-    assert captured.err == ""
-    return captured.out
-
-
-def refuse(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
-    with pytest.raises(SystemExit) as left:
-        main([str(a) for a in arguments])
-    captured = capsys.readouterr()
-    assert left.value.code == 2
-    assert captured.out == ""
-    assert "Traceback" not in captured.err
-    return captured.err
 
 
 def test_from_calibration_to_evaluation(

@@ -17,6 +17,7 @@ from support import batches
 from tcm_fused import Threshold, calibrate, evaluate
 
 X, Y = batches.batch(120, 8, 10)
+WRONG: Any = Threshold  # takes arguments that a type checker would refuse
 
 
 @given(st.floats(-1, 1))
@@ -61,7 +62,7 @@ def test_distances() -> None:
 
 def test_frozen_and_told_in_a_line() -> None:
     with pytest.raises(AttributeError):
-        Threshold(0.5).similarity = 0.4  # type: ignore[misc]
+        setattr(Threshold(0.5), "similarity", 0.4)  # noqa: B010  # a type checker refuses it as an assignment
     text = repr(calibrate(X, Y, far=0.1).threshold)
     assert "far=0.1" in text
     assert "\n" not in text
@@ -108,7 +109,7 @@ def test_accepts_as_it_was_counted() -> None:
     [
         (lambda: Threshold(1.5), ValueError, "from -1 to 1, got 1.5"),
         (lambda: Threshold(math.nan), ValueError, "threshold must be finite"),
-        (lambda: Threshold("0.5"), TypeError, "threshold must be a number, got str"),  # type: ignore[arg-type]
+        (lambda: WRONG("0.5"), TypeError, "threshold must be a number, got str"),
         (lambda: Threshold(True), TypeError, "threshold must be a number, got bool"),
         (lambda: Threshold(0.5, metric="l2"), ValueError, "metric must be 'cosine' or 'score'"),
         (lambda: evaluate(X, Y, threshold=-1.01), ValueError, "from -1 to 1"),
@@ -132,12 +133,12 @@ def test_accepts_as_it_was_counted() -> None:
         (lambda: Threshold(0.5).accepts([0.2, -1.3]), ValueError, "from -1 to 1, got 1.3 in size"),
         (lambda: Threshold(0.5).accepts(torch.tensor([2])), ValueError, "from -1 to 1, got 2 in size"),
         (lambda: Threshold(0.5, target={"far": math.inf}), ValueError, r"target\['far'\] must be finite, got inf"),
-        (lambda: Threshold(0.5, target={"far": "x"}), TypeError, r"target\['far'\] must be a number"),  # type: ignore[dict-item]
-        (lambda: Threshold(0.5, target=[1]), TypeError, "target must be a dict"),  # type: ignore[arg-type]
+        (lambda: WRONG(0.5, target={"far": "x"}), TypeError, r"target\['far'\] must be a number"),
+        (lambda: WRONG(0.5, target=[1]), TypeError, "target must be a dict"),
         (lambda: Threshold(0.5, far=math.inf), ValueError, "far must be finite and at least 0, got inf"),
         (lambda: Threshold(0.5, frr=-0.1), ValueError, "frr must be finite and at least 0, got -0.1"),
-        (lambda: Threshold(0.5, columns=2.0), TypeError, "columns must be whole numbers"),  # type: ignore[arg-type]
-        (lambda: Threshold(0.5, pairs=(1,)), TypeError, "pairs must be two numbers"),  # type: ignore[arg-type]
+        (lambda: WRONG(0.5, columns=2.0), TypeError, "columns must be whole numbers"),
+        (lambda: WRONG(0.5, pairs=(1,)), TypeError, "pairs must be two numbers"),
         (lambda: Threshold(2.0, metric="score").accepts([1.0, 0.0], [1.0, 0.0]), ValueError, "on scores of trials"),
     ],
 )
@@ -187,7 +188,7 @@ def test_bad_files(tmp_path: Path, content: str, message: str) -> None:
 
 def test_fields_are_of_types_that_json_knows(tmp_path: Path) -> None:
     wide: Any = np.float32(0.25)
-    made = Threshold(wide, wide, wide, {"far": wide, "eer": True}, np.int64(8), (np.int64(3), np.int32(4)))  # type: ignore[arg-type]
+    made = WRONG(wide, wide, wide, {"far": wide, "eer": True}, np.int64(8), (np.int64(3), np.int32(4)))
     made.save(tmp_path / "t.json")
     assert (
         Threshold.load(tmp_path / "t.json")

@@ -19,6 +19,8 @@ from tcm_fused.thresholds.pairing import NothingToMeasure
 from tcm_fused.thresholds.trial_files import read_trials, rows_of
 from tcm_fused.thresholds.trials import fold_accuracy, trial_similarities
 
+ONE_LIST: Any = ([1],)
+
 
 def drawn(seed: int, n: int = 200, ties: bool = False) -> tuple[Array, Array]:
     rng = np.random.default_rng(seed)
@@ -173,7 +175,7 @@ def test_similarities_of_rows() -> None:
         (lambda: evaluate_trials([1, 2], [1, 0], far=0.1, costs=(2, 1)), ValueError, "are those of min_dcf"),
         (lambda: evaluate_trials([1, 2], [1, 0], eer=True, subjects=([1], [2])), ValueError, "subjects must be two"),
         (
-            lambda: evaluate_trials([1, 2], [1, 0], eer=True, subjects=([1],)),  # type: ignore[arg-type]
+            lambda: evaluate_trials([1, 2], [1, 0], eer=True, subjects=ONE_LIST),
             TypeError,
             "subjects must be a pair",
         ),
