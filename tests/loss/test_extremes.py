@@ -241,10 +241,9 @@ def test_a_side_of_weight_0_may_be_infinite(form: str, side: str) -> None:
     x, y = scaled("classes", "all", 0, torch.float32)
     other = scaled("random", "all", 0, torch.float32)
     for sets in ((x, y), (x, y, *other)):
-        results = [
-            run(form, *sets, penalty="squared", **{**MARGINS, f"lambda_{side}": 0.0, **margin})
-            for margin in ({f"margin_{side}": 1e30 if side == "plus" else -1e30}, {})
-        ]
+        options: dict[str, Any] = {**MARGINS, f"lambda_{side}": 0.0, "penalty": "squared"}
+        far: dict[str, Any] = {f"margin_{side}": 1e30 if side == "plus" else -1e30}
+        results = [run(form, *sets, **{**options, **margins}) for margins in (far, {})]
         infinite, wanted = (replace(r, count=r.count[:0], violation=r.violation[:0]) for r in results)
         assert_same_bits(infinite, wanted)
 
