@@ -69,6 +69,7 @@ class Array {
     memory_ = std::malloc(size * sizeof(T) + kLine);
     if (!memory_) throw OutOfMemory(size * sizeof(T), kPurpose);
     data_ = reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(memory_) + kLine - 1) / kLine * kLine);
+    use_huge_pages(data_, size * sizeof(T));
   }
   void reset() {
 #ifdef __linux__
@@ -139,7 +140,7 @@ struct Embeddings {
     label.resize(size), inverse.resize(size);
     unit.allocate_used(panels * tile * d);
     std::fill_n(unit.get() + size * d, (panels * tile - size) * d, real{0});
-    if (transpose) transposed_.allocate(panels * tile * d), is_transposed_.reset(new std::once_flag[panels]);
+    if (transpose) transposed_.allocate_used(panels * tile * d), is_transposed_.reset(new std::once_flag[panels]);
   }
 
   void load(const PairLoops<real>& loops, const real* x, const int64_t* y, int64_t panel) {
