@@ -27,6 +27,8 @@ def right_before_fast() -> None:
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
     """What a reader needs to place the figures, instead of the host's name and every CPU flag."""
     cpu = machine_info["cpu"].get("brand_raw", platform.machine())
+    build = choice.build_info()
+    codes = "AMX" if "amx_int8" in machine_info["cpu"].get("flags", ()) else "VNNI"
     machine_info.clear()
     machine_info.update(
         cpu=cpu,
@@ -39,7 +41,8 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
         torch=torch.__version__,
         tcm_fused=__version__,
         backend="cpu" if choice.why_unavailable("cpu") is None else "torch",
-        build=choice.build_info(),
+        build=build,
+        codes=codes if "8 bits" in build.get("cpu_codes", "") else "",  # what multiplies them
         pytorch_metric_learning=pytorch_metric_learning.__version__,
     )
 
