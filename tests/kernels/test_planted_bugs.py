@@ -1,7 +1,9 @@
 """Bugs put into the CUDA kernels one at a time: each is found, by wrong numbers or by the machine's reports."""
 
 import shutil
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -156,7 +158,7 @@ BUGS = {
     ),
     "sm90: barriers not shown to the copy engine": hopper("similarity_sm90.cuh", "    barriers_ready();\n", ""),
     # The screen.
-    "screen: one term of the bound left out": Bug("screen.cuh", "return 0x1p-10f +", "return 0x1p-11f +"),
+    "screen: one term of the bound left out": Bug("loss.cu", "screen_bound(w.width)}", "screen_bound(w.width) / 2}"),
     "screen: margin of negatives raised": Bug(
         "screen.cuh", "__fadd_rd(memory.margin[kMinus], -bound)", "__fadd_rd(memory.margin[kMinus], bound)"
     ),
@@ -287,10 +289,12 @@ def losses() -> list[tuple[LossProblem, Knobs, bool]]:
     small = Knobs(rectangle=2, sm_count=2, chunk=32, one_chunk=0)
     part = problem_of((stored(x[50:250], "fp16"), y[50:250], stored(x, "fp16"), y), row_offset=50, fp16=True)
     alike = LossProblem(stored(embeddings("cone", np.zeros(600, dtype=int), 40, rng), "fp16"), y=np.arange(600) % 3)
-    one, screen = Knobs(sm_count=1, screen_from=0), replace(small, screen_from=0)
+    five = LossProblem(stored(embeddings("groups", np.arange(520) % 9, 20, rng), "fp32"), np.arange(520) % 9)
+    one, screen = Knobs(sm_count=1, screen_from=0), Knobs(rectangle=2, sm_count=2, screen_from=0)
     return [
         *((at_the_bound(side, 1e-5), one, False) for side in (0, 1)),
-        *((whole.at_share(share), knobs, False) for share in (0.5, 0.004) for knobs in (one, screen)),
+        (replace(at_the_bound(0, 1e-5), y=np.arange(512) // 128), one, False),
+        *((five.at_share(share), knobs, False) for share in (0.5, 0.004) for knobs in (one, screen)),
         (upper_halves(), one, False),
         (whole.at_share(0.5), small, False),
         (part.at_share(0.5), small, True),
@@ -325,6 +329,18 @@ def search(bug: Bug, code: str, on: Kernels | None = None) -> None:
             loss.check(replace(knobs, sm=bug.sm, code=code), penalties=penalties, on=on)
 
 
+@contextmanager
+def planted(bug: Bug, root: Path) -> Iterator[str]:
+    """The name of the code with the bug, planted below `root`, while the machine has it."""
+    machine, code = kernels().machine, f"{bug.sm} with a bug"
+    files = [build.ptx(unit, bug.sm, root if unit == bug.unit else build.ROOT) for unit in build.UNITS]
+    machine.load_files(code, files)
+    try:
+        yield code
+    finally:
+        machine.unload(code.encode())
+
+
 @pytest.fixture(scope="module")
 def roots(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The sources with each bug that this run asks for, and their PTX made, two at a time."""
@@ -352,6 +368,20 @@ def test_nothing_is_found_without_a_bug(file: str, sm: str) -> None:
     search(Bug(file, "", "", sm), "")
 
 
+@pytest.mark.parametrize("sm", ["80", "90"])
+def test_tiles_that_the_screen_decides_are_not_worked_again(sm: str, tmp_path: Path) -> None:
+    """With its list left unread, hard pairs are missed in tiles that it leaves; far from the margins there are none."""
+    bug = replace(BUGS["list: not worked"], sm=sm)
+    bug.plant(tmp_path)
+    y = np.arange(600) % 40
+    problem = LossProblem(stored(embeddings("classes", y, 200, np.random.default_rng(25)), "fp32"), y)
+    plain, knobs = replace(problem, y=np.arange(600), margin=(0.0, 1.01)), Knobs(sm=sm, screen_from=0)
+    with planted(bug, tmp_path) as code:
+        plain.check(replace(knobs, code=code))
+        with pytest.raises(AssertionError):
+            problem.at_share(1e-3).check(replace(knobs, code=code))
+
+
 @pytest.mark.parametrize("name", BUGS)
 def test_planted_bugs_are_found(name: str, roots: dict[str, Path]) -> None:
     bug = BUGS[name]
@@ -359,13 +389,5 @@ def test_planted_bugs_are_found(name: str, roots: dict[str, Path]) -> None:
         with pytest.raises(AssertionError):
             search(bug, "", Kernels(build.ROOT, (bug.sm,), {bug.unit: roots[name]}))
         return
-    machine = kernels().machine
-    code = f"{bug.sm} with a bug"
-    machine.load_files(
-        code, [build.ptx(unit, bug.sm, roots[name] if unit == bug.unit else build.ROOT) for unit in build.UNITS]
-    )
-    try:
-        with pytest.raises(AssertionError):
-            search(bug, code)
-    finally:
-        machine.unload(code.encode())
+    with planted(bug, roots[name]) as code, pytest.raises(AssertionError):
+        search(bug, code)
