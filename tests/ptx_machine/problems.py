@@ -131,17 +131,17 @@ def rounded_one_way(n: int, d: int, up: bool) -> Array:
     return np.tile(part, (n, d // 64))
 
 
-def at_the_bound(side: int, violation: float, d: int = 64) -> LossProblem:
-    """512 rows whose pairs of `side` are violated by that much, at similarities of 1, or not at all near a margin.
+def at_the_bound(side: int, violation: float, d: int = 64, n: int = 512) -> LossProblem:
+    """Two classes of n / 2 rows: of `side` pairs of similarity 1, violated by that much, and none else near a margin.
 
     By the high parts alone, by which the screen goes, they are violated by up to 2^-10 less: their halves are too small
-    for negatives, too large for positives. There are 2 * 256 such negatives, in two tiles; or all 2 * 256 * 255
-    positives.
+    for negatives, too large for positives. There are n such negatives, in the last column and the last row; or all
+    positives, n (n / 2 - 1).
     """
-    x = rounded_one_way(512, d, up=side == 0)
-    x[256 : 512 - side] *= -1  # the last is alike to all rows of the other class
+    x = rounded_one_way(n, d, up=side == 0)
+    x[n // 2 : n - side] *= -1  # the last is alike to all rows of the other class
     margin = (1 + violation, 3.0) if side == 0 else (-3.0, 1 - violation)
-    return LossProblem(x.astype(np.float32), np.arange(512) // 256, margin=margin)
+    return LossProblem(x.astype(np.float32), np.arange(n) // (n // 2), margin=margin)
 
 
 def upper_halves() -> LossProblem:
