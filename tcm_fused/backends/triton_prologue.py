@@ -161,6 +161,14 @@ def tile_sums(
 ):
     """Sums of unit rows: one program for a tile of rows and BLOCK columns, of which the first finds the positives."""
     tile, column, _ = tile_and_column(d, BLOCK)
+    columns = column + tl.arange(0, BLOCK)
+    row = (tile * TILE + tl.arange(0, TILE)).to(tl.int64)
+    source = unit + row[:, None] * d + columns[None, :]
+    total = tl.sum(tl.load(source, mask=(columns < d)[None, :], other=0.0).to(tl.float32), 0)
+    if PARTS == 2:
+        low = tl.load(source + tl.cast(padded, tl.int64) * d, mask=(columns < d)[None, :], other=0.0)
+        total += tl.sum(low.to(tl.float32), 0) / LOW_SCALE
+    tl.store(sums + tile.to(tl.int64) * d + columns, total, mask=columns < d)
     if column == 0:
         _find_positives(
             labels,
@@ -176,14 +184,6 @@ def tile_sums(
             SELF,
             TILE,
         )
-    column += tl.arange(0, BLOCK)
-    row = (tile * TILE + tl.arange(0, TILE)).to(tl.int64)
-    source = unit + row[:, None] * d + column[None, :]
-    total = tl.sum(tl.load(source, mask=(column < d)[None, :], other=0.0).to(tl.float32), 0)
-    if PARTS == 2:
-        low = tl.load(source + tl.cast(padded, tl.int64) * d, mask=(column < d)[None, :], other=0.0)
-        total += tl.sum(low.to(tl.float32), 0) / LOW_SCALE
-    tl.store(sums + tile.to(tl.int64) * d + column, total, mask=column < d)
 
 
 @triton.jit
