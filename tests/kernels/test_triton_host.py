@@ -82,8 +82,8 @@ def test_the_host_does_little(reference: bool, most: int, monkeypatch: pytest.Mo
     """Operations of PyTorch beside the kernels: sorts, zeros and memory, in one panel. Each takes the host as long."""
     leave_kernels_out(monkeypatch)
     x, y = batch(200, 9, 5)
-    sets = batch(230, 9, 5, seed=1) if reference else (None, None)
-    problem = Problem(x, y, *sets, None, two(0.9, 0.5), two(1.0, 1.0), False, False, True, reference)
+    ref_x, ref_y = batch(230, 9, 5, seed=1) if reference else (None, None)
+    problem = Problem(x, y, ref_x, ref_y, None, two(0.9, 0.5), two(1.0, 1.0), False, False, True, reference)
     with _Count() as found:
         triton_loss.launch(triton_loss.CONFIGS["sm_90"], 132, problem)
     assert found.operations <= most
