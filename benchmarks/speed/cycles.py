@@ -26,7 +26,8 @@ PHASES = {
 }
 PHASES["half"] = (*PHASES["all"], "write_masks", "mask_of_rows", "mask_of_columns", "store_masks")
 HIDDEN = ("note_pairs",)  # on Hopper, while the last products are under way
-LISTED = {*PHASES["few"], *PHASES["half"], *HIDDEN, "write_pairs"}
+SCREEN = ("largest", "visit")  # of a tile that the screen decides
+LISTED = {*PHASES["few"], *PHASES["half"], *HIDDEN, *SCREEN, "write_pairs"}
 STEP = 64  # columns of x^ in one step of a product
 L2 = 5120  # bytes a cycle of the whole cache, as NVIDIA says of GA100; of Hopper nothing is said
 RING = 4  # stages of copies
@@ -54,12 +55,13 @@ class Kernels(NamedTuple):
 
     card: Card
     similarity: list[Instruction]
+    screen: list[Instruction]  # that of one product which comes before, for fp32 accuracy
     masked_sum: list[Instruction]
 
     def phase(self, functions: tuple[str, ...]) -> list[Instruction]:
         """The instructions of these functions, without the scan of tiles that have positives: they are few."""
         found = []
-        for one in self.similarity:
+        for one in self.screen if functions == SCREEN else self.similarity:
             names = [name for name, _ in one.calls]
             special = any("false>" in line for name, line in one.calls if name == "scan_tile")
             name = next((name for name in names if name in LISTED), None)  # the innermost
@@ -88,7 +90,8 @@ def compiled(card: Card, nvcc: str = "nvcc") -> Kernels:
     with tempfile.TemporaryDirectory() as folder:
         code = disassemble(ROOT / "csrc/cuda/loss.cu", card.architecture, Path(folder), nvcc)
     ending = "_sm90" if card.hopper else ""
-    return Kernels(card, code[f"similarity{ending}"], code[f"masked_sum{ending}"])
+    similarity, screen = (code[f"similarity{ending}<{visitor}Visitor>"] for visitor in ("Loss", "Screen"))
+    return Kernels(card, similarity, screen, code[f"masked_sum{ending}"])
 
 
 def product_cycles(card: Card, d: int) -> float:
@@ -96,10 +99,10 @@ def product_cycles(card: Card, d: int) -> float:
     return 2 * 128 * 256 * -(-d // STEP) * STEP / card.flops
 
 
-def similarity_cycles(kernels: Kernels, hard: str, d: int, products: int = 1) -> float:
+def similarity_cycles(kernels: Kernels, phases: tuple[str, ...], d: int, products: int = 1) -> float:
     """Of a multiprocessor for two tiles. `products`: 3 for fp32 accuracy."""
     card = kernels.card
-    code = kernels.phase(PHASES[hard])
+    code = kernels.phase(phases)
     tensor = products * product_cycles(card, d)
     if card.hopper:  # two teams, each with a warp on a scheduler
         step = product_cycles(card, STEP) / 2  # of one team
@@ -156,7 +159,7 @@ def masked_sum_cycles(kernels: Kernels, d: int) -> float:
 
 def ratio(kernels: Kernels, hard: str, d: int) -> float:
     """Predicted time of all pairs over that of N^2 D flop at the product's full rate; 3 N^2 D where half are hard."""
-    cycles = similarity_cycles(kernels, hard, d)
+    cycles = similarity_cycles(kernels, PHASES[hard], d)
     if hard == "half":
         return (cycles + masked_sum_cycles(kernels, d)) / (3 * product_cycles(kernels.card, d))
     return cycles / product_cycles(kernels.card, d)
@@ -167,17 +170,18 @@ def predictions(kernels: Kernels) -> dict[str, float]:
     found = {f"D = {d}, few hard": ratio(kernels, "few", d) for d in WIDTHS}
     found["D = 512, all hard"] = ratio(kernels, "all", 512)
     found["D = 512, half hard, of 3 N^2 D"] = ratio(kernels, "half", 512)
-    exact, half = (similarity_cycles(kernels, "few", 512, products) for products in (3, 1))
-    found["D = 512, few hard, fp32-accurate: of the 16-bit time"] = exact / half
+    half, screen = (similarity_cycles(kernels, phases, 512) for phases in (PHASES["few"], SCREEN))
+    exact, mixed = (similarity_cycles(kernels, PHASES[hard], 512, products=3) for hard in ("few", "half"))
+    found["D = 512, few hard, fp32-accurate: of the 16-bit time"] = screen / half
+    found["the same, the screen leaves a tenth of the tiles"] = (screen + mixed / 10) / half
+    found["the same, no screen"] = exact / half
     card = kernels.card
     step_bytes = (128 + 256) * STEP * 2 if card.hopper else 2 * (128 + 128) * STEP * 2
     found["L2 bytes a cycle and multiprocessor"] = step_bytes / product_cycles(card, STEP)
     found["all that L2 has to give, if 5,120 a cycle"] = L2 / card.multiprocessors
-    for hard in HARD:
-        found[f"cycles after the product of two tiles, {hard} hard"] = (
-            cycles_of(kernels.phase(PHASES[hard]), 1, True)
-            if card.hopper
-            else pipe_cycles(kernels.phase(PHASES[hard]), 4, False)
+    for name, phases in (*((f"{hard} hard", PHASES[hard]) for hard in HARD), ("screen", SCREEN)):
+        found[f"cycles after the product of two tiles, {name}"] = (
+            cycles_of(kernels.phase(phases), 1, True) if card.hopper else pipe_cycles(kernels.phase(phases), 4, False)
         )
     return found
 

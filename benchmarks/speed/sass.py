@@ -69,7 +69,7 @@ def _functions(path: Path) -> tuple[list[str], list[str]]:
 
 
 def disassemble(source: Path, architecture: str, folder: Path, nvcc: str) -> dict[str, list[Instruction]]:
-    """The kernels of a source by their names without arguments."""
+    """The kernels of a source by their names, template arguments included and others not."""
     cubin = folder / f"{source.stem}.{architecture}.cubin"
     # Line numbers change no instruction.
     subprocess.run(
@@ -80,8 +80,8 @@ def disassemble(source: Path, architecture: str, folder: Path, nvcc: str) -> dic
     text = subprocess.run([tool, "-hex", "-gi", "-c", cubin], capture_output=True, text=True, check=True).stdout
     kernels: dict[str, list[Instruction]] = {}
     for section in re.split(r"^\s*\.section\s+\.text\.", text, flags=re.MULTILINE)[1:]:
-        name = re.sub(r"\(.*", "", plain_names(section.split(",", 1)[0])).split("<")[0].split()[-1]
-        kernels[name.split("::")[-1]] = _instructions(section)
+        name = re.sub(r"\(.*", "", plain_names(section.split(",", 1)[0])).split()[-1]
+        kernels[name] = _instructions(section)
     return kernels
 
 

@@ -57,9 +57,12 @@ struct Look {
 struct CountVisitor {
   template <int kTiles>
   using Memory = CountMemory;
+  template <int kAcross>
+  using Order = TileOrder<kAcross>;
   static constexpr int kRing = 3;       // the window has the room of the fourth
   static constexpr int kLead = 0;       // the window's counters would overflow
   static constexpr bool kMoves = true;  // see `look`
+  static constexpr bool kScreens = false;
 
   int64_t n, classes;
   int bits, thresholds;

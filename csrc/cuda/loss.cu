@@ -6,6 +6,7 @@
 #include "epilogue.cuh"
 #include "masked_sum.cuh"
 #include "plan.cuh"
+#include "screen.cuh"
 #include "similarity.cuh"
 
 namespace tcm::cuda {
@@ -51,26 +52,48 @@ Plan make_plan(const Problem<void>& p, const Device& device, int gradients, cons
   layout.take(w.state, 1), layout.take(w.partial, w.partials);
   int64_t tiles = int64_t{plan.side[0]} * plan.side[1];
   layout.take(w.record, tiles * 2);
+  const int places = Rectangle{0, plan.side[0], 0, plan.side[1], false, 0}.places();
+  w.undecided_words = w.parts == 2 ? (places + 31) / 32 : 0;
+  if (w.parts == 2) {
+    layout.take(w.undecided, w.undecided_words), layout.take(w.listed, places), layout.take(w.listed_size, 1);
+  }
   layout.take(w.mask, gradient[0] || gradient[1] ? tiles * 2 * kTile : 0);
   layout.take(w.occupied, tiles * 3);
   plan.bytes = layout.used();
   return plan;
 }
 
-cudaError_t one_rectangle(const Plan& plan, const Rectangle& rectangle, cudaStream_t stream) {
+template <class Visitor>
+cudaError_t similarities(const Plan& plan, const Work& w, const Rectangle& rectangle, unsigned grid, Visitor visitor,
+                         cudaStream_t stream) {
+  if (plan.sm90)
+    return launch(similarity_sm90<Visitor>, dim3(grid), dim3(kThreadsSm90), sizeof(SimilaritySm90Memory<Visitor>),
+                  stream, w, rectangle, visitor, plan.maps);
+  return launch(similarity<Visitor>, dim3(grid), dim3(kThreads), sizeof(SimilarityMemory<Visitor>), stream, w,
+                rectangle, visitor);
+}
+
+// Three products for each tile that one product does not decide: see screen.cuh.
+cudaError_t screened(const Plan& plan, const Rectangle& rectangle, unsigned grid, cudaStream_t stream) {
+  const Work& w = plan.work;
+  Work high = w;
+  high.parts = 1;
+  cudaError_t error = similarities(plan, high, rectangle, grid, ScreenVisitor{screen_bound(w.width)}, stream);
+  if (error == cudaSuccess)
+    error = launch(list_undecided, dim3(1), dim3(kThreads), kWarps * sizeof(int), stream, w, rectangle);
+  return error != cudaSuccess ? error : similarities(plan, w, rectangle, grid, UndecidedVisitor{}, stream);
+}
+
+cudaError_t one_rectangle(const Plan& plan, const Rectangle& rectangle, const Tuning& tuning, cudaStream_t stream) {
   const Work& w = plan.work;
   int rows = rectangle.i1 - rectangle.i0, columns = rectangle.j1 - rectangle.j0;
-  int64_t tiles = int64_t{rows} * columns;
-  unsigned grid = static_cast<unsigned>(std::min<int64_t>(tiles, w.partials));
-  cudaError_t error;
-  if (plan.sm90) {  // one block of threads fills a multiprocessor
-    grid = static_cast<unsigned>(std::min<int64_t>((tiles + 1) / 2, w.partials / 2));
-    error = launch(similarity_sm90<LossVisitor>, dim3(grid), dim3(kThreadsSm90),
-                   sizeof(SimilaritySm90Memory<LossVisitor>), stream, w, rectangle, LossVisitor{}, plan.maps);
-  } else {
-    error = launch(similarity<LossVisitor>, dim3(grid), dim3(kThreads), sizeof(SimilarityMemory<LossVisitor>), stream,
-                   w, rectangle, LossVisitor{});
-  }
+  // On Hopper a block of threads fills a multiprocessor, and takes two tiles at a time.
+  int64_t tiles = int64_t{rows} * (plan.sm90 ? (columns + 1) / 2 : columns), room = w.partials / (plan.sm90 ? 2 : 1);
+  unsigned grid = static_cast<unsigned>(std::min(tiles, room));
+  int64_t work = rectangle.diagonal ? tiles / 2 : tiles;
+  cudaError_t error = w.parts == 2 && work >= tuning.screen_from * room
+                          ? screened(plan, rectangle, grid, stream)
+                          : similarities(plan, w, rectangle, grid, LossVisitor{}, stream);
   int owners =
       (w.set[0].sum[0] != nullptr ? rows : 0) + (w.set[1].sum[0] != nullptr && !rectangle.diagonal ? columns : 0);
   if (error != cudaSuccess || owners == 0) return error;
@@ -87,7 +110,7 @@ cudaError_t enqueue(const Plan& plan, Type type, cudaStream_t stream, const Tuni
     for (int j = w.symmetric ? i : 0; j < w.set[1].tiles && error == cudaSuccess; j += plan.side[1]) {
       const int i1 = std::min(i + plan.side[0], w.set[0].tiles), j1 = std::min(j + plan.side[1], w.set[1].tiles);
       const Rectangle rectangle{i, i1, j, j1, w.symmetric && i == j, ++number};
-      error = one_rectangle(plan, rectangle, stream);
+      error = one_rectangle(plan, rectangle, tuning, stream);
     }
   if (error != cudaSuccess) return error;
   int64_t rows = std::max(w.set[0].n, w.set[1].n);

@@ -11,6 +11,7 @@ namespace tcm::cuda {
 // Sizes that a test makes smaller, to have many rectangles and merges of few rows, and similarities beyond the window.
 struct Tuning {
   int rectangle = kRectangle;
+  int screen_from = kScreenFrom;
   int window = INT32_MAX;  // cells; even
   int64_t chunk = kChunk, one_chunk = kOneChunk;
 };

@@ -32,7 +32,9 @@ __global__ void __launch_bounds__(kThreads) rank_labels(const __grid_constant__ 
   int64_t thread = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (blockIdx.y == 0) {
     if (thread == 0) *w.state = initial_state(w);
-    for (int64_t k = thread; k < w.partials; k += int64_t{kThreads} * gridDim.x) w.partial[k] = {};
+    const int64_t step = int64_t{kThreads} * gridDim.x;
+    for (int64_t k = thread; k < w.partials; k += step) w.partial[k] = {};
+    for (int64_t k = thread; k < w.undecided_words; k += step) w.undecided[k] = 0;
   }
   if (set.touched != nullptr) {
     const int64_t step = int64_t{kThreads} * gridDim.x;

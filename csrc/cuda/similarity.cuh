@@ -57,12 +57,13 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int of_part = w.width / kDepth, steps = of_part * (w.parts == 2 ? 3 : 1);
 
   // The steps of all tiles are one sequence, copied one step ahead: a tile's first one while the last tile is scanned.
-  TileOrder<1> order(w, rectangle);
+  typename Visitor::template Order<1> order(w, rectangle);
   bool more = order.find();
   if (more) load_step(w, memory.stage, 0, order.i, order.j, 0);
   copies_commit();
   visitor.template begin<kRows>(w, memory.tile);
   int stage = 0;
+  [[maybe_unused]] Trial trial;
   while (more) {
     const int tile_i = order.i, tile_j = order.j;
     more = order.next();
@@ -103,8 +104,16 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
 
     const auto prepared = visitor.template prepare<kRows>(w, memory.tile, tile_i, tile_j);
-    visitor.template visit<kRows>(w, rectangle, memory.tile, reinterpret_cast<float (&)[1][4][4][4]>(s), tile_i, tile_j,
-                                  prepared);
+    const auto visit = [&] {
+      return visitor.template visit<kRows>(w, rectangle, memory.tile, reinterpret_cast<float (&)[1][4][4][4]>(s),
+                                           tile_i, tile_j, prepared);
+    };
+    if constexpr (!Visitor::kScreens) {
+      visit();
+    } else if (trial.over(visit()) && trial.failed()) {
+      if (thread == 0 && more) visitor.leave(w, rectangle, order);
+      break;
+    }
   }
   copies_wait<0>();
   visitor.template end<kRows>(w, memory.tile);

@@ -20,7 +20,8 @@ template <class Visitor>
 struct SimilaritySm90Memory {
   static constexpr int kRing = Visitor::kRing;
   unsigned char stage[kRing][3][kBoxRows * kBoxColumns * 2];  // the row tile, two column tiles; each 1,024-byte aligned
-  Barrier full[kRing], empty[kRing], ahead;
+  Barrier full[kRing], empty[kRing], ahead, tried;
+  bool failed;  // the trial of a screen
   typename Visitor::template Memory<2> tile;
 };
 static_assert(kBoxRows == kTile && kBoxColumns == kDepth);
@@ -38,6 +39,13 @@ struct Ring {
   }
 };
 
+// Whether a screen is to end, as the first team has found; for the second and for the thread that copies.
+template <class Visitor>
+__device__ __forceinline__ bool trial_failed(SimilaritySm90Memory<Visitor>& memory) {
+  barrier_wait(memory.tried, 0);
+  return memory.failed;
+}
+
 // One thread: copies all steps of all tiles, each as soon as its stage is empty. Parts as in `load_step`.
 template <class Visitor>
 __device__ __forceinline__ void copy_steps(const Work& w, const Rectangle& rectangle, const TensorMaps& maps,
@@ -45,8 +53,12 @@ __device__ __forceinline__ void copy_steps(const Work& w, const Rectangle& recta
   const int of_part = w.width / kDepth, parts = w.parts == 2 ? 3 : 1;
   const int low_rows = w.set[0].tiles * kTile, low_columns = w.set[1].tiles * kTile;  // where the low part begins
   Ring<Visitor::kRing> ring;
-  TileOrder<2> order(w, rectangle);
-  for (bool more = order.find(); more; more = order.next())
+  typename Visitor::template Order<2> order(w, rectangle);
+  [[maybe_unused]] int number = 0;
+  for (bool more = order.find(); more; more = order.next()) {
+    if constexpr (Visitor::kScreens) {
+      if (number++ == Trial::kTiles && trial_failed(memory)) return;
+    }
     for (int part = 0; part < parts; ++part) {
       const int row = order.i * kTile + (part == 1 ? low_rows : 0);
       const int column_row = order.j * kTile + (part == 0 && parts == 3 ? low_columns : 0);
@@ -59,6 +71,7 @@ __device__ __forceinline__ void copy_steps(const Work& w, const Rectangle& recta
         copy_box(memory.stage[ring.stage][2], maps.of[1], full, column_row + kTile, step * kDepth);
       }
     }
+  }
 }
 
 // The workers: all products, each pair of tiles then shown to the visitor.
@@ -72,7 +85,8 @@ __device__ __forceinline__ void work_steps(const Work& w, const Rectangle& recta
   // products (C7515); where a visitor moves similarities about, every ptxas does unless they are there for each tile.
   float s[128] = {};
   Ring<Visitor::kRing> ring;
-  TileOrder<2> order(w, rectangle);
+  typename Visitor::template Order<2> order(w, rectangle);
+  [[maybe_unused]] Trial trial;
   // The second warpgroup begins when the first is kLead steps ahead, and stays behind it: so one looks while the other
   // multiplies. Steps to go until then, and one, since a step is over when the next has been waited for.
   int lead = Visitor::kLead == 0 ? 0 : Visitor::kLead + 1;
@@ -107,8 +121,18 @@ __device__ __forceinline__ void work_steps(const Work& w, const Rectangle& recta
         for (int k = 0; k < 128; ++k) s[k] *= 1 / kLowScale;
       }
     }
-    visitor.template visit<kColumns>(w, rectangle, memory.tile, reinterpret_cast<float (&)[2][4][4][4]>(s), order.i,
-                                     order.j, prepared);
+    const auto visit = [&] {
+      return visitor.template visit<kColumns>(w, rectangle, memory.tile, reinterpret_cast<float (&)[2][4][4][4]>(s),
+                                              order.i, order.j, prepared);
+    };
+    if constexpr (!Visitor::kScreens) {
+      visit();
+    } else if (trial.over(visit())) {
+      if (worker<kColumns>() == 0) memory.failed = trial.failed(), barrier_arrive(memory.tried);
+      if (!(worker<kColumns>() < 128 ? trial.failed() : trial_failed(memory))) continue;
+      if (worker<kColumns>() == 0 && order.next()) visitor.leave(w, rectangle, order);
+      break;
+    }
   }
   visitor.template end<kColumns>(w, memory.tile);
 }
@@ -123,6 +147,7 @@ __global__ void __launch_bounds__(TCM_SM90 ? kThreadsSm90 : 32, 1)
   if (threadIdx.x == 0) {
     for (int k = 0; k < Visitor::kRing; ++k) barrier_init(memory.full[k], 1), barrier_init(memory.empty[k], kWarps);
     barrier_init(memory.ahead, 1);
+    barrier_init(memory.tried, 1);
     barriers_ready();
   }
   if (threadIdx.x >= 128) visitor.template begin<kColumns>(w, memory.tile);

@@ -10,8 +10,6 @@
 namespace tcm::cuda {
 namespace {
 
-constexpr int kGroup = 8;  // row tiles that neighbouring blocks of threads share: see `TileOrder`
-
 enum Held { kRows, kColumns };
 
 // Workers that look at their similarities together, without regard for others: on Hopper each warpgroup, with half of a
@@ -71,6 +69,19 @@ struct TileOrder {
     offset += static_cast<int>(gridDim.x);
     return find();
   }
+};
+
+// The first tiles that a screen (screen.cuh) looks at: whether so many of them are undecided that it had better end.
+struct Trial {
+  static constexpr int kTiles = 4;  // on Hopper pairs of them
+  static constexpr int kMany = 3;   // a tile costs one product, a decided one saves two: two thirds would be even
+  int seen = 0, undecided = 0;
+
+  __device__ bool over(bool found) {
+    undecided += found;
+    return ++seen == kTiles;
+  }
+  __device__ bool failed() const { return undecided >= kMany; }
 };
 
 template <Held kHeld>
@@ -284,6 +295,17 @@ __device__ __forceinline__ void write_record(const Work& w, const Rectangle& rec
     }
 }
 
+// The records of a team's part of kTiles neighbouring tiles without a hard pair. For one worker.
+template <Held kHeld, int kTiles>
+__device__ __forceinline__ void write_empty_records(const Work& w, const Rectangle& rectangle,
+                                                    const LossMemory<kTiles>& memory, int tile_i, int tile_j,
+                                                    const Team<kHeld>& of) {
+#pragma unroll
+  for (int k = 0; k < kTiles; ++k)
+    if (present(rectangle, tile_i, tile_j + k, memory.valid[1]))
+      write_record(w, rectangle, tile_i, tile_j + k, {0, 0}, of);
+}
+
 // The masks of a team's rows of a tile to the workspace, and which rows and columns have a hard pair there.
 template <Held kHeld>
 __device__ __forceinline__ void store_masks(const Work& w, const uint32_t (&rows)[kTile][4],
@@ -375,10 +397,7 @@ __device__ __forceinline__ void examine(const Work& w, const Rectangle& rectangl
   if (of.any(found)) {
     keep_tiles(w, rectangle, memory, tile_i, tile_j, hard, of);
   } else if (worker<kHeld>() == of.number * Team<kHeld>::kWorkers) {
-#pragma unroll
-    for (int k = 0; k < kTiles; ++k)
-      if (present(rectangle, tile_i, tile_j + k, memory.valid[1]))
-        write_record(w, rectangle, tile_i, tile_j + k, {0, 0}, of);
+    write_empty_records(w, rectangle, memory, tile_i, tile_j, of);
   }
 }
 
@@ -406,9 +425,12 @@ __device__ __forceinline__ void add_totals(const Work& w, LossMemory<kTiles>& me
 struct LossVisitor {
   template <int kTiles>
   using Memory = LossMemory<kTiles>;
-  static constexpr int kRing = 4;  // stages of copies on Hopper: as many as fit beside Memory
-  static constexpr int kLead = 2;  // steps of a product by which one team is ahead of the other; 0: they go together
-  static constexpr bool kMoves = false;  // whether similarities are moved among a thread's registers
+  template <int kAcross>
+  using Order = TileOrder<kAcross>;  // which tiles it is shown
+  static constexpr int kRing = 4;    // stages of copies on Hopper: as many as fit beside Memory
+  static constexpr int kLead = 2;    // steps of a product by which one team is ahead of the other; 0: they go together
+  static constexpr bool kMoves = false;    // whether similarities are moved among a thread's registers
+  static constexpr bool kScreens = false;  // whether it may give up: see screen.cuh
 
   // For all workers: before the first tile, with a barrier to follow; for kTiles neighbouring tiles, what can be done
   // before their similarities are there; then with them, given the result of that; after the last.

@@ -5,11 +5,13 @@
 //    for each element; for each row the range of columns of its label; sums of x^ over each tile of rows.
 // 2. For each rectangle of up to kRectangle x kRectangle tiles (symmetric: those that reach above the diagonal):
 //    similarity (similarity.cuh): products, hard pairs counted and summed, one bit kept for each pair of a mixed tile;
+//    for fp32 accuracy after a screen (screen.cuh) that finds the tiles in which there can be any;
 //    masked sums (masked_sum.cuh): M X^ and M^T X^ added to the sums G+ and G-.
 // 3. Epilogue (epilogue.cuh): loss, counts; gradients from G+, G- and the counts, or of either penalty from G+ or G-,
 //    in the order of the input.
 // Launches: six in all up to 4,096 rows; beyond that one more for each doubling of the sorted runs, and beyond 24,576 rows
-// (symmetric, kRectangle tiles) two for each further rectangle, of which there are O((N / 24,576)^2).
+// (symmetric, kRectangle tiles) two for each further rectangle, of which there are O((N / 24,576)^2). A screen takes two
+// more for each rectangle.
 #pragma once
 
 #include <cstdint>
@@ -25,6 +27,8 @@ constexpr int kSlice = 128;    // columns of x^ in one tile of a masked sum
 constexpr int kThreads = 256;  // of every block of threads
 constexpr int kWarps = kThreads / 32;
 constexpr int kRectangle = 192;   // tiles on a side of a rectangle at most: 151 MB of masks
+constexpr int kGroup = 8;         // row tiles that neighbouring blocks of threads share: see `TileOrder`
+constexpr int kScreenFrom = 4;    // tiles (on Hopper pairs) for each block of threads from which on there is a screen
 constexpr int kHalf = kTile / 2;  // rows of a half of a tile
 constexpr int kSparse = 64;       // hard pairs up to which a tile's masked sum goes pair by pair
 constexpr int kChunk = 1024;      // labels sorted by one comparison of all with all, if there are more than kOneChunk
@@ -77,10 +81,14 @@ struct Work {
   State* state;
   Partial* partial;  // [partials]
   int partials;
-  int2* record;     // [tiles of a rectangle, 2] hard positives, hard negatives of the rows of a half of a tile
-  uint4* mask;      // [tiles of a rectangle, 2, kTile] one bit for each pair: by row, by column; see `mask_bit`
-  uint4* occupied;  // [tiles of a rectangle, 3] rows with a hard pair; columns with one in either half of the rows
-  float* loss;      // outputs
+  uint32_t* undecided;  // [places of a rectangle / 32] one bit for each tile that the screen leaves
+  int undecided_words;  // 0: there is no screen
+  int* listed;          // [places of a rectangle] the places of those tiles
+  int* listed_size;     // []
+  int2* record;         // [tiles of a rectangle, 2] hard positives, hard negatives of the rows of a half of a tile
+  uint4* mask;          // [tiles of a rectangle, 2, kTile] one bit for each pair: by row, by column; see `mask_bit`
+  uint4* occupied;      // [tiles of a rectangle, 3] rows with a hard pair; columns with one in either half of the rows
+  float* loss;          // outputs
   double* penalty;
   int64_t* count;
 
@@ -95,6 +103,14 @@ struct Rectangle {
   int number;     // of the rectangle, from 1 on
 
   __device__ int tile(int i, int j) const { return (i - i0) * (j1 - j0) + (j - j0); }
+
+  // Tiles in the order in which they are worked: kGroup row tiles together, column by column; and back.
+  __host__ __device__ int places() const { return (i1 - i0 + kGroup - 1) / kGroup * kGroup * (j1 - j0); }
+  __device__ int place(int i, int j) const {
+    return (i - i0) / kGroup * kGroup * (j1 - j0) + (j - j0) * kGroup + (i - i0) % kGroup;
+  }
+  __device__ int row_at(int place) const { return i0 + place / kGroup / (j1 - j0) * kGroup + place % kGroup; }
+  __device__ int column_at(int place) const { return j0 + place / kGroup % (j1 - j0); }
 };
 
 // Where a word of a mask keeps its column c (0..31): even columns in the low half, odd ones in the high half. Bits p

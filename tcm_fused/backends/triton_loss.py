@@ -5,27 +5,31 @@ How a call goes (`launch`):
 
 1. Sort rows and columns by label, those that take no part last, and store them as unit vectors X^ in fp16: once, or for
    fp32 accuracy as a high and a low part, x^ = high + low / 2^11 (`normalise`). A row's positives are then one range of
-   columns, and most tiles need no look at labels.
+   columns (`tile_sums` finds it), and most tiles need no look at labels.
 2. Cut the rows into panels. For each panel:
    a. `similarity`: tiles of s = X^ X^T (the upper triangle where rows are columns); penalty, count and class of each
       tile and side: empty, mixed or full. A mixed tile writes its 0/1 mask, in fp16, which is exact.
+      For fp32 accuracy a tile in which no pair can be hard is done with the product of the high parts.
    b. `lists`: the mixed and the full tiles of every row and every column of tiles.
    c. `masked_sum`: G_I += M X^_J and G_J += M^T X^_I over the mixed tiles only.
    d. `collect`: a full tile adds the sum of its unit vectors, from `tile_sums`.
 3. `totals`: loss, counts and w = lambda / n. `project`: dL/dx = (g - (g . x^) x^) / |x| with g = w- G- - w+ G+. The
    gradients of the two penalties are two such, with w 1 and 0.
 
-Margins and weights are read by the kernels from the memory of the device, so that a captured CUDA graph follows them.
+Margins and weights are read by the kernels from the memory of the device, so that a captured CUDA graph follows them;
+numbers of the host come with the first launch, by their bits.
 
 The host never waits for the device, and every sum has one owner and a fixed order: two runs give the same bits.
 
-Cost for N rows = columns and D components, in 16-bit products (three times that for fp32 accuracy): N^2 D flops for the
-similarities, and 2 N^2 D more where every tile is mixed. The masks are written once and read twice, 6 bytes for two
-ordered pairs that cost 6 D flops: at D = 512 that is 512 flops a byte, above the 180 to 300 that sm_80 to sm_100 need.
-Launches are 6 a panel and about 20 besides. A panel's masks take `panel_bytes`, 4 bytes a pair, for the upper triangle
-only. At N = 65,536 and D = 512 that is 10 panels on sm_90. The first has 4096 rows: 8192 similarity tiles for some 132
-multiprocessors, 1024 sums of columns, and 64 sums of rows, which are split in 4. At 790 TFLOP/s its similarities take
-0.35 ms and all its masked sums 0.7 ms, which leaves the host time for the next 6 launches.
+Cost for N rows = columns and D components, in 16-bit products (for fp32 accuracy three times that, where a tile has a
+pair in question): N^2 D flops for the similarities, and 2 N^2 D more where every tile is mixed. The masks are written
+once and read twice, 6 bytes for two ordered pairs that cost 6 D flops: at D = 512 that is 512 flops a byte, above the
+180 to 300 that sm_80 to sm_100 need. Launches are 6 a panel and 4 besides (7 with a reference set), beside the sort.
+Memory is taken piece by piece: PyTorch hands out a piece in the time in which it makes a view of a larger one. A
+panel's masks take `panel_bytes`, 4 bytes a pair, for the upper triangle only. At N = 65,536 and D = 512 that is 10
+panels on sm_90. The first has 4096 rows: 8192 similarity tiles for some 132 multiprocessors, 1024 sums of columns, and
+64 sums of rows, which are split in 4. At 790 TFLOP/s its similarities take 0.35 ms and all its masked sums 0.7 ms,
+which leaves the host time for the next 6 launches.
 """
 
 import contextlib
@@ -39,12 +43,16 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from tcm_fused.backends import triton_kernels as kernels
+from tcm_fused.backends import triton_gradient as gradient
+from tcm_fused.backends import triton_prologue as prologue
+from tcm_fused.backends import triton_similarity as similarity
 from tcm_fused.backends.numerics import EPS
 from tcm_fused.backends.problem import Problem, Result
 
 LONGEST = 2**31  # numbers that offsets of 32 bits reach
 MOST = 2**30 - 256  # rows, of which two parts are counted in 32 bits
+WIDEST = 2**22 - 64  # components: offsets within a block of 256 rows take 32 bits
+MOST_NUMBERS = 2**42  # of all rows: a grid has up to 2^31 blocks, one for 128 rows and 64 components
 INTERPRETED = bool(triton.knobs.runtime.interpret)  # kernels run in NumPy, on CPU tensors
 
 
@@ -99,9 +107,9 @@ class Embeddings:
     """Rows or columns, sorted by label, with the sums for their gradient."""
 
     x: Tensor  # [N, D] as given
-    key: Tensor  # [N] sorted labels, with the sign bit flipped: those that take no part are the largest
+    number: int  # of the set: 0 rows, 1 columns that are others
+    labels: Tensor  # [N] sorted, the largest first: rows that take no part come last
     order: Tensor  # [N] row of x that sorted row r is
-    valid: Tensor  # [] int32, rows that take part
     unit: Tensor  # [parts * padded, d] fp16
     norm: Tensor  # [2, padded] |x| as two factors, since it may be beyond float32: largest |component|, and the rest
     sums: Tensor  # [padded / tile rows, d] sums of x^
@@ -143,6 +151,13 @@ def check(problem: Problem) -> None:
             raise RuntimeError(f"{name}: embeddings and labels must be on one device")
         if len(rows) > MOST:
             raise RuntimeError(f"{name}: {len(rows):,} embeddings are more than {MOST:,}; take them in several parts")
+        if rows.numel() > MOST_NUMBERS:
+            raise RuntimeError(
+                f"{name}: {len(rows):,} embeddings of {rows.shape[1]:,} dimensions are more than {MOST_NUMBERS:,} "
+                "numbers; take them in several parts"
+            )
+    if x.shape[1] > WIDEST:
+        raise RuntimeError(f"{name}: embeddings of {x.shape[1]:,} dimensions; there may be {WIDEST:,}")
     last = 0 if ref_x is None else ref_x.shape[0] - x.shape[0]
     if row_offset is not None and not 0 <= row_offset <= last:
         raise RuntimeError(f"{name}: row_offset must put every row among the columns")
@@ -157,87 +172,109 @@ def launch(config: Config, processors: int, problem: Problem) -> Result:
     """All steps of a call, of which everything was checked."""
     x, y, ref_x, ref_y, row_offset, margins, weights, _, fp16, grad_x, grad_ref = problem
     parts = 1 if fp16 else 2
-    symmetric = ref_x is None or ref_y is None
-    rows = prepare(config, x, y, parts, grad_x)
-    columns = rows if ref_x is None or ref_y is None else prepare(config, ref_x, ref_y, parts, grad_ref)
-    margins = on_device(margins, x.device)
-    walk = Walk(config, processors, rows, columns, parts, margins, symmetric, row_offset)
+    new = x.new_empty
+    state = x.new_zeros(prologue.STATE, dtype=torch.float64)
+    rows = allocate(config, x, y, 0, parts, grad_x)
+    columns = rows if ref_x is None or ref_y is None else allocate(config, ref_x, ref_y, 1, parts, grad_ref)
+    symmetric = columns is rows
+    self_pairs = prologue.DIAGONAL if symmetric else prologue.NO_SELF if row_offset is None else prologue.TABLE
+    numbers = *on_device_or_bits(margins, x.device), *on_device_or_bits(weights, x.device)
+    normalise(config, rows, parts, state, numbers)
+    position = None
+    if not symmetric:
+        position = new(len(columns.order) if row_offset is not None else 0, dtype=torch.int32)
+        normalise(config, columns, parts, state, numbers)
+        tile_sums(config, columns, parts, columns, None, position, 0, self_pairs)
+    positives = new((3, len(rows.order)), dtype=torch.int32)
+    tile_sums(config, rows, parts, columns, positives, position, row_offset or 0, self_pairs)
+    walk = Walk(config, processors, rows, columns, parts, state, positives, self_pairs)
     walk.run()
 
-    def new(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=x.device)
-
-    penalty, count = new((2,), torch.float64), new((2,), torch.int64)
-    loss = None if weights is None else new((), torch.float32)
-    w = new((2, 2) if weights is None else (2,), torch.float32)
-    checks = (rows.norm[1].sum(), columns.norm[1].sum())  # NaN if a row is not finite
+    penalty, count = new((2,), dtype=torch.float64), new((2,), dtype=torch.int64)
+    loss = None if weights is None else new((), dtype=torch.float32)
     # More than 512 at a time spill on sm_80.
-    kernels.totals[(1,)](
-        walk.penalty, walk.count, *checks, loss, penalty, count, w,
-        None if weights is None else on_device(weights, x.device), margins, walk.penalty.shape[1],
-        BLOCK=512,
-    )  # fmt: skip
-    none = x.new_empty(0, dtype=torch.float32)
+    gradient.totals[(1,)](walk.panel_sums, state, loss, penalty, count, walk.panel_sums.shape[2], BLOCK=512)
+    sides = 2 if weights is None else 1
     return Result(
         loss,
-        project(rows, w, 2.0 if symmetric else 1.0) if grad_x else none,
-        project(columns, w, 1.0) if grad_ref and not symmetric else none.clone(),
+        project(rows, state, sides, 2.0 if symmetric else 1.0) if grad_x else new(0, dtype=torch.float32),
+        project(columns, state, sides, 1.0) if grad_ref and not symmetric else new(0, dtype=torch.float32),
         penalty,
         count,
     )
 
 
-def on_device(numbers: Tensor, device: torch.device) -> Tensor:
-    """[2] float64 on the device. Numbers from the CPU are filled in: a copy would wait, and break a graph's capture."""
-    if numbers.device == device:
-        return numbers
-    plus, minus = numbers.tolist()
-    filled = torch.full((2,), plus, dtype=torch.float64, device=device)
-    filled[1:].fill_(minus)
-    return filled
+def on_device_or_bits(numbers: Tensor | None, device: torch.device) -> tuple[Tensor | None, tuple[int, int]]:
+    """[2] float64 where the device has them, or else their bits, which a launch can bring; None: zeros.
+
+    A copy to the device would wait, and break the capture of a graph.
+    """
+    if numbers is not None and numbers.device == device:
+        return numbers, (0, 0)
+    plus, minus = (0, 0) if numbers is None else numbers.view(torch.int64).tolist()
+    return None, (plus, minus)
 
 
-def prepare(config: Config, x: Tensor, y: Tensor, parts: int, gradient: bool) -> Embeddings:
-    """Step 1."""
+def allocate(config: Config, x: Tensor, y: Tensor, number: int, parts: int, gradient: bool) -> Embeddings:
+    """The sorted set, and memory for the rest."""
     n, d_given = x.shape
     padded = max(triton.cdiv(n, config.columns), 1) * config.columns
     d = triton.cdiv(d_given, config.step) * config.step
-    key, order = torch.sort(y ^ torch.iinfo(torch.int64).min, stable=True)
     new = x.new_empty
-    e = Embeddings(
+    labels, order = torch.sort(y, stable=True, descending=True)
+    return Embeddings(
         x=x,
-        key=key,
+        number=number,
+        labels=labels,
         order=order,
-        valid=(key < 0).sum(dtype=torch.int32),
         unit=new((parts * padded, d), dtype=torch.float16),
         norm=new((2, padded), dtype=torch.float32),
         sums=new((padded // config.rows, d), dtype=torch.float32),
         g=x.new_zeros((2, padded, d), dtype=torch.float32) if gradient else None,
     )
+
+
+def normalise(config: Config, e: Embeddings, parts: int, state: Tensor, numbers: tuple[Any, ...]) -> None:
+    """x^ and |x|; with the rows, set 0, margins and weights."""
+    margins, of_margins, weights, of_weights = numbers
+    d = e.unit.shape[1]
     block = min(triton.next_power_of_2(d), 1024)
     height = max(1, min(2048 // block, config.rows))
-    kernels.normalise[(padded // height,)](
-        x, order, e.valid, e.unit, e.norm, d_given, padded, d, *x.stride(), EPSILON=EPS, PARTS=parts, ROWS=height,
-        BLOCK=block,
+    prologue.normalise[(e.padded // height,)](
+        e.x, e.labels, e.order, e.unit, e.norm, state, margins, weights, *of_margins, *of_weights, *e.x.shape, e.padded,
+        d, *e.x.stride(), SET=e.number, EPSILON=EPS, PARTS=parts, ROWS=height, BLOCK=block,
     )  # fmt: skip
-    width = min(block, 64)
-    kernels.tile_sums[(triton.cdiv(d, width) * (padded // config.rows),)](
-        e.unit, e.sums, padded, d, PARTS=parts, TILE=config.rows, BLOCK=width
-    )
-    return e
 
 
-def project(e: Embeddings, weight: Tensor, factor: float) -> Tensor:
-    """dL/dx [N, D] from the masked sums and their weights [2]; with weights [2, 2] two such, [2, N, D]."""
+def tile_sums(
+    config: Config,
+    e: Embeddings,
+    parts: int,
+    columns: Embeddings,
+    positives: Tensor | None,
+    position: Tensor | None,
+    row_offset: int,
+    self_pairs: Any,
+) -> None:
+    """Sums of x^ over tiles, and where a row's positives are among the columns."""
+    d, m = e.unit.shape[1], len(columns.labels)
+    width = min(triton.next_power_of_2(d), 64)
+    prologue.tile_sums[(triton.cdiv(d, width) * (e.padded // config.rows),)](
+        e.unit, e.sums, e.labels, columns.labels, positives, e.order, position, e.padded, d, len(e.labels), m,
+        m.bit_length(), row_offset, SELF=self_pairs, PARTS=parts, TILE=config.rows, BLOCK=width,
+    )  # fmt: skip
+
+
+def project(e: Embeddings, state: Tensor, sides: int, factor: float) -> Tensor:
+    """dL/dx [N, D] from the masked sums and their weights; with two sides the penalties' gradients, [2, N, D]."""
     assert e.g is not None
     n, d = e.x.shape
-    sides = weight.shape[:-1]
-    out = e.x.new_empty((*sides, n, d), dtype=torch.float32)
+    out = e.x.new_empty((2, n, d) if sides == 2 else (n, d), dtype=torch.float32)
     block = min(triton.next_power_of_2(e.g.shape[2]), 1024)
     height = max(1, min(1024 // block, 16))
-    kernels.project[(triton.cdiv(n, height), sides.numel())](
-        e.x, e.order, e.valid, e.norm, e.g, weight, out, n, d, e.padded, e.g.stride(0), e.g.shape[2], *e.x.stride(),
-        factor, EPSILON=EPS, ROWS=height, BLOCK=block,
+    gradient.project[(triton.cdiv(n, height), sides)](
+        e.x, e.order, e.norm, e.g, state, out, n, d, e.padded, e.g.stride(0), e.g.shape[2], *e.x.stride(), factor,
+        SET=e.number, EPSILON=EPS, ROWS=height, BLOCK=block,
     )  # fmt: skip
     return out
 
@@ -252,40 +289,31 @@ class Walk:
         rows: Embeddings,
         columns: Embeddings,
         parts: int,
-        margins: Tensor,
-        symmetric: bool,
-        row_offset: int | None,
+        state: Tensor,
+        positives: Tensor,
+        self_pairs: Any,
     ) -> None:
         self.config, self.processors, self.parts = config, processors, parts
-        # |s| is below 2, so that a margin beyond decides as 2 does; its share of the penalties is added at the end, in
-        # fp64, since the sum of a tile could overflow.
-        self.margins = margins.new_empty(2, dtype=torch.float32).copy_(margins.clamp(-2, 2))
-        self.rows, self.columns, self.symmetric = rows, columns, symmetric
+        self.rows, self.columns, self.symmetric = rows, columns, columns is rows
+        self.state, self.positives, self.self_pairs = state, positives, self_pairs
         self.d = rows.unit.shape[1]
         self.masked = rows.g is not None or columns.g is not None
-        # Columns of each row's label.
-        self.first = torch.searchsorted(columns.key, rows.key, out_int32=True)
-        self.last = torch.searchsorted(columns.key, rows.key, out_int32=True, right=True)
-        self.own, self.self_pairs = self.first, kernels.NO_SELF
-        if symmetric:
-            self.self_pairs = kernels.DIAGONAL
-        elif row_offset is not None:
-            self.self_pairs = kernels.TABLE
-            position = torch.empty_like(columns.order, dtype=torch.int32)
-            position[columns.order] = torch.arange(len(position), dtype=torch.int32, device=position.device)
-            self.own = position[rows.order + row_offset]
-        tiles = rows.padded // config.rows
-        self.penalty = torch.empty((2, tiles), dtype=torch.float64, device=rows.x.device)
-        self.count = torch.empty((2, tiles), dtype=torch.int64, device=rows.x.device)
+        # [penalties and counts, 2 sides, tiles of rows]
+        self.panel_sums = state.new_empty((2, 2, rows.padded // config.rows))
 
     def run(self) -> None:
         """Work on all panels, one after the other."""
         panels = list(self.panels())
-        pairs = max(height * width for _, height, _, width in panels)
         new = self.rows.unit.new_empty
+        pairs = max(height * width for _, height, _, width in panels)
         masks = new(2 * pairs if self.masked else 16)
+        table = new(max(similarity.table_size(*self.tiles(*panel)) for panel in panels), dtype=torch.int32)
         for panel in panels:
-            self.one_panel(masks, *panel)
+            self.one_panel(masks, table, *panel)
+
+    def tiles(self, _row: int, height: int, _column: int, width: int) -> tuple[int, int]:
+        """Of a panel, from top to bottom and across."""
+        return height // self.config.rows, width // self.config.columns
 
     def panels(self) -> Iterator[tuple[int, int, int, int]]:
         """First row and height, first column and width of each. Where rows are columns they grow taller as they narrow.
@@ -303,50 +331,43 @@ class Walk:
             yield row, height, column, width
             row += height
 
-    def one_panel(self, masks: Tensor, row: int, height: int, column: int, width: int) -> None:
+    def one_panel(self, masks: Tensor, table: Tensor, row: int, height: int, column: int, width: int) -> None:
         """Launch the kernels of one panel."""
         config, rows, columns = self.config, self.rows, self.columns
-        i, j = height // config.rows, width // config.columns
-        device = rows.x.device
-        penalty = torch.empty((2, i, j), dtype=torch.float32, device=device)
-        count, kind = torch.empty((2, 2, i, j), dtype=torch.int32, device=device)
-        kernels.similarity[(i * j,)](
+        i, j = self.tiles(row, height, column, width)
+        similarity.similarity[(i * j,)](
             self.operand(rows.unit, config.rows, config.step),
             self.operand(columns.unit, config.columns, config.step),
             self.operand(columns.unit, config.narrow, config.step),
-            self.first, self.last, self.own, rows.valid, columns.valid, masks, penalty, count, kind, self.margins,
-            row, column, rows.padded, columns.padded, self.d, i, j,
-            PARTS=self.parts, SELF=self.self_pairs, MASKS=self.masked, ROWS=config.rows, COLUMNS=config.columns,
-            NARROW=config.narrow, STEP=config.step, TMA=config.tma, num_warps=config.warps,
-            num_stages=config.similarity_stages,
+            self.positives, self.state, masks, table, len(rows.order), row, column, rows.padded, columns.padded, self.d,
+            i, j, COLUMN_SET=columns.number, PARTS=self.parts, SELF=self.self_pairs, MASKS=self.masked,
+            ROWS=config.rows, COLUMNS=config.columns, NARROW=config.narrow, STEP=config.step, TMA=config.tma,
+            num_warps=config.warps, num_stages=config.similarity_stages,
         )  # fmt: skip
-        lists = torch.empty((2, 2 * i * j), dtype=torch.int32, device=device)
-        sizes = torch.empty((2, 2, i + j), dtype=torch.int32, device=device)
-        first_tile = row // config.rows
-        kernels.lists[(i + j if self.masked else i, 2)](
-            penalty, count, kind, self.penalty[:, first_tile:], self.count[:, first_tile:], lists, sizes, i, j,
-            self.penalty.shape[1], SYMMETRIC=self.symmetric, RATIO=config.columns // config.rows, BLOCK=256,
+        similarity.lists[(i + j if self.masked else i, 2)](
+            table, self.panel_sums, row // config.rows, i, j, self.panel_sums.shape[2], SYMMETRIC=self.symmetric,
+            RATIO=config.columns // config.rows, BLOCK=256,
         )  # fmt: skip
         if rows.g is not None:
-            self.add(rows.g[:, row:], columns, column, masks, lists[0], sizes, i, j, transposed=False)
+            self.add(rows.g, row, columns, column, masks, table, i, j, transposed=False)
         g = rows.g if self.symmetric else columns.g
         if g is not None:
-            self.add(g[:, column:], rows, row, masks, lists[1], sizes[:, :, i:], i, j, transposed=True)
+            self.add(g, column, rows, row, masks, table, i, j, transposed=True)
 
     def add(
         self,
         g: Tensor,
+        g_begin: int,
         of: Embeddings,
         begin: int,
         masks: Tensor,
-        lists: Tensor,
-        sizes: Tensor,
+        table: Tensor,
         row_tiles: int,
         column_tiles: int,
         *,
         transposed: bool,
     ) -> None:
-        """G += M X^, or M^T X^ if `transposed`: X^ from row `begin` of `of` on, G at the panel's first row."""
+        """G += M X^, or M^T X^ if `transposed`: to G from row `g_begin` on, X^ from row `begin` of `of` on."""
         config, d = self.config, self.d
         ratio = config.columns // config.rows
         out_tiles, length = (column_tiles * ratio, row_tiles) if transposed else (row_tiles, column_tiles)
@@ -354,25 +375,26 @@ class Walk:
         blocks = triton.cdiv(d, width)
         # A panel has few tiles of rows, and each sums over all columns: split, they make up to two for each processor.
         splits = max(1, min(2 * self.processors // (out_tiles * blocks), length))
-        parts = g
+        parts, parts_begin = g, g_begin
         if splits > 1:
-            parts = g.new_empty((2, splits, out_tiles * config.rows, d))
+            parts, parts_begin = g.new_empty((2, splits, out_tiles * config.rows, d)), 0
         mask_rows, mask_width = row_tiles * config.rows, column_tiles * config.columns
-        mask = masks[: 2 * mask_rows * mask_width].view(2 * mask_rows, mask_width)
         mask_block = (config.step, config.rows) if transposed else (config.rows, config.step)
-        kernels.masked_sum[(blocks * out_tiles, 2 * splits)](
-            self.operand(mask, *mask_block), self.operand(of.unit, config.step, width), lists, sizes, parts,
-            parts.stride(-3), parts.stride(-2), mask_rows, mask_width, begin, of.padded, d, length, sizes.stride(1),
-            splits, PARTS=self.parts, SPLIT=splits > 1, TRANSPOSED=transposed, ROWS=config.rows,
+        gradient.masked_sum[(blocks * out_tiles, 2 * splits)](
+            self.operand(masks, *mask_block, (2 * mask_rows, mask_width)), self.operand(of.unit, config.step, width),
+            table, parts, parts.stride(-3), parts.stride(-2), parts_begin, mask_rows, mask_width, begin, of.padded, d,
+            length, splits, PARTS=self.parts, SPLIT=splits > 1, TRANSPOSED=transposed, ROWS=config.rows,
             COLUMNS=config.columns, STEP=config.step, WIDTH=width, TMA=config.tma,
             LONG=config.rows * mask_width >= LONGEST, num_warps=config.warps, num_stages=config.sum_stages,
         )  # fmt: skip
-        kernels.collect[(triton.cdiv(d, min(width, 64)) * out_tiles, 2)](
-            g, parts, of.sums[begin // config.rows :], lists, sizes[0], sizes[1], g.stride(0), d, length,
-            sizes.stride(1), splits, SPLIT=splits > 1, TRANSPOSED=transposed, RATIO=ratio, ROWS=config.rows,
-            WIDTH=min(width, 64), BLOCK=16,
+        gradient.collect[(triton.cdiv(d, min(width, 64)) * out_tiles, 2)](
+            g, parts, of.sums, table, g.stride(0), g_begin, begin // config.rows, d, length, splits, SPLIT=splits > 1,
+            TRANSPOSED=transposed, RATIO=ratio, ROWS=config.rows, WIDTH=min(width, 64), BLOCK=16,
         )  # fmt: skip
 
-    def operand(self, matrix: Tensor, rows: int, columns: int) -> Any:
-        """`matrix` as a kernel reads blocks [rows, columns] of it."""
-        return TensorDescriptor.from_tensor(matrix, [rows, columns]) if self.config.tma else matrix
+    def operand(self, matrix: Tensor, rows: int, columns: int, shape: tuple[int, int] | None = None) -> Any:
+        """`matrix`, of its own or of another shape, as a kernel reads blocks [rows, columns] of it."""
+        if not self.config.tma:
+            return matrix
+        height, width = shape or matrix.shape
+        return TensorDescriptor(matrix, [height, width], [width, 1], [rows, columns])

@@ -38,6 +38,7 @@ def test_every_phase_has_code() -> None:
         kernels = cycles.compiled(card, nvcc())
         for name in (*cycles.PHASES["few"], *cycles.PHASES["half"], *cycles.HIDDEN, "write_pairs"):
             assert kernels.phase((name,)), (card.name, name)
+        assert {call[0] for one in kernels.phase(cycles.SCREEN) for call in one.calls} >= set(cycles.SCREEN)
         assert kernels.item()
         assert card.hopper or kernels.step()
 

@@ -57,6 +57,7 @@ knobs = st.builds(
     truncated=st.booleans(),
     sm_count=st.integers(1, 9),
     rectangle=st.sampled_from([1, 2, 192]),
+    screen_from=st.sampled_from([0, 4]),
     one_chunk=st.sampled_from([0, 4096]),  # sorted in one go
     chunk=st.sampled_from([32, 96]),  # else merged from
     on_device=st.booleans(),
@@ -274,5 +275,10 @@ def test_shipped_sizes_are_those_of_the_sources() -> None:
     from ptx_machine.build import ROOT
 
     work = (ROOT / "csrc/cuda/work.h").read_text()
-    for name, value in (("kRectangle", shipped.RECTANGLE), ("kChunk", shipped.CHUNK), ("kOneChunk", shipped.ONE_CHUNK)):
+    for name, value in (
+        ("kRectangle", shipped.RECTANGLE),
+        ("kScreenFrom", shipped.SCREEN_FROM),
+        ("kChunk", shipped.CHUNK),
+        ("kOneChunk", shipped.ONE_CHUNK),
+    ):
         assert f"constexpr int {name} = {value};" in work

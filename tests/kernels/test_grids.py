@@ -7,17 +7,21 @@ import pytest
 import torch
 from ptx_machine.kernels import LossCall, kernels
 
-from tcm_fused.backends import triton_kernels, triton_loss
+from tcm_fused.backends import triton_gradient, triton_loss, triton_prologue, triton_similarity
 from tcm_fused.backends.problem import Problem
 
 MOST = (2**31 - 1, 65_535, 65_535)  # of a grid's dimensions, on every architecture
-NAMES = ("normalise", "tile_sums", "similarity", "lists", "masked_sum", "collect", "totals", "project")
+KERNELS = {
+    triton_prologue: ("normalise", "tile_sums"),
+    triton_similarity: ("similarity", "lists"),
+    triton_gradient: ("masked_sum", "collect", "totals", "project"),
+}
 
 
 @pytest.fixture
 def grids(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[tuple[int, ...]]]:
     """The grid of each launch of the Triton kernels, in place of it."""
-    found: dict[str, list[tuple[int, ...]]] = {name: [] for name in NAMES}
+    found: dict[str, list[tuple[int, ...]]] = {}
 
     class Recorder:
         def __init__(self, name: str) -> None:
@@ -27,8 +31,10 @@ def grids(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[tuple[int, ...]]]:
             found[self.name].append(grid)
             return lambda *arguments, **meta: None
 
-    for name in NAMES:
-        monkeypatch.setattr(triton_kernels, name, Recorder(name))
+    for module, names in KERNELS.items():
+        for name in names:
+            found[name] = []
+            monkeypatch.setattr(module, name, Recorder(name))
     return found
 
 
@@ -38,7 +44,8 @@ def embeddings(n: int, d: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize("config", ["sm_80", "sm_90", "sm_100", "other"])
 @pytest.mark.parametrize(
-    ("n", "m", "d"), [(300, 8_400_000, 512), (8_400_000, 300, 512), (20_000_000, None, 4096), (300, 10**9, 9)]
+    ("n", "m", "d"),
+    [(300, 8_400_000, 512), (8_400_000, 300, 512), (20_000_000, None, 4096), (300, 10**9, 9), (10**6, None, 4_194_240)],
 )
 def test_triton_grids(config: str, n: int, m: int | None, d: int, grids: dict[str, list[tuple[int, ...]]]) -> None:
     """From 8.4 million rows on there are more tiles of rows than a grid's second dimension can have."""
@@ -62,6 +69,20 @@ def test_triton_refuses_more_rows_than_it_can_count() -> None:
     few = embeddings(3, 1)
     with pytest.raises(RuntimeError, match="more than"):
         triton_loss.run(Problem(*few, x, y, None, numbers, None, False, True, True, True))
+
+
+@pytest.mark.parametrize(
+    ("n", "d", "words"),
+    [
+        (4, 4_194_241, "4,194,241 dimensions; there may be 4,194,240"),
+        (2**21, 2**21 + 1, "2,097,152 embeddings of 2,097,153 dimensions are more than 4,398,046,511,104 numbers"),
+    ],
+)
+def test_triton_refuses_what_its_grids_cannot_hold(n: int, d: int, words: str) -> None:
+    numbers = torch.empty(2, dtype=torch.float64, device="meta")
+    x, y = embeddings(n, d)
+    with pytest.raises(RuntimeError, match=words):
+        triton_loss.run(Problem(x, y, None, None, None, numbers, numbers, False, True, True, False))
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ptx_machine.problems import at_the_bound
 from support.batches import KINDS, batch, dyadic, embeddings, margins
 from support.oracle import Array, check, check_sides, compare, oracle_of, run
 from torch import Tensor
@@ -26,7 +27,7 @@ if os.environ["TRITON_INTERPRET"] != "1":
 import triton
 import triton.language as tl
 
-from tcm_fused.backends import triton_kernels, triton_loss
+from tcm_fused.backends import triton_loss, triton_prologue, triton_similarity
 
 SHIPPED = triton_loss.CONFIGS["interpreter"]
 WIDE = replace(SHIPPED, rows=64, step=64, width=256)
@@ -132,11 +133,11 @@ def test_every_kind_of_tile(form: str, precision: str, monkeypatch: pytest.Monke
     are such that all pairs of the last class are hard and some of the first, and all across the last two.
     """
     rng = np.random.default_rng(7)
-    y = np.concatenate([np.repeat([1, 3, 4], [130, 110, 150]), rng.integers(10, 90, size=23), np.full(9, -1)])
+    y = np.concatenate([np.repeat([99, 97, 96], [130, 110, 150]), rng.integers(10, 90, size=23), np.full(9, -1)])
     x = fp16_units(len(y), 40, rng, centre=1.0)
-    x[y == 1] = -fp16_units(130, 40, rng, centre=4.0)
+    x[y == 99] = -fp16_units(130, 40, rng, centre=4.0)
     s = oracle_of(torch.from_numpy(x), torch.from_numpy(y)).s
-    within, across = s[np.ix_(y == 4, y == 4)], s[np.ix_(y == 3, y == 4)]
+    within, across = s[np.ix_(y == 96, y == 96)], s[np.ix_(y == 97, y == 96)]
     options: dict[str, Any] = {
         "margin_plus": within[~np.eye(150, dtype=bool)].max() + 1e-3,
         "margin_minus": across.min() - 1e-3,
@@ -147,21 +148,22 @@ def test_every_kind_of_tile(form: str, precision: str, monkeypatch: pytest.Monke
         sets = [sets[0][:250], sets[1][:250], *sets]
     seen: set[tuple[int, int]] = set()
     panels = 0
-    one_panel = triton_kernels.lists
+    one_panel = triton_similarity.lists
 
     class Lists:
         """The kernel, with a look at what it gets."""
 
         def __getitem__(self, grid: Any) -> Any:
-            def launch(penalty: Tensor, count: Tensor, kind: Tensor, *rest: Any, **meta: Any) -> None:
+            def launch(table: Tensor, panel_sums: Tensor, begin: int, i: int, j: int, *rest: Any, **meta: Any) -> None:
                 nonlocal panels
                 panels += 1
-                seen.update((side, int(k)) for side in (0, 1) for k in kind[side].unique())
-                one_panel[grid](penalty, count, kind, *rest, **meta)
+                kinds = table[4 * i * j : 6 * i * j].view(2, i * j)
+                seen.update((side, int(k)) for side in (0, 1) for k in kinds[side].unique())
+                one_panel[grid](table, panel_sums, begin, i, j, *rest, **meta)
 
             return launch
 
-    monkeypatch.setattr(triton_kernels, "lists", Lists())
+    monkeypatch.setattr(triton_similarity, "lists", Lists())
     result = run("triton", *sets, **options, precision=precision)
     near = compare(result, oracle_of(*sets, **options), torch.float32)
     assert near <= 20
@@ -228,6 +230,17 @@ def test_similarities_on_the_margin(dtype: torch.dtype, precision: str) -> None:
         compare(result, oracle_of(x, y, **options), dtype, exact=True)
 
 
+@pytest.mark.parametrize("violation", [1e-5, -1e-5])
+@pytest.mark.parametrize("side", [0, 1])
+def test_pairs_that_the_high_parts_put_on_the_other_side(side: int, violation: float) -> None:
+    """By nearly as much as the bound allows: all low parts point one way. Tiles then take their low parts too."""
+    problem = at_the_bound(side, violation, n=256)
+    sets = torch.from_numpy(problem.x), torch.from_numpy(problem.y)
+    result = check("triton", *sets, margin_plus=problem.margin[0], margin_minus=problem.margin[1])
+    hard = (256 * 127, 256)[side] if violation > 0 else 0
+    assert result.count.tolist() == ([hard, 0] if side == 0 else [0, hard])
+
+
 @pytest.mark.parametrize(
     ("margin_plus", "margin_minus"), [(-0.4, -0.4), (3.0, -3.0), (-3.0, 3.0), (3.0, 3.0), (1e37, -1e37)]
 )
@@ -256,7 +269,11 @@ def _similarities(
     rows, columns, out, padded, d, PARTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr
 ):
     row, column = tl.program_id(0) * ROWS, tl.program_id(1) * COLUMNS
-    s = triton_kernels._product(rows, columns, row, column, padded, padded, d, PARTS, ROWS, COLUMNS, STEP, False)
+    s = triton_similarity.high_product(rows, columns, row, column, d, ROWS, COLUMNS, STEP, False)
+    if PARTS == 2:
+        s = triton_similarity.with_low_parts(
+            s, rows, columns, row, column, padded, padded, d, ROWS, COLUMNS, STEP, False
+        )
     r, c = row + tl.arange(0, ROWS), column + tl.arange(0, COLUMNS)
     tl.store(out + r[:, None] * padded + c[None, :], s)
 
@@ -264,9 +281,9 @@ def _similarities(
 def similarity_errors(x: Array, parts: int) -> tuple[float, float]:
     """Root mean square and largest error of the kernel's similarities of rows [N, D]."""
     config = WIDE
-    embedding = triton_loss.prepare(
-        config, torch.from_numpy(x).float(), torch.zeros(len(x), dtype=torch.int64), parts, False
-    )
+    y, state = torch.zeros(len(x), dtype=torch.int64), torch.zeros(triton_prologue.STATE, dtype=torch.float64)
+    embedding = triton_loss.allocate(config, torch.from_numpy(x).float(), y, 0, parts, False)
+    triton_loss.normalise(config, embedding, parts, state, (None, (0, 0), None, (0, 0)))
     n, d = embedding.padded, embedding.unit.shape[1]
     out = torch.empty(n, n)
     grid = (n // config.rows, n // config.columns)

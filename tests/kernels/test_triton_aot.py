@@ -68,7 +68,7 @@ def test_every_kernel_is_there(architecture: str, reports: dict[str, Report]) ->
     assert forms >= {(1, 0), (1, 1), (1, 2), (2, 1), (2, 2)}
     forms = {(row["variant"]["PARTS"], row["variant"]["TRANSPOSED"]) for row in rows if row["kernel"] == "masked_sum"}
     assert forms == {(parts, transposed) for parts in (1, 2) for transposed in (False, True)}
-    assert {"weights" in row["variant"] for row in rows if row["kernel"] == "totals"} == {False, True}
+    assert {"loss" in row["variant"] for row in rows if row["kernel"] == "totals"} == {False, True}
 
 
 def test_nothing_is_spilled(architecture: str, reports: dict[str, Report]) -> None:

@@ -21,7 +21,7 @@ from tcm_fused.reference import tcm_reference
 if os.environ["TRITON_INTERPRET"] != "1":
     pytest.skip("TRITON_INTERPRET=0: the kernels are left to the GPU", allow_module_level=True)
 
-from tcm_fused.backends import triton_kernels, triton_loss
+from tcm_fused.backends import triton_gradient, triton_loss, triton_prologue, triton_similarity
 
 # The same bits, no waiting, bounded memory.
 
@@ -61,11 +61,32 @@ def test_the_host_does_not_wait() -> None:
     x, y = batch(200, 9, 5)
     sets, numbers = (x, y, *batch(230, 9, 5, seed=1), 7), two(0.9, 0.5)
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("normalise", "tile_sums", "similarity", "lists", "masked_sum", "collect", "totals", "project"):
-            patch.setattr(triton_kernels, name, _Nothing())
+        leave_kernels_out(patch)
         with _NoWait():
             triton_loss.run(Problem(*sets, numbers, numbers, False, False, True, True))
             triton_loss.run(Problem(x, y, None, None, None, numbers, None, False, True, True, False))
+
+
+class _Count(TorchDispatchMode):
+    """How many operations there are."""
+
+    operations = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.operations += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("reference", "most"), [(False, 17), (True, 23)])
+def test_the_host_does_little(reference: bool, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Operations of PyTorch beside the kernels: sorts, zeros and memory, in one panel. Each takes the host as long."""
+    leave_kernels_out(monkeypatch)
+    x, y = batch(200, 9, 5)
+    ref_x, ref_y = batch(230, 9, 5, seed=1) if reference else (None, None)
+    problem = Problem(x, y, ref_x, ref_y, None, two(0.9, 0.5), two(1.0, 1.0), False, False, True, reference)
+    with _Count() as found:
+        triton_loss.launch(triton_loss.CONFIGS["sm_90"], 132, problem)
+    assert found.operations <= most
 
 
 class _Nothing:
@@ -73,6 +94,16 @@ class _Nothing:
 
     def __getitem__(self, grid: Any) -> Any:
         return lambda *arguments, **meta: None
+
+
+def leave_kernels_out(patch: pytest.MonkeyPatch) -> None:
+    for module, names in (
+        (triton_prologue, ("normalise", "tile_sums")),
+        (triton_similarity, ("similarity", "lists")),
+        (triton_gradient, ("masked_sum", "collect", "totals", "project")),
+    ):
+        for name in names:
+            patch.setattr(module, name, _Nothing())
 
 
 @pytest.mark.parametrize(("n", "m"), [(1000, None), (4096, None), (65_536, None), (1_000_000, None), (500, 10**6)])

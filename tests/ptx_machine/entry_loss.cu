@@ -4,7 +4,7 @@
 extern "C" {
 
 struct LossCall {
-  int64_t symmetric, n, m, d, type, fp16, row_offset, sm, sm_count, rectangle, chunk, one_chunk;
+  int64_t symmetric, n, m, d, type, fp16, row_offset, sm, sm_count, rectangle, screen_from, chunk, one_chunk;
   const void *x, *y, *ref_x, *ref_y;
   const double *device_margin, *device_weight;  // null: the numbers below
   void *loss, *grad_x, *grad_ref, *penalty, *count;
@@ -25,7 +25,8 @@ static tcm::cuda::Device device_of(const LossCall& c) {
 }
 static tcm::cuda::Tuning tuning_of(const LossCall& c) {
   tcm::cuda::Tuning t;
-  t.rectangle = static_cast<int>(c.rectangle), t.chunk = c.chunk, t.one_chunk = c.one_chunk;
+  t.rectangle = static_cast<int>(c.rectangle), t.screen_from = static_cast<int>(c.screen_from), t.chunk = c.chunk,
+  t.one_chunk = c.one_chunk;
   return t;
 }
 

@@ -16,7 +16,13 @@ from ptx_machine import build
 from ptx_machine.machine import Array, Machine
 
 TYPES = {np.dtype(np.float16): 0, np.dtype(np.uint16): 1, np.dtype(np.float32): 2}
-RECTANGLE, CHUNK, ONE_CHUNK, WINDOW = 192, 1024, 4096, 2**31 - 1  # as shipped: csrc/cuda/work.h and plan.cuh
+RECTANGLE, SCREEN_FROM, CHUNK, ONE_CHUNK, WINDOW = (
+    192,
+    4,
+    1024,
+    4096,
+    2**31 - 1,
+)  # as shipped: csrc/cuda/work.h and plan.cuh
 SHARED = {"80": (163 << 10, 164 << 10), "90": (227 << 10, 228 << 10), "100": (227 << 10, 228 << 10)}
 
 
@@ -28,7 +34,7 @@ def _structure(name: str, integers: str, pointers: str, **rest: Any) -> type[cty
 
 LossCall = _structure(
     "LossCall",
-    "symmetric n m d type fp16 row_offset sm sm_count rectangle chunk one_chunk",
+    "symmetric n m d type fp16 row_offset sm sm_count rectangle screen_from chunk one_chunk",
     "x y ref_x ref_y device_margin device_weight loss grad_x grad_ref penalty count",
     margin=ctypes.c_double * 2,
     weight=ctypes.c_double * 2,
@@ -50,6 +56,7 @@ class Knobs:
     truncated: bool = False  # tensor cores cut sums off, else they are exact
     sm_count: int = 3
     rectangle: int = RECTANGLE  # tiles a side
+    screen_from: int = SCREEN_FROM  # tiles for each block of threads; 0: always a screen, for fp32 accuracy
     chunk: int = CHUNK
     one_chunk: int = ONE_CHUNK
     window: int = WINDOW
@@ -121,6 +128,7 @@ class Kernels:
             sm=int(knobs.sm),
             sm_count=knobs.sm_count,
             rectangle=knobs.rectangle,
+            screen_from=knobs.screen_from,
             chunk=knobs.chunk,
             one_chunk=knobs.one_chunk,
         )

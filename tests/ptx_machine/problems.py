@@ -118,6 +118,39 @@ def halves_of_tiles(upper: str, lower: str, side: int = 1) -> LossProblem:
     return problem_of(sets, margin=(-0.5, 0.5))
 
 
+def rounded_one_way(n: int, d: int, up: bool) -> Array:
+    """Rows [N, D] alike, D a multiple of 64, whose halves are all too large, or all too small, by nearly 2^-11.
+
+    The product of the high parts is then as far from the similarity, 1, as it can be: by 2^-10. In each 64 components
+    63 are 1/8, times the root of 64 / D, and by 0.98 of half a unit of the last place from the half that they are
+    rounded to; the last makes the length 1.
+    """
+    spacing = 2.0**-10
+    part = np.full(64, (1 + (1 - 0.49 if up else 0.49) * spacing) / 8)
+    part[-1] = np.sqrt(1 - (part[:-1] ** 2).sum())
+    return np.tile(part, (n, d // 64))
+
+
+def at_the_bound(side: int, violation: float, d: int = 64, n: int = 512) -> LossProblem:
+    """Two classes of n / 2 rows: of `side` pairs of similarity 1, violated by that much, and none else near a margin.
+
+    By the high parts alone, by which the screen goes, they are violated by up to 2^-10 less: their halves are too small
+    for negatives, too large for positives. There are n such negatives, in the last column and the last row; or all
+    positives, n (n / 2 - 1).
+    """
+    x = rounded_one_way(n, d, up=side == 0)
+    x[n // 2 : n - side] *= -1  # the last is alike to all rows of the other class
+    margin = (1 + violation, 3.0) if side == 0 else (-3.0, 1 - violation)
+    return LossProblem(x.astype(np.float32), np.arange(n) // (n // 2), margin=margin)
+
+
+def upper_halves() -> LossProblem:
+    """Four tiles a side, in whose upper 64 rows half of the pairs are hard, and in the lower ones none."""
+    x = np.random.default_rng(24).standard_normal((512, 200))
+    x[np.arange(512) % 128 < 64] = 1
+    return LossProblem(x.astype(np.float32), np.arange(512), margin=(0.9, 0.9))
+
+
 def values(x: Array) -> Array:
     """Embeddings in fp64; bfloat16 comes as its bits."""
     exact = (x.astype(np.uint32) << 16).view(np.float32) if x.dtype == np.uint16 else x
