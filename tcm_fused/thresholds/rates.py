@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tcm_fused.arguments import check_choice
-from tcm_fused.backends.choice import BACKENDS, choose_between, choose_counter
+from tcm_fused.backends.choice import BACKENDS, choose_counter
 from tcm_fused.thresholds.pairing import Block, blocks, check_finite, number_classes, read_sides
 from tcm_fused.thresholds.sets import Array, shown
 
@@ -146,8 +146,7 @@ class Pairs:
         )
         sides = [own] if reference is None else [own, reference]
         self._dtype = torch.float64 if any(s.x.dtype == torch.float64 for s in sides) else torch.float32
-        self._backend, device = backend, own.x.device.type
-        self._operator = choose_counter(backend, device, self._dtype) if reference is None else None
+        self._operator = choose_counter(backend, own.x.device.type, self._dtype)
         # Converted here, once; but of a memory map panel by panel.
         sides = [s if s.file is not None else s._replace(x=s.x.to(self._dtype)) for s in sides]
         for side in sides:
@@ -156,9 +155,6 @@ class Pairs:
             sides[0], None if reference is None else sides[1], group_pairs
         )
         self._blocks = blocks(self._own, self._reference, group_pairs)
-        self._between: Any = None
-        if any(block.columns is not None for block in self._blocks):
-            self._between = choose_between(backend, device, self._dtype)
         self.classes = classes
         counted = slice(classes.counted)
         self.class_ids: Array = classes.ids[counted]
@@ -204,9 +200,8 @@ class Pairs:
         starts = torch.arange(_SAMPLE_BLOCKS, device=order.device) * last // (_SAMPLE_BLOCKS - 1)
         index = (starts[:, None] + torch.arange(_SAMPLE_ROWS, device=order.device)).flatten()
         index = order[index[index < rows].unique()]
-        assert self._operator is not None
-        counts, _, _ = self._operator(self.x[index], self.y[index], 0, self.x.new_empty(0), BITS, None)
-        return _rates(counts)
+        rows = self.x[index], self.y[index], None, None
+        return _rates(self._operator(*rows, 0, self.x.new_empty(0), BITS, None)[0])
 
     def count(self, thresholds: Array, all_classes: bool = False) -> Counts:
         """One pass over all pairs, with the classes' counts at ascending similarities [T].
@@ -221,21 +216,22 @@ class Pairs:
         counted = _Sum(t, classes, len(self.y))
         with _bar(self._progress, len(self._blocks)) as bar:
             for block in self._blocks:
-                counted.add(block, *self._run(block, classes, t, bar))
+                counts, class_counts, best, ref_best = self._run(block, classes, t, bar)
+                # Columns have a best of their own where they are rows of the same set.
+                is_own = block.columns is not None and self._reference is None
+                counted.add(block, counts, class_counts, best, ref_best if is_own else None)
         counts = counted.counts()
         self.recall_at_1 = counts.recall_at_1
         return counts
 
     def _run(self, block: Block, classes: int, t: Tensor, bar: "_Bar") -> tuple[Tensor, ...]:
-        """The tables of one block; the last has the best of its columns, where these are rows of the same set."""
+        """The tables of one block."""
         own, other = self._own, self._own if self._reference is None else self._reference
         rows = own.x[block.rows].to(self._dtype), own.y[block.rows]
-        if block.columns is None:
-            found: tuple[Tensor, ...] = bar.run(self._operator, own.x.device, *rows, classes, t, BITS)
-        else:
+        columns: tuple[Tensor | None, Tensor | None] = None, None
+        if block.columns is not None:
             columns = other.x[block.columns].to(self._dtype), other.y[block.columns]
-            found = bar.run(self._between, own.x.device, *rows, *columns, classes, t, BITS)
-            found = found[:3] if self._reference is not None else found
+        found: tuple[Tensor, ...] = bar.run(self._operator, own.x.device, *rows, *columns, classes, t, BITS)
         own.release()
         other.release()
         return found
@@ -250,9 +246,9 @@ class _Sum:
         self.groups: dict[int, tuple[Array, Array]] = {}
 
     def add(
-        self, block: Block, counts: Tensor, class_counts: Tensor, best: Tensor, ref_best: Tensor | None = None
+        self, block: Block, counts: Tensor, class_counts: Tensor, best: Tensor, ref_best: Tensor | None
     ) -> None:
-        """Those of one block."""
+        """Those of one block; `ref_best` of columns that are rows of the same set."""
         if block.group is not None:
             self._add_group(block.group, counts, class_counts)
         if self.tables is None:
