@@ -31,8 +31,8 @@ _SCHEMAS = {
     "penalties": f"({_ROWS}{_OPTIONS}) -> (Tensor penalty, Tensor grad_x, Tensor grad_ref, Tensor count)",
     # x [N, D] float32 or float64, finite; y [N] int64 class; thresholds [T] ascending similarities in the dtype of x.
     # counts [2, 2^(bits + 1) + 1], class_counts [2, classes + 1, T] int64, best [2, N], ref_best [2, M]: see
-    # `counts_blocked`. progress [2] int64, if given: blocks done and in all, while it runs; a GPU only tells that it was
-    # given the work.
+    # `counts_blocked`. progress [2] int64, if given: blocks done and in all, while it runs; a GPU only tells that it
+    # was given the work.
     "counts": "(Tensor x, Tensor y, Tensor? ref_x, Tensor? ref_y, int classes, Tensor thresholds, int bits, "
     "Tensor(a!)? progress) -> (Tensor counts, Tensor class_counts, Tensor best, Tensor ref_best)",
 }

@@ -245,9 +245,7 @@ class _Sum:
         self.best = thresholds.new_full((2, rows), -torch.inf)
         self.groups: dict[int, tuple[Array, Array]] = {}
 
-    def add(
-        self, block: Block, counts: Tensor, class_counts: Tensor, best: Tensor, ref_best: Tensor | None
-    ) -> None:
+    def add(self, block: Block, counts: Tensor, class_counts: Tensor, best: Tensor, ref_best: Tensor | None) -> None:
         """Those of one block; `ref_best` of columns that are rows of the same set."""
         if block.group is not None:
             self._add_group(block.group, counts, class_counts)

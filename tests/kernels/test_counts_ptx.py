@@ -19,8 +19,8 @@ PATHS = pytest.mark.parametrize("path", [Knobs(sm="80"), Knobs(sm="90")], ids=["
 
 
 def blocked(problem: CountsProblem) -> Tables:
-    counts, class_counts, best = (t.numpy() for t in counts_blocked(*problem.tensors(), None))
-    return counts, class_counts, best
+    counts, class_counts, best, ref_best = (t.numpy() for t in counts_blocked(*problem.tensors(), None))
+    return counts, class_counts, best, ref_best
 
 
 @st.composite
@@ -152,7 +152,7 @@ def test_check_can_fail() -> None:
     good = blocked(problem)
     problem.check(good)
     for table, at, to in ((0, (1, 8), (1, 9)), (1, (1, 2, 1), (1, 3, 1)), (1, (0, 1, 1), (0, 1, 2)), (2, (0, 7), None)):
-        bad = (good[0].copy(), good[1].copy(), good[2].copy())
+        bad = (good[0].copy(), good[1].copy(), good[2].copy(), good[3])
         if to is None:
             bad[table][at] += 1e-5
         else:
