@@ -116,7 +116,7 @@ class Counts(NamedTuple):
     @property
     def is_hit(self) -> Tensor:
         """[N] whether the nearest of each query is a positive."""
-        return self.best[0] > self.best[1] + 8 * torch.finfo(self.best.dtype).eps
+        return self.best[0] > self.best[1] + rounding_of(self.best.dtype)
 
 
 class Pairs:
@@ -200,8 +200,8 @@ class Pairs:
         starts = torch.arange(_SAMPLE_BLOCKS, device=order.device) * last // (_SAMPLE_BLOCKS - 1)
         index = (starts[:, None] + torch.arange(_SAMPLE_ROWS, device=order.device)).flatten()
         index = order[index[index < rows].unique()]
-        rows = self.x[index], self.y[index], None, None
-        return _rates(self._operator(*rows, 0, self.x.new_empty(0), BITS, None)[0])
+        sampled = self.x[index], self.y[index], None, None
+        return _rates(self._operator(*sampled, 0, self.x.new_empty(0), BITS, None)[0])
 
     def count(self, thresholds: Array, all_classes: bool = False) -> Counts:
         """One pass over all pairs, with the classes' counts at ascending similarities [T].
@@ -214,17 +214,14 @@ class Pairs:
         t = torch.from_numpy(thresholds.astype(dtype)).to(self.x.device)
         classes = len(self.classes.ids) if all_classes else len(self.class_ids)
         counted = _Sum(t, classes, len(self.y))
-        with _bar(self._progress, len(self._blocks)) as bar:
+        with progress_bar(self._progress, len(self._blocks)) as bar:
             for block in self._blocks:
-                counts, class_counts, best, ref_best = self._run(block, classes, t, bar)
-                # Columns have a best of their own where they are rows of the same set.
-                is_own = block.columns is not None and self._reference is None
-                counted.add(block, counts, class_counts, best, ref_best if is_own else None)
+                counted.add(block, self._run(block, classes, t, bar), one_set=self._reference is None)
         counts = counted.counts()
         self.recall_at_1 = counts.recall_at_1
         return counts
 
-    def _run(self, block: Block, classes: int, t: Tensor, bar: "_Bar") -> tuple[Tensor, ...]:
+    def _run(self, block: Block, classes: int, t: Tensor, bar: "Bar") -> tuple[Tensor, ...]:
         """The tables of one block."""
         own, other = self._own, self._own if self._reference is None else self._reference
         rows = own.x[block.rows].to(self._dtype), own.y[block.rows]
@@ -245,8 +242,9 @@ class _Sum:
         self.best = thresholds.new_full((2, rows), -torch.inf)
         self.groups: dict[int, tuple[Array, Array]] = {}
 
-    def add(self, block: Block, counts: Tensor, class_counts: Tensor, best: Tensor, ref_best: Tensor | None) -> None:
-        """Those of one block; `ref_best` of columns that are rows of the same set."""
+    def add(self, block: Block, tables: tuple[Tensor, ...], one_set: bool) -> None:
+        """Those of one block; of one set the columns are rows of it, and queries too."""
+        counts, class_counts, best, ref_best = tables
         if block.group is not None:
             self._add_group(block.group, counts, class_counts)
         if self.tables is None:
@@ -255,7 +253,7 @@ class _Sum:
             self.tables[0].add_(counts)
             self.tables[1].add_(class_counts)
         self._raise(block.rows, best)
-        if ref_best is not None and block.columns is not None:
+        if one_set and block.columns is not None:
             self._raise(block.columns, ref_best)
 
     def _raise(self, rows: Tensor | slice, best: Tensor) -> None:
@@ -275,8 +273,8 @@ class _Sum:
         return Counts(_rates(self.tables[0]), self.tables[1].cumsum_(dim=2), self.best, self.groups)
 
 
-class _Bar:
-    """Runs operators, and shows how far they are."""
+class Bar:
+    """Shows how far the work is, and runs operators that tell of it."""
 
     def __init__(self, bar: Any, blocks: int) -> None:
         self.bar, self.blocks, self.ended = bar, blocks, 0
@@ -300,25 +298,36 @@ class _Bar:
             future = pool.submit(work)
             while wait([future], timeout=0.1).not_done:
                 self._show(self.ended + float(done[0] / done[1].clamp_min(1)))
-            self.ended += 1
-            self._show(self.ended)
+            self.advance()
             return future.result()
+
+    def advance(self) -> None:
+        """One block is done."""
+        self.ended += 1
+        if self.bar is not None:
+            self._show(self.ended)
 
     def _show(self, blocks: float) -> None:
         self.bar.update(blocks / self.blocks - self.bar.n)
 
 
 @contextmanager
-def _bar(wanted: bool, blocks: int) -> Iterator[_Bar]:
+def progress_bar(wanted: bool, blocks: int) -> Iterator[Bar]:
+    """A bar over so many blocks; none is shown unless it is wanted, which needs tqdm."""
     if not wanted:
-        yield _Bar(None, blocks)
+        yield Bar(None, blocks)
         return
     try:
         from tqdm import tqdm
     except ImportError as error:
         raise ImportError("progress=True needs tqdm: pip install tqdm") from error
     with tqdm(total=1.0, desc="pairs", bar_format="{l_bar}{bar}| {elapsed}") as bar:
-        yield _Bar(bar, blocks)
+        yield Bar(bar, blocks)
+
+
+def rounding_of(dtype: torch.dtype) -> float:
+    """By which two similarities may differ that are the same but for rounding."""
+    return 8 * torch.finfo(dtype).eps
 
 
 def class_rates(pairs: Pairs, counts: Counts, index: Array) -> tuple[Array, Array, Array]:

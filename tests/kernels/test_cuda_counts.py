@@ -39,7 +39,8 @@ def test_pair_counts(rng: np.random.Generator, round_: int, bits: int) -> None:
     t = np.round(t * 8) / 8 if exact else t
     near = max(NEAR, similarity_error(d, 2**-24) + tensor_core_drift(d))
     call = CountCall(x.astype(np.float32), y, int(rng.choice([0, 1, 20])), t.astype(np.float32), bits, exact, near)
-    call.check(count_on_gpu(call))
+    for one in (call, call.divided(rng)):
+        one.check(count_on_gpu(one))
 
 
 @pytest.mark.parametrize("n", [0, 1, 2])

@@ -1,10 +1,11 @@
 """The tables that `pair_counts` has to return, from pairs in fp64; without hypothesis, which tests on a GPU lack."""
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from torch import Tensor
+from typing_extensions import Self
 
 from support.oracle import Array
 
@@ -26,13 +27,16 @@ class CountCall:
     ref_x: Array | None = None  # [M, D] columns; None: the rows
     ref_y: Array | None = None
 
-    def tensors(self, device: str = "cpu") -> tuple[Any, ...]:
+    def tensors(self, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, int, Tensor, int]:
         """The operators' arguments, without progress."""
-        x, y, ref_x, ref_y, thresholds = (
-            None if a is None else torch.from_numpy(a).to(device)
-            for a in (self.x, self.y, self.ref_x, self.ref_y, self.thresholds)
-        )
+        x, y, thresholds = (torch.from_numpy(a).to(device) for a in (self.x, self.y, self.thresholds))
+        ref_x, ref_y = (None if a is None else torch.from_numpy(a).to(device) for a in (self.ref_x, self.ref_y))
         return x, y, ref_x, ref_y, self.classes, thresholds, self.bits
+
+    def divided(self, rng: np.random.Generator) -> Self:
+        """The pairs of a part of the rows with the others."""
+        at = int(rng.integers(len(self.y) + 1))
+        return replace(self, x=self.x[:at], y=self.y[:at], ref_x=self.x[at:], ref_y=self.y[at:])
 
     def check(self, tables: Tables) -> None:
         """Every entry: the pairs that lie clearly beyond an edge, and at most those near it besides."""
