@@ -1,5 +1,6 @@
 """Where the positives of each query are ranked among all rows: recall at k, mean average precision and others."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,7 @@ class Retrieval:
     Rank 1 is the nearest row. Names are those of pytorch-metric-learning.
     """
 
+    recall_at_k: dict[int, float]  # by k: see `recall_at`
     mean_average_precision: float  # mean over queries of 1 / R * sum over all positives of i / r_i
     mean_average_precision_at_r: float  # the same with a sum over those with r_i <= R
     r_precision: float  # mean over queries of the share of positives with r_i <= R
@@ -40,18 +42,18 @@ class Retrieval:
 
     def recall_at(self, k: int) -> float:
         """Share of the queries with a positive among their k nearest rows: recall@k, or the hit rate."""
-        return float((self.first_rank <= check_rank(k)).mean())
-
-    def report(self, ranks: tuple[int, ...] = (1, 5, 10)) -> str:
-        """The result in sentences, with recall at these ranks."""
-        lines = [f"{len(self.query):,} queries ({self.left_out:,} more without a positive left out)"]
-        lines += [f"{f'recall@{k}':14} {100 * self.recall_at(k):.2f} %" for k in ranks]
-        names = ("mAP", "mAP@R", "R-precision", "MRR")
-        lines += [f"{name:14} {getattr(self, score):.4f}" for name, score in zip(names, SCORES, strict=True)]
-        return "\n".join(lines)
+        return float((self.first_rank <= _check_rank(k)).mean())
 
     def __repr__(self) -> str:
         return self.report()
+
+    def report(self) -> str:
+        """The result in sentences."""
+        lines = [f"{len(self.query):,} queries ({self.left_out:,} more without a positive left out)"]
+        lines += [f"{f'recall@{k}':14} {100 * recall:.2f} %" for k, recall in self.recall_at_k.items()]
+        names = ("mAP", "mAP@R", "R-precision", "MRR")
+        lines += [f"{name:14} {getattr(self, score):.4f}" for name, score in zip(names, SCORES, strict=True)]
+        return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, in types that JSON knows."""
@@ -66,10 +68,15 @@ class Retrieval:
         """The queries as a pandas DataFrame."""
         return frame(self.columns())
 
-    def to_markdown(self, ranks: tuple[int, ...] = (1, 5, 10)) -> str:
+    @property
+    def scores(self) -> dict[str, float]:
+        """All of them by name, recall too."""
+        recall = {f"recall_at_{k}": value for k, value in self.recall_at_k.items()}
+        return recall | {name: getattr(self, name) for name in SCORES}
+
+    def to_markdown(self) -> str:
         """The scores as a table."""
-        scores = {f"recall_at_{k}": self.recall_at(k) for k in ranks} | {name: getattr(self, name) for name in SCORES}
-        return markdown({"score": list(scores), "value": list(scores.values())})
+        return markdown({"score": list(self.scores), "value": list(self.scores.values())})
 
     def plot(self, axes: "Axes | None" = None) -> "Axes":
         """Draw recall over k, the cumulative match characteristic; needs matplotlib."""
@@ -84,6 +91,7 @@ def retrieval(
     ref_emb: Any = None,
     ref_labels: Any = None,
     *,
+    k: int | Sequence[int] = (1, 5, 10),
     groups: Any = None,
     ref_groups: Any = None,
     group_pairs: str = "within",
@@ -98,6 +106,7 @@ def retrieval(
     Args:
         embeddings, labels, ref_emb, ref_labels, groups, ref_groups, group_pairs, progress: as in `opis`. Without
             `ref_emb` each row is a query against all others. Rows that the groups do not pair are not ranked.
+        k: ranks that recall is told at, one or several.
 
     Raises:
         TypeError, ValueError: as `opis`.
@@ -108,6 +117,7 @@ def retrieval(
         >>> found.first_rank.tolist(), found.recall_at(1), found.recall_at(2)
         ([1, 2, 1, 3], 0.5, 0.75)
     """
+    ranks = check_ranks(k)
     own, reference, _, _ = read_sides(embeddings, labels, ref_emb, ref_labels, groups, ref_groups, group_pairs)
     sides = [own] if reference is None else [own, reference]
     for side in sides:
@@ -124,11 +134,16 @@ def retrieval(
                 block = _Block(queries, others, slice(start, start + _ROWS), group_pairs == "within")
                 found.append(block.scores())
                 bar.advance()
-    return _result(torch.cat(found, 1).cpu().numpy(), queries.order.cpu().numpy())
+    return _result(torch.cat(found, 1).cpu().numpy(), queries.order.cpu().numpy(), ranks)
 
 
-def check_rank(k: Any) -> int:
-    """A rank, 1 or above."""
+def check_ranks(k: Any) -> list[int]:
+    """One rank or several, 1 or above, each once and ascending."""
+    several = list(k) if isinstance(k, Sequence) and not isinstance(k, str) else [k]
+    return sorted({_check_rank(one) for one in several})
+
+
+def _check_rank(k: Any) -> int:
     if isinstance(k, bool) or not isinstance(k, (int, np.integer)):
         raise TypeError(f"k must be a whole number, got {type(k).__name__}")
     if k < 1:
@@ -136,12 +151,13 @@ def check_rank(k: Any) -> int:
     return int(k)
 
 
-def _result(scores: Array, order: Array) -> Retrieval:
+def _result(scores: Array, order: Array, ranks: Sequence[int]) -> Retrieval:
     """From `_Block.scores` of all rows, in the order in which they came."""
     known = np.flatnonzero(scores[0] > 0)
     known = known[np.argsort(order[known])]
     _, first, average, at_r, r_precision = scores[:, known]
     return Retrieval(
+        recall_at_k={k: float((first <= k).mean()) for k in ranks},
         mean_average_precision=float(average.mean()),
         mean_average_precision_at_r=float(at_r.mean()),
         r_precision=float(r_precision.mean()),
