@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tcm_fused.arguments import check_choice
 from tcm_fused.backends.choice import BACKENDS, choose_counter
+from tcm_fused.thresholds.intervals import Interval
 from tcm_fused.thresholds.pairing import Block, blocks, check_finite, number_classes, read_sides
 from tcm_fused.thresholds.sets import Array, shown
 
@@ -29,10 +30,12 @@ class Worst(NamedTuple):
     size: int
     value: float
     name: str | None = None  # where labels were text
+    interval: Interval | None = None  # of 95 %, where there is one
 
     def __str__(self) -> str:
         name = self.class_id if self.name is None else shown(self.name)
-        return f"class {name} ({self.size:,} samples): {self.value:.4f}"
+        within = "" if self.interval is None else f" ({self.interval})"
+        return f"class {name} ({self.size:,} samples): {self.value:.4f}{within}"
 
 
 class Histogram(NamedTuple):
@@ -181,6 +184,13 @@ class Pairs:
     def y(self) -> Tensor:
         """[N] their classes, by place; negative: of none."""
         return self._own.y
+
+    @property
+    def sizes_of_sets(self) -> list[Array]:
+        """Rows of each class [all], in one set or in both."""
+        sides = [self._own] if self._reference is None else [self._own, self._reference]
+        classes = len(self.classes.ids)
+        return [np.bincount(side.y[side.y >= 0].cpu().numpy(), minlength=classes) for side in sides]
 
     @property
     def is_open(self) -> bool:
@@ -367,12 +377,16 @@ class _OfClasses(Protocol):
     def class_names(self) -> Array | None: ...
 
 
-def worst_classes(result: _OfClasses, order: Array, values: Array) -> list[Worst]:
-    """The classes at the places `order` with their `values`."""
+def worst_classes(result: _OfClasses, order: Array, values: Array, intervals: Array | None = None) -> list[Worst]:
+    """The classes at the places `order` with their `values`, and the `intervals` [C, 2] of these."""
     names = result.class_names
     return [
         Worst(
-            int(result.class_ids[c]), int(result.class_sizes[c]), float(values[c]), None if names is None else names[c]
+            class_id=int(result.class_ids[c]),
+            size=int(result.class_sizes[c]),
+            value=float(values[c]),
+            name=None if names is None else names[c],
+            interval=None if intervals is None else Interval(*map(float, intervals[c])),
         )
         for c in order
     ]

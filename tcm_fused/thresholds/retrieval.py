@@ -1,5 +1,6 @@
 """Where the positives of each query are ranked among all rows: recall at k, mean average precision and others."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from tcm_fused.backends.numerics import as_precise_as_asked, product, unit_and_norms, wide_dtype
 from tcm_fused.thresholds.frames import frame, markdown
-from tcm_fused.thresholds.pairing import Side, check_finite, number_classes, read_sides
+from tcm_fused.thresholds.pairing import NothingToMeasure, Side, check_finite, number_classes, read_sides
 from tcm_fused.thresholds.rates import fields, progress_bar, rounding_of
 from tcm_fused.thresholds.sets import Array
 
@@ -135,6 +136,19 @@ def retrieval(
                 found.append(block.scores())
                 bar.advance()
     return _result(torch.cat(found, 1).cpu().numpy(), queries.order.cpu().numpy(), ranks)
+
+
+def ranks_or_nan(embeddings: Any, labels: Any, k: Sequence[int]) -> dict[str, float]:
+    """The scores for a training run: NaN where the rows have none, and no error."""
+    try:
+        return retrieval(embeddings, labels, k=k).scores
+    except NothingToMeasure:
+        return no_scores(k)
+
+
+def no_scores(k: Sequence[int]) -> dict[str, float]:
+    """All of them NaN."""
+    return dict.fromkeys((*(f"recall_at_{rank}" for rank in k), *SCORES), math.nan)
 
 
 def check_ranks(k: Any) -> list[int]:
