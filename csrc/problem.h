@@ -49,14 +49,17 @@ struct Result {
   int gradients() const { return loss != nullptr ? 1 : 2; }
 };
 
-// The unordered pairs of n rows, counted by similarity. Rows of one class are positives of it; a pair of different
-// classes is a negative of both. Classes from `classes` on share one row of counts; a row of a negative class is in no
-// count at all.
+// Pairs counted by similarity: the unordered ones of n rows, or each of n rows with each of m columns. Those of one class
+// are positives of it; a pair of different classes is a negative of both. Classes from `classes` on share one row of
+// counts; a row of a negative class is in no count at all.
 template <class real>
 struct CountProblem {
-  int64_t n, d, classes, thresholds;
+  bool symmetric;  // the columns are the rows: m is n, ref_x and ref_y are not read
+  int64_t n, m, d, classes, thresholds;
   const real* x;          // [n, d] rows of any length
   const int64_t* y;       // [n] class
+  const real* ref_x;      // [m, d] columns
+  const int64_t* ref_y;   // [m]
   const real* threshold;  // [thresholds] ascending
   int bits;               // the grid on [-1, 1] has steps of 2^-bits, 0 to 20
 
@@ -68,6 +71,7 @@ struct CountResult {
   int64_t* count[2];        // [cells] pairs in each cell [k, k + 1) 2^-bits - 1; the last is s >= 1
   int64_t* class_count[2];  // [classes + 1, thresholds] those of each class with threshold k <= s < threshold k + 1
   real* best[2];            // [n] largest similarity to a positive, to a negative; -infinity where there is none
+  real* ref_best[2];        // [m] those of the columns; not written where the columns are the rows
   int64_t* progress;        // [2] tiles done and to do, written on the way where the kernel can; or null
 };
 

@@ -216,62 +216,88 @@ struct LossOperators {
 
 // The arguments of `counts`.
 struct CountArguments {
+  static constexpr const char* kName = "tcm_fused::counts";
   Tensor x, y;
+  std::optional<Tensor> ref_x, ref_y;
   int64_t classes;
   Tensor thresholds;
   int64_t bits;
   std::optional<Tensor> progress;
 
   void check() const {
-    const char* name = "tcm_fused::counts";
     STD_TORCH_CHECK((x.scalar_type() == ScalarType::Float || x.scalar_type() == ScalarType::Double) && x.dim() == 2,
-                    name, ": embeddings must be [N, D], float32 or float64; they are ", describe(x));
-    STD_TORCH_CHECK(y.scalar_type() == ScalarType::Long && y.dim() == 1 && y.size(0) == x.size(0) && on_device_of(x, y),
-                    name, ": classes must be int64, one for each of the embeddings and on their device; they are ",
-                    describe(y), ", embeddings ", describe(x));
+                    kName, ": embeddings must be [N, D], float32 or float64; they are ", describe(x));
+    STD_TORCH_CHECK(ref_x.has_value() == ref_y.has_value(), kName, ": give both ref_x and ref_y, or neither");
+    check_classes(x, y);
+    if (ref_x) {
+      STD_TORCH_CHECK(ref_x->dim() == 2 && ref_x->size(1) == x.size(1) && ref_x->scalar_type() == x.scalar_type() &&
+                          on_device_of(x, *ref_x),
+                      kName, ": embeddings must be of one dtype, one width and on one device; x is ", describe(x),
+                      ", ref_x is ", describe(*ref_x));
+      check_classes(*ref_x, *ref_y);
+    }
     STD_TORCH_CHECK(thresholds.scalar_type() == x.scalar_type() && thresholds.dim() == 1 && on_device_of(x, thresholds),
-                    name, ": thresholds must be [T] in the dtype and on the device of the embeddings; they are ",
+                    kName, ": thresholds must be [T] in the dtype and on the device of the embeddings; they are ",
                     describe(thresholds), ", embeddings ", describe(x));
-    STD_TORCH_CHECK(0 <= bits && bits <= 20 && classes >= 0, name,
+    STD_TORCH_CHECK(0 <= bits && bits <= 20 && classes >= 0, kName,
                     ": bits must be from 0 to 20, the number of classes 0 or more; they are ", bits, " and ", classes);
     STD_TORCH_CHECK(!progress || (progress->is_cpu() && progress->scalar_type() == ScalarType::Long &&
                                   progress->numel() == 2 && progress->is_contiguous()),
-                    name, ": progress must be two int64, contiguous and on the CPU");
+                    kName, ": progress must be two int64, contiguous and on the CPU");
+  }
+
+  void make_dense() {
+    x = dense(x), y = dense(y), thresholds = dense(thresholds);
+    if (ref_x) ref_x = dense(*ref_x), ref_y = dense(*ref_y);
   }
 
   // The kernel's arguments, of contiguous tensors.
   template <class real>
   CountProblem<real> problem() const {
     return {
+        .symmetric = !ref_x,
         .n = x.size(0),
+        .m = ref_x ? ref_x->size(0) : x.size(0),
         .d = x.size(1),
         .classes = classes,
         .thresholds = thresholds.size(0),
         .x = x.const_data_ptr<real>(),
         .y = y.const_data_ptr<int64_t>(),
+        .ref_x = ref_x ? ref_x->const_data_ptr<real>() : nullptr,
+        .ref_y = ref_y ? ref_y->const_data_ptr<int64_t>() : nullptr,
         .threshold = thresholds.const_data_ptr<real>(),
         .bits = static_cast<int>(bits),
     };
+  }
+
+ private:
+  static void check_classes(const Tensor& rows, const Tensor& labels) {
+    STD_TORCH_CHECK(labels.scalar_type() == ScalarType::Long && labels.dim() == 1 && labels.size(0) == rows.size(0) &&
+                        on_device_of(rows, labels),
+                    kName, ": classes must be int64, one for each of the embeddings and on their device; they are ",
+                    describe(labels), ", embeddings ", describe(rows));
   }
 };
 
 // The results of `counts`, on the device of x.
 struct CountTensors {
-  Tensor count, class_count, best;
+  Tensor count, class_count, best, ref_best;
 
   explicit CountTensors(const CountArguments& a)
       : count(empty(a.x, {2, (int64_t{2} << a.bits) + 1}, ScalarType::Long)),
         class_count(empty(a.x, {2, a.classes + 1, a.thresholds.size(0)}, ScalarType::Long)),
-        best(empty(a.x, {2, a.x.size(0)}, a.x.scalar_type())) {}
+        best(empty(a.x, {2, a.x.size(0)}, a.x.scalar_type())),
+        ref_best(empty(a.x, {2, a.ref_x ? a.ref_x->size(0) : 0}, a.x.scalar_type())) {}
 
   template <class real>
   CountResult<real> result(const CountArguments& a) {
     int64_t *all = count.mutable_data_ptr<int64_t>(), *by_class = class_count.mutable_data_ptr<int64_t>();
-    real* nearest = best.mutable_data_ptr<real>();
+    real *nearest = best.mutable_data_ptr<real>(), *ref_nearest = ref_best.mutable_data_ptr<real>();
     return {
         .count = {all, all + count.size(1)},
         .class_count = {by_class, by_class + class_count.size(1) * class_count.size(2)},
         .best = {nearest, nearest + best.size(1)},
+        .ref_best = {ref_nearest, ref_nearest + ref_best.size(1)},
         .progress = a.progress ? a.progress->mutable_data_ptr<int64_t>() : nullptr,
     };
   }
@@ -279,13 +305,14 @@ struct CountTensors {
 
 // The operator `counts` of a device, whose `run` takes checked arguments.
 template <CountTensors (*run)(CountArguments&)>
-std::tuple<Tensor, Tensor, Tensor> count_operator(const Tensor& x, const Tensor& y, int64_t classes,
-                                                  const Tensor& thresholds, int64_t bits,
-                                                  std::optional<Tensor> progress) {
-  CountArguments arguments{x, y, classes, thresholds, bits, progress};
+std::tuple<Tensor, Tensor, Tensor, Tensor> count_operator(const Tensor& x, const Tensor& y, std::optional<Tensor> ref_x,
+                                                          std::optional<Tensor> ref_y, int64_t classes,
+                                                          const Tensor& thresholds, int64_t bits,
+                                                          std::optional<Tensor> progress) {
+  CountArguments arguments{x, y, ref_x, ref_y, classes, thresholds, bits, progress};
   arguments.check();
   CountTensors out = run(arguments);
-  return {out.count, out.class_count, out.best};
+  return {out.count, out.class_count, out.best, out.ref_best};
 }
 
 }  // namespace tcm

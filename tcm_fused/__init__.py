@@ -9,6 +9,7 @@ from tcm_fused.thresholds.calibration import Calibration, Margins, calibrate, su
 from tcm_fused.thresholds.evaluation import Evaluation, evaluate
 from tcm_fused.thresholds.opis import OPISResult, opis
 from tcm_fused.thresholds.probability import MatchProbability, match_probability
+from tcm_fused.thresholds.retrieval import Retrieval, retrieval
 from tcm_fused.thresholds.threshold import Threshold
 from tcm_fused.thresholds.trials import TrialResult, evaluate_trials
 
@@ -25,6 +26,7 @@ __all__ = [
     "Margins",
     "MatchProbability",
     "OPISResult",
+    "Retrieval",
     "TCMLoss",
     "TCMStats",
     "Threshold",
@@ -35,6 +37,7 @@ __all__ = [
     "evaluate_trials",
     "match_probability",
     "opis",
+    "retrieval",
     "suggest_margins",
     "tcm_loss",
 ]

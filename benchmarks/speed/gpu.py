@@ -41,7 +41,8 @@ for n, m, d in [(33, 0, 17), (300, 0, 70), (129, 257, 64), (1, 40, 3)]:
             loss.backward()
     thresholds = torch.linspace(-0.5, 1, 9).to("cuda")
     for bits in (4, 17):
-        torch.ops.tcm_fused.counts(x.float(), y, 4, thresholds, bits, None)
+        torch.ops.tcm_fused.counts(x.float(), y, None, None, 4, thresholds, bits, None)
+        torch.ops.tcm_fused.counts(x.float(), y, x.float(), y, 4, thresholds, bits, None)
 torch.cuda.synchronize()
 print("done")
 """

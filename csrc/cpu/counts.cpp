@@ -11,9 +11,10 @@
 #include "embeddings.h"
 
 // How the counts are found:
-// 1. Sort rows by class and normalise them (`Embeddings`): the positives of a row are one range of columns.
-// 2. Walk the upper triangle in tiles of similarities (a matrix product each). Every pair is counted once in its
-//    thread's grid. Only pairs from the first threshold on are counted by class too: a few in a hundred, typically.
+// 1. Sort rows and columns by class and normalise them (`Embeddings`): the positives of a row are one range of columns.
+// 2. Walk all pairs, or where the columns are the rows the upper triangle, in tiles of similarities (a matrix product
+//    each). Every pair is counted once in its thread's grid. Only pairs from the first threshold on are counted by
+//    class too: a few in a hundred, typically.
 // 3. A tile has rows of few classes (they are sorted), so their counts fit the second-level cache: they are taken in
 //    tables of the tile's own and added to the result tile by tile, under locks that are rarely contended.
 // Everything is an integer or a maximum, so the result does not depend on timing.
@@ -25,52 +26,96 @@ constexpr int kCountTile = 512;  // rows and columns of the largest tile
 constexpr int kRun = 4;          // tiles in a row that one thread takes at once: they share their rows' tables
 constexpr int kClassLock = 64;   // classes behind one lock
 
+// Rows or columns, with the classes that there are among them.
+template <class real>
+struct ClassedEmbeddings : Embeddings<real> {
+  std::vector<int64_t> classes;  // ascending; all from CountProblem::classes on are one
+  std::vector<int64_t> place;    // [size] of a sorted row's class in `classes`
+  int64_t longest = 0;           // classes of a panel, at most
+
+  void number(int64_t counted) {
+    place.resize(this->size);
+    for (int64_t k = 0; k < this->size; ++k) {
+      int64_t id = std::min(this->label[k], counted);
+      if (classes.empty() || classes.back() != id) classes.push_back(id);
+      place[k] = static_cast<int64_t>(classes.size()) - 1;
+    }
+    for (int64_t panel = 0; panel < this->panels; ++panel) longest = std::max(longest, classes_of(panel));
+  }
+  int64_t classes_of(int64_t panel) const {
+    int64_t begin = this->begin(panel);
+    return place[begin + this->rows(panel) - 1] + 1 - place[begin];
+  }
+};
+
 template <class real>
 class CountWalk {
  public:
   CountWalk(const CountProblem<real>& problem, const CountResult<real>& result, const Host<real>& host, Isa isa)
-      : p_(problem), result_(result), host_(host), loops_(pair_loops<real>(isa)), half_(int32_t{1} << problem.bits) {}
+      : p_(problem),
+        result_(result),
+        host_(host),
+        loops_(pair_loops<real>(isa)),
+        half_(int32_t{1} << problem.bits),
+        columns_(problem.symmetric ? rows_ : ref_) {}
 
   void run() {
-    prepare();
-    if (!rows_.finite) throw std::invalid_argument("embeddings must be finite");
+    prepare(rows_, p_.x, p_.y, p_.n, p_.symmetric && host_.transposed);
+    if (!p_.symmetric) prepare(ref_, p_.ref_x, p_.ref_y, p_.m, host_.transposed);
+    if (!rows_.finite || !columns_.finite) throw std::invalid_argument("embeddings must be finite");
+    make_ranges();
     make_starts();
     for (int side : {kPlus, kMinus}) {
       std::fill_n(result_.count[side], p_.cells(), 0);
       std::fill_n(result_.class_count[side], (p_.classes + 1) * p_.thresholds, 0);
-      std::fill_n(result_.best[side], p_.n, -std::numeric_limits<real>::infinity());
+      std::fill_n(result_.best[side], p_.n, kNone);
+      if (!p_.symmetric) std::fill_n(result_.ref_best[side], p_.m, kNone);
     }
     walk();
   }
 
  private:
+  using Set = ClassedEmbeddings<real>;
+  static constexpr real kNone = -std::numeric_limits<real>::infinity();
+
   // The counts of one side of a tile, [its classes, thresholds].
   struct Table {
-    int64_t first = 0;            // its first class
-    int64_t size = 0;             // its classes; those from p_.classes on are one
+    const Set* set = nullptr;
+    int64_t first = 0;            // place of its first class
+    int64_t size = 0;             // its classes
     std::vector<uint32_t> count;  // a run has less than 2^32 pairs
   };
 
   struct Scratch {            // of one thread
-    Array<real> s;            // [tile, tile]
+    Array<real> s;            // [row tile, column tile]
     Array<int64_t> count[2];  // [cells]
-    Array<real> best[2];      // [size] by sorted row
+    Array<real> best[2];      // [rows] by sorted row
+    Array<real> ref_best[2];  // [columns] by sorted column; not allocated where these are the rows
     Table row_table[2], column_table;
     bool row_table_used[2];
     int32_t cell[kCountTile], listed[kCountTile], column_base[kCountTile];
   };
 
   // Step 1.
-  void prepare() {
+  void prepare(Set& set, const real* x, const int64_t* y, int64_t n, bool transposed) {
     constexpr int kPerThread = 4;  // tiles on a side for each thread, so that all threads have work to the end
-    int64_t tile = (p_.n / (kPerThread * host_.threads) + 63) / 64 * 64;
-    rows_.sort(p_.y, p_.n, p_.d, static_cast<int>(std::clamp<int64_t>(tile, 64, kCountTile)), host_.transposed);
-    host_.parallel(rows_.panels, [&](int64_t from, int64_t to) {
-      for (int64_t panel = from; panel < to; ++panel) rows_.load(loops_, p_.x, p_.y, panel);
+    int64_t tile = (n / (kPerThread * host_.threads) + 63) / 64 * 64;
+    set.sort(y, n, p_.d, static_cast<int>(std::clamp<int64_t>(tile, 64, kCountTile)), transposed);
+    host_.parallel(set.panels, [&](int64_t from, int64_t to) {
+      for (int64_t panel = from; panel < to; ++panel) set.load(loops_, x, y, panel);
     });
-    last_.resize(rows_.size);
-    for (int64_t k = rows_.size; k-- > 0;)
-      last_[k] = k + 1 < rows_.size && rows_.label[k + 1] == rows_.label[k] ? last_[k + 1] : k + 1;
+    set.number(p_.classes);
+  }
+
+  // The columns of each row's class.
+  void make_ranges() {
+    first_.resize(rows_.size), last_.resize(rows_.size);
+    int64_t a = 0, b = 0;
+    for (int64_t k = 0; k < rows_.size; ++k) {
+      while (a < columns_.size && columns_.label[a] < rows_.label[k]) ++a;
+      while (b < columns_.size && columns_.label[b] <= rows_.label[k]) ++b;
+      first_[k] = a, last_[k] = b;
+    }
   }
 
   // start_[k]: number of thresholds at or below the lower end of cell k. From there the exact comparison goes on.
@@ -90,11 +135,12 @@ class CountWalk {
 
   // Steps 2 and 3.
   void walk() {
-    int64_t panels = rows_.panels;
-    if (result_.progress) result_.progress[0] = 0, result_.progress[1] = panels * (panels + 1) / 2;
+    int64_t across = columns_.panels, tiles = rows_.panels * across;
+    if (p_.symmetric) tiles = (tiles + across) / 2;
+    if (result_.progress) result_.progress[0] = 0, result_.progress[1] = tiles;
     std::vector<std::pair<int64_t, int64_t>> runs;  // row panel, first column panel
-    for (int64_t i = 0; i < panels; ++i)
-      for (int64_t j = i; j < panels; j += kRun) runs.emplace_back(i, j);
+    for (int64_t i = 0; i < rows_.panels; ++i)
+      for (int64_t j = p_.symmetric ? i : 0; j < across; j += kRun) runs.emplace_back(i, j);
     std::vector<std::mutex>(p_.classes / kClassLock + 1).swap(locks_);
     std::vector<Scratch> scratches(host_.threads);
     for (Scratch& w : scratches) allocate(w);
@@ -105,10 +151,13 @@ class CountWalk {
     host_.parallel(host_.threads, [&](int64_t from, int64_t to) {
       for (int64_t worker = from; worker < to; ++worker) try {
           Scratch& w = scratches[worker];
-          for (auto& best : w.best) std::fill_n(best.get(), rows_.size, -std::numeric_limits<real>::infinity());
+          for (int side : {kPlus, kMinus}) {
+            std::fill_n(w.best[side].get(), rows_.size, kNone);
+            if (!p_.symmetric) std::fill_n(w.ref_best[side].get(), columns_.size, kNone);
+          }
           for (int64_t t; !failed && (t = next++) < static_cast<int64_t>(runs.size());) {
             auto [i, j] = runs[t];
-            one_run(i, j, std::min(panels, j + kRun), w);
+            one_run(i, j, std::min(across, j + kRun), w);
           }
           std::lock_guard lock(mutex);
           merge(w);
@@ -123,12 +172,13 @@ class CountWalk {
 
   // Before threads are at work, so that they can lack memory only for the needs of `Host`.
   void allocate(Scratch& w) {
-    w.s.allocate(int64_t{rows_.tile} * rows_.tile);
-    for (int side : {kPlus, kMinus}) w.count[side].allocate(p_.cells()), w.best[side].allocate(rows_.size);
-    int64_t longest = 0;
-    for (int64_t panel = 0; panel < rows_.panels; ++panel) longest = std::max(longest, classes_of(panel));
-    for (Table* table : {&w.row_table[kPlus], &w.row_table[kMinus], &w.column_table})
-      table->count.reserve(longest * p_.thresholds);
+    w.s.allocate(int64_t{rows_.tile} * columns_.tile);
+    for (int side : {kPlus, kMinus}) {
+      w.count[side].allocate(p_.cells()), w.best[side].allocate(rows_.size);
+      if (!p_.symmetric) w.ref_best[side].allocate(columns_.size);
+      w.row_table[side].set = &rows_, w.row_table[side].count.reserve(rows_.longest * p_.thresholds);
+    }
+    w.column_table.set = &columns_, w.column_table.count.reserve(columns_.longest * p_.thresholds);
   }
 
   void one_run(int64_t i, int64_t from, int64_t to, Scratch& w) {
@@ -136,8 +186,8 @@ class CountWalk {
     for (int64_t j = from; j < to; ++j) {
       multiply(i, j, w);
       reset(w.column_table, j);
-      for (int column = 0; column < rows_.rows(j); ++column)
-        w.column_base[column] = static_cast<int32_t>(offset(w.column_table, rows_.begin(j) + column));
+      for (int column = 0; column < columns_.rows(j); ++column)
+        w.column_base[column] = static_cast<int32_t>(offset(w.column_table, columns_.begin(j) + column));
       bool any = false;
       for (int row = 0; row < rows_.rows(i); ++row) any |= count_row(i, j, row, w);
       if (any) flush(w.column_table, kMinus);
@@ -149,59 +199,57 @@ class CountWalk {
   }
 
   void reset(Table& table, int64_t panel) {
-    table.first = class_of(rows_.begin(panel)), table.size = classes_of(panel);
+    table.first = table.set->place[table.set->begin(panel)], table.size = table.set->classes_of(panel);
     table.count.assign(table.size * p_.thresholds, 0);
   }
 
-  // From the first class of a panel to its last.
-  int64_t classes_of(int64_t panel) const {
-    int64_t begin = rows_.begin(panel);
-    return class_of(begin + rows_.rows(panel) - 1) + 1 - class_of(begin);
-  }
-
-  int64_t class_of(int64_t k) const { return std::min(rows_.label[k], p_.classes); }
-
   // Where `table` has the counts of sorted row k.
-  int64_t offset(const Table& table, int64_t k) const { return (class_of(k) - table.first) * p_.thresholds; }
+  int64_t offset(const Table& table, int64_t k) const { return (table.set->place[k] - table.first) * p_.thresholds; }
 
   void flush(const Table& table, int side) {
+    const int64_t* id = table.set->classes.data() + table.first;
     const uint32_t* count = table.count.data();
     for (int64_t c = 0; c < table.size;) {
-      int64_t id = table.first + c, end = std::min(table.size, c + kClassLock - id % kClassLock);
-      std::lock_guard lock(locks_[id / kClassLock]);
-      int64_t* total = result_.class_count[side] + id * p_.thresholds;
-      for (int64_t k = c * p_.thresholds; k < end * p_.thresholds; ++k) *total++ += count[k];
-      c = end;
+      int64_t lock = id[c] / kClassLock;
+      std::lock_guard guard(locks_[lock]);
+      for (; c < table.size && id[c] / kClassLock == lock; ++c) {
+        int64_t* total = result_.class_count[side] + id[c] * p_.thresholds;
+        for (int64_t t = 0; t < p_.thresholds; ++t) total[t] += *count++;
+      }
     }
   }
 
   // w.s = the tile's similarities, on the diagonal only those above it.
   void multiply(int64_t i, int64_t j, Scratch& w) {
-    int64_t m = rows_.rows(i), n = rows_.rows(j), strip = i == j ? kStrip : m;
+    bool diagonal = p_.symmetric && i == j;
+    int64_t m = rows_.rows(i), n = columns_.rows(j), tile = columns_.tile, strip = diagonal ? kStrip : m;
     for (int64_t row = 0; row < m; row += strip) {
-      int64_t column = rows_.begin(j) + (i == j ? row : 0), end = rows_.begin(j) + n;
-      similarities(host_, loops_, rows_, rows_.begin(i) + row, rows_.begin(i) + std::min(strip, m - row) + row, rows_,
-                   column, end, w.s.get() + row * rows_.tile - rows_.begin(j), rows_.tile);
+      int64_t column = columns_.begin(j) + (diagonal ? row : 0), end = columns_.begin(j) + n;
+      similarities(host_, loops_, rows_, rows_.begin(i) + row, rows_.begin(i) + std::min(strip, m - row) + row,
+                   columns_, column, end, w.s.get() + row * tile - columns_.begin(j), tile);
     }
   }
 
   // Counts a row of a tile: negatives on both sides of the range of its own class. True if any has a class's count.
   bool count_row(int64_t i, int64_t j, int row, Scratch& w) {
-    int64_t k = rows_.begin(i) + row, begin = rows_.begin(j), n = rows_.rows(j);
-    int start = i == j ? row + 1 : 0;  // above the diagonal
-    int64_t first = i == j ? start : rows_.label[begin] == rows_.label[k] ? 0 : n;
-    int a = static_cast<int>(first), b = static_cast<int>(std::clamp<int64_t>(last_[k] - begin, a, n));
+    int64_t k = rows_.begin(i) + row, begin = columns_.begin(j), n = columns_.rows(j);
+    int start = p_.symmetric && i == j ? row + 1 : 0;  // above the diagonal
+    int a = static_cast<int>(std::clamp<int64_t>(first_[k] - begin, start, n));
+    int b = static_cast<int>(std::clamp<int64_t>(last_[k] - begin, a, n));
     count_positives(k, j, row, a, b, w);
     bool left = count_negatives(k, j, row, start, a, w), right = count_negatives(k, j, row, b, static_cast<int>(n), w);
     return left || right;
   }
 
+  const real* row_of(const Scratch& w, int row) const { return w.s.get() + int64_t{row} * columns_.tile; }
+  real* column_best(const Scratch& w, int side) const { return (p_.symmetric ? w.best : w.ref_best)[side].get(); }
+
   void count_positives(int64_t k, int64_t j, int row, int from, int to, Scratch& w) {
     if (from >= to) return;
-    const real* s = w.s.get() + int64_t{row} * rows_.tile;
-    real* best = w.best[kPlus].get();
+    const real* s = row_of(w, row);
+    real *best = w.best[kPlus].get(), *other = column_best(w, kPlus) + columns_.begin(j);
     int64_t* count = w.count[kPlus].get();
-    real top = loops_.cell_row(s + from, to - from, half_, w.cell + from, best + rows_.begin(j) + from);
+    real top = loops_.cell_row(s + from, to - from, half_, w.cell + from, other + from);
     best[k] = std::max(best[k], top);
     uint32_t* table = w.row_table[kPlus].count.data() + offset(w.row_table[kPlus], k);
     for (int column = from; column < to; ++column) {
@@ -214,9 +262,9 @@ class CountWalk {
 
   bool count_negatives(int64_t k, int64_t j, int row, int from, int to, Scratch& w) {
     if (from >= to) return false;
-    const real* s = w.s.get() + int64_t{row} * rows_.tile;
-    real* best = w.best[kMinus].get();
-    real top = loops_.cell_row(s + from, to - from, half_, w.cell + from, best + rows_.begin(j) + from);
+    const real* s = row_of(w, row);
+    real *best = w.best[kMinus].get(), *other = column_best(w, kMinus) + columns_.begin(j);
+    real top = loops_.cell_row(s + from, to - from, half_, w.cell + from, other + from);
     best[k] = std::max(best[k], top);
     int64_t* count = w.count[kMinus].get();
     int listed = 0;
@@ -245,11 +293,13 @@ class CountWalk {
   void merge(const Scratch& w) {
     for (int side : {kPlus, kMinus}) {
       for (int64_t k = 0; k < p_.cells(); ++k) result_.count[side][k] += w.count[side].get()[k];
-      for (int64_t k = 0; k < rows_.size; ++k) {
-        real& best = result_.best[side][rows_.order[k]];
-        best = std::max(best, w.best[side].get()[k]);
-      }
+      raise(rows_, w.best[side].get(), result_.best[side]);
+      if (!p_.symmetric) raise(columns_, w.ref_best[side].get(), result_.ref_best[side]);
     }
+  }
+
+  static void raise(const Set& set, const real* best, real* total) {
+    for (int64_t k = 0; k < set.size; ++k) total[set.order[k]] = std::max(total[set.order[k]], best[k]);
   }
 
   const CountProblem<real>& p_;
@@ -257,9 +307,10 @@ class CountWalk {
   const Host<real>& host_;
   const PairLoops<real>& loops_;
   int32_t half_, first_cell_;
-  Embeddings<real> rows_;
-  std::vector<int64_t> last_;   // [size] end of the sorted rows of row k's class
-  std::vector<int32_t> start_;  // [cells] see make_starts()
+  Set rows_, ref_;  // the second only where the columns are others
+  const Set& columns_;
+  std::vector<int64_t> first_, last_;  // [rows] the columns of row k's class
+  std::vector<int32_t> start_;         // [cells] see make_starts()
   std::vector<std::mutex> locks_;
 };
 

@@ -202,11 +202,11 @@ LossTensors loss_operator(LossArguments& a) {
 template <class real>
 void run_counts(const CountArguments& arguments, CountTensors& out) {
   CountProblem<real> problem = arguments.problem<real>();
-  counts<real>(problem, out.result<real>(arguments), host<real>(problem.n * problem.n * problem.d), best_isa());
+  counts<real>(problem, out.result<real>(arguments), host<real>(problem.n * problem.m * problem.d), best_isa());
 }
 
 CountTensors counts_operator(CountArguments& a) {
-  for (Tensor* t : {&a.x, &a.y, &a.thresholds}) *t = dense(*t);
+  a.make_dense();
   CountTensors out(a);
   a.x.scalar_type() == ScalarType::Double ? run_counts<double>(a, out) : run_counts<float>(a, out);
   return out;

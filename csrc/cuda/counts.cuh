@@ -64,14 +64,14 @@ struct CountVisitor {
   static constexpr bool kMoves = true;  // see `look`
   static constexpr bool kScreens = false;
 
-  int64_t n, classes;
+  int64_t classes;
   int bits, thresholds;
   int window;               // cells in shared memory; even, less than there are
   const float* threshold;   // [thresholds]
   int* first;               // [] first cell of the window
   int32_t* start;           // [cells + 1] thresholds at or below the lower end of a cell; the last: all
-  int32_t* table;           // [n] row of class_count of a sorted row
-  uint32_t* best[2];        // [n] key of the largest similarity of a sorted row
+  int32_t* table[2];        // [n] row of class_count of a sorted row, of a sorted column
+  uint32_t* best[2][2];     // [n] key of the largest similarity of a sorted row, and of a column, by side
   int64_t* count[2];        // [cells]
   int64_t* class_count[2];  // [classes + 1, thresholds]
 
@@ -202,7 +202,8 @@ struct CountVisitor {
 #pragma unroll
       for (int k = 1; k < 4; k *= 2) top[h] = max(top[h], __shfl_xor_sync(~0u, top[h], k));
     }
-    if (t < 2) raise(best[at.side] + static_cast<int64_t>(at.tile_i) * kTile + row + t * 8, t == 0 ? top[0] : top[1]);
+    if (t < 2)
+      raise(best[0][at.side] + static_cast<int64_t>(at.tile_i) * kTile + row + t * 8, t == 0 ? top[0] : top[1]);
     clear(top);
   }
 
@@ -216,7 +217,7 @@ struct CountVisitor {
       for (int k = 4; k < 32; k *= 2) top[j] = max(top[j], __shfl_xor_sync(~0u, top[j], k));
       if (g == j) mine = top[j];
     }
-    raise(best[at.side] + static_cast<int64_t>(at.tile_j) * kTile + column + g / 2 * 8 + g % 2, mine);
+    raise(best[1][at.side] + static_cast<int64_t>(at.tile_j) * kTile + column + g / 2 * 8 + g % 2, mine);
     clear(top);
   }
 
@@ -255,7 +256,7 @@ struct CountVisitor {
     // By class: the last threshold at or below the similarity.
     if (!mine || !(pair.value >= at.least)) return;
     const int last = at_or_below(pair.value, start[cell], start[cell + 1]) - 1;
-    const int64_t row = table[at.tile_i * kTile + pair.row], column = table[at.tile_j * kTile + pair.column];
+    const int64_t row = table[0][at.tile_i * kTile + pair.row], column = table[1][at.tile_j * kTile + pair.column];
     add(class_count[at.side] + row * thresholds + last, 1);
     if (at.side == kMinus) add(class_count[at.side] + column * thresholds + last, 1);
   }
@@ -272,26 +273,31 @@ struct CountVisitor {
   }
 };
 
-// The first cell of the window: it is centred on the mean similarity of two rows, which is the squared length of the
-// sum of x^, less that of its terms. One block of threads.
+__device__ __forceinline__ double sum_of_column(const Embeddings& set, int width, int column) {
+  double sum = 0;
+#pragma unroll 8
+  for (int tile = 0; tile < set.tiles; ++tile) sum += set.tile_sum[static_cast<int64_t>(tile) * width + column];
+  return sum;
+}
+
+// The first cell of the window: it is centred on the mean similarity of two rows, which is the product of the sums of x^
+// of both sets; of one set less that of each row with itself. One block of threads.
 __global__ void __launch_bounds__(kThreads)
     centre_window(const __grid_constant__ Work w, const __grid_constant__ CountVisitor counter) {
   double* partial = reinterpret_cast<double*>(shared_memory());  // [kWarps]
-  const Embeddings& set = w.set[0];
-  double square = 0;
+  double product = 0;
   for (int c = threadIdx.x; c < w.width; c += kThreads) {
-    double sum = 0;
-#pragma unroll 8
-    for (int tile = 0; tile < set.tiles; ++tile) sum += set.tile_sum[static_cast<int64_t>(tile) * w.width + c];
-    square += sum * sum;
+    const double sum = sum_of_column(w.set[0], w.width, c);
+    product += sum * (w.symmetric ? sum : sum_of_column(w.set[1], w.width, c));
   }
-  square = warp_sum(square);
-  if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = square;
+  product = warp_sum(product);
+  if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = product;
   __syncthreads();
   if (threadIdx.x != 0) return;
-  double total = 0, rows = w.state->valid[0];
+  double total = 0, rows = w.state->valid[0], columns = w.state->valid[1];
   for (int k = 0; k < kWarps; ++k) total += partial[k];
-  double mean = rows < 2 ? 0 : (total - rows) / (rows * (rows - 1));
+  if (w.symmetric) total -= rows, columns -= 1;
+  double mean = rows * columns > 0 ? total / (rows * columns) : 0;
   int centre = counter.cell_of(static_cast<float>(mean));
   *counter.first = min(max(centre - counter.window / 2, 0), counter.cells() - counter.window);
 }
@@ -305,12 +311,13 @@ __global__ void __launch_bounds__(kThreads)
   for (int side = 0; side < 2; ++side) {
     for (int64_t k = thread; k < counter.cells(); k += step) counter.count[side][k] = 0;
     for (int64_t k = thread; k < class_counts; k += step) counter.class_count[side][k] = 0;
-    for (int64_t k = thread; k < counter.n; k += step) counter.best[side][k] = key_of(-INFINITY);
   }
-  for (int64_t k = thread; k < counter.n; k += step) {
-    uint64_t label = w.set[0].label[0][k];
-    counter.table[k] = static_cast<int32_t>(label < static_cast<uint64_t>(counter.classes) ? label : counter.classes);
-  }
+  for (int set = 0; set < (w.symmetric ? 1 : 2); ++set)
+    for (int64_t k = thread; k < w.set[set].n; k += step) {
+      for (int side = 0; side < 2; ++side) counter.best[set][side][k] = key_of(-INFINITY);
+      const uint64_t label = w.set[set].label[0][k], last = counter.classes;
+      counter.table[set][k] = static_cast<int32_t>(label < last ? label : last);
+    }
   for (int64_t k = thread; k <= counter.cells(); k += step) {
     const float low = static_cast<float>(k - (1 << counter.bits)) / counter.scale();
     // The first cell reaches down to -infinity, the last up.
@@ -319,15 +326,15 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// The largest similarities in the order of the input.
+// The largest similarities of a set's rows in the order of the input.
 __global__ void __launch_bounds__(kThreads)
-    finish_counts(const __grid_constant__ Work w, const __grid_constant__ CountVisitor counter, float* best_plus,
-                  float* best_minus) {
+    finish_counts(const __grid_constant__ Work w, const __grid_constant__ CountVisitor counter, int set,
+                  float* best_plus, float* best_minus) {
   const int64_t k = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (k >= counter.n) return;
+  if (k >= w.set[set].n) return;
   for (int side = 0; side < 2; ++side)
-    (side == kPlus ? best_plus : best_minus)[w.set[0].order[0][k]] =
-        w.state->non_finite == 0 ? value_of(counter.best[side][k]) : NAN;
+    (side == kPlus ? best_plus : best_minus)[w.set[set].order[0][k]] =
+        w.state->non_finite == 0 ? value_of(counter.best[set][side][k]) : NAN;
 }
 
 }  // namespace

@@ -134,18 +134,17 @@ LossTensors loss_operator(LossArguments& a) {
 }
 
 CountTensors counts_operator(CountArguments& a) {
-  Current current("tcm_fused::counts", a.x);
-  STD_TORCH_CHECK(a.x.scalar_type() == ScalarType::Float,
-                  "tcm_fused::counts: on a CUDA device embeddings must be float32; others take backend='torch'");
-  for (Tensor* t : {&a.x, &a.y, &a.thresholds}) *t = dense(*t);
+  Current current(a.kName, a.x);
+  STD_TORCH_CHECK(a.x.scalar_type() == ScalarType::Float, a.kName,
+                  ": on a CUDA device embeddings must be float32; others take backend='torch'");
+  a.make_dense();
   CountTensors out(a);
   CountProblem<float> problem = a.problem<float>();
   CountResult<float> result = out.result<float>(a);
   // The device works on its own: all that is known here is that nothing has been given to it yet, and then all.
   if (result.progress != nullptr) result.progress[0] = 0, result.progress[1] = 1;
   Tensor workspace = Current::workspace(a.x, workspace_bytes(problem, current.device()));
-  current.succeeded("tcm_fused::counts",
-                    counts(problem, current.device(), result, workspace.mutable_data_ptr(), current.stream()));
+  current.succeeded(a.kName, counts(problem, current.device(), result, workspace.mutable_data_ptr(), current.stream()));
   if (result.progress != nullptr) result.progress[0] = 1;
   return out;
 }

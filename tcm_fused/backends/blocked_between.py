@@ -1,13 +1,12 @@
 """Pairs of two sets counted by similarity, in all and by class, in plain PyTorch: queries against a gallery.
 
-The twin of `blocked_counts.py`, whose tables it returns, for pairs of which one row is in each set. It runs on any
-device, and a kernel that counts two sets is to be checked against it.
+The part of `counts_blocked` for pairs of which one row is in each set.
 """
 
 import torch
 from torch import Tensor
 
-from tcm_fused.backends.numerics import as_precise_as_asked, product, unit_and_norms
+from tcm_fused.backends.numerics import product, unit_and_norms
 
 ROWS, COLUMNS = 512, 2048  # of one similarity tile: 4 MiB in float32
 _CHUNK = 1 << 18  # components that are normalised together
@@ -15,7 +14,7 @@ _CHUNK = 1 << 18  # components that are normalised together
 Tables = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-def counts_between_blocked(
+def counts_between(
     x: Tensor,
     y: Tensor,
     ref_x: Tensor,
@@ -25,44 +24,24 @@ def counts_between_blocked(
     bits: int,
     progress: Tensor | None,
 ) -> Tables:
-    """Count the pairs of N rows and M reference rows, tile by tile: O((N + M) D + 2^bits + classes * T) memory.
-
-    A pair of rows with the same class is a positive of that class, any other a negative of both its classes. Classes
-    from `classes` on share one row of counts, and a row with a negative class is in no count at all.
-
-    Args:
-        x: [N, D] float32 or float64, finite, of any scale.
-        y: [N] int64 classes.
-        ref_x: [M, D] in the dtype of x.
-        ref_y: [M] int64 classes, of the same numbering.
-        classes: how many classes have counts of their own.
-        thresholds: [T] ascending similarities, in the dtype of x.
-        bits: the grid on [-1, 1] has steps of 2^-bits.
-        progress: [2] int64 on the CPU, blocks done and in all, written as it goes.
-
-    Returns:
-        counts [2, 2^(bits + 1) + 1] int64 and class_counts [2, classes + 1, T] int64: see `counts_blocked`.
-        best [2, N]: each row's largest similarity to a positive and to a negative, -inf where there is none.
-        ref_best [2, M]: those of the reference rows.
-    """
-    with as_precise_as_asked(x.device.type, False):
-        rows, columns = _Sorted.of(x, y), _Sorted.of(ref_x, ref_y)
-        tally = _Tally(rows, columns, classes, thresholds, bits)
-        starts = range(0, len(rows.label), ROWS)
+    """The tables of `counts_blocked`, tile by tile: O((N + M) D + 2^bits + classes * T) memory."""
+    rows, columns = _Sorted.of(x, y), _Sorted.of(ref_x, ref_y)
+    tally = _Tally(rows, columns, classes, thresholds, bits)
+    starts = range(0, len(rows.label), ROWS)
+    if progress is not None:
+        progress[0], progress[1] = 0, len(starts)
+    for i in starts:
+        for j in range(0, len(columns.label), COLUMNS):
+            tally.add(slice(i, i + ROWS), slice(j, j + COLUMNS))
         if progress is not None:
-            progress[0], progress[1] = 0, len(starts)
-        for i in starts:
-            for j in range(0, len(columns.label), COLUMNS):
-                tally.add(slice(i, i + ROWS), slice(j, j + COLUMNS))
-            if progress is not None:
-                progress[0] += 1
-        bins = (2 << bits) + 1
-        return (
-            torch.stack((tally.positives, tally.all - tally.positives)).view(2, bins),
-            tally.class_counts.view(2, classes + 1, len(thresholds)),
-            rows.restored(tally.best, len(x)),
-            columns.restored(tally.ref_best, len(ref_x)),
-        )
+            progress[0] += 1
+    bins = (2 << bits) + 1
+    return (
+        torch.stack((tally.positives, tally.all - tally.positives)).view(2, bins),
+        tally.class_counts.view(2, classes + 1, len(thresholds)),
+        rows.restored(tally.best, len(x)),
+        columns.restored(tally.ref_best, len(ref_x)),
+    )
 
 
 class _Sorted:

@@ -4,15 +4,25 @@ checked against it."""
 import torch
 from torch import Tensor
 
+from tcm_fused.backends.blocked_between import Tables, counts_between
 from tcm_fused.backends.numerics import as_precise_as_asked, product, unit_and_norms
 
 BLOCK = 1024  # rows and columns of one similarity tile
 
 
 def counts_blocked(
-    x: Tensor, y: Tensor, classes: int, thresholds: Tensor, bits: int, progress: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Count the unordered pairs of N rows, block by block: O(N D + 2^bits + classes * T) memory.
+    x: Tensor,
+    y: Tensor,
+    ref_x: Tensor | None,
+    ref_y: Tensor | None,
+    classes: int,
+    thresholds: Tensor,
+    bits: int,
+    progress: Tensor | None,
+) -> Tables:
+    """Count the unordered pairs of N rows, or those of N rows and M reference rows, block by block.
+
+    It takes O((N + M) D + 2^bits + classes * T) memory.
 
     A pair of rows with the same class is a positive of that class, any other a negative of both its classes. Classes
     from `classes` on share one row of counts, and a row with a negative class is in no count at all.
@@ -20,6 +30,8 @@ def counts_blocked(
     Args:
         x: [N, D] float32 or float64, finite, of any scale.
         y: [N] int64 classes.
+        ref_x: [M, D] in the dtype of x; None: the rows are paired with each other.
+        ref_y: [M] int64 classes, in the numbering of y.
         classes: how many classes have counts of their own.
         thresholds: [T] ascending similarities, in the dtype of x.
         bits: the grid on [-1, 1] has steps of 2^-bits.
@@ -31,9 +43,12 @@ def counts_blocked(
         class_counts [2, classes + 1, T] int64: those of each class with thresholds[k] <= s < thresholds[k + 1], the
         last without an upper bound.
         best [2, N]: each row's largest similarity to a positive and to a negative, -inf where there is none.
+        ref_best [2, M]: those of the reference rows; [2, 0] without.
     """
     with as_precise_as_asked(x.device.type, False):
-        return _count(x, y, classes, thresholds, bits, progress)
+        if ref_x is not None and ref_y is not None:
+            return counts_between(x, y, ref_x, ref_y, classes, thresholds, bits, progress)
+        return *_count(x, y, classes, thresholds, bits, progress), x.new_empty((2, 0))
 
 
 def _count(

@@ -135,23 +135,6 @@ def choose_counter(backend: str, device_type: str, dtype: torch.dtype) -> Any:
     return OPERATORS[backend].counts
 
 
-def choose_between(backend: str, device_type: str, dtype: torch.dtype) -> Any:
-    """The counter of pairs of two sets, likewise: the first backend that has one, or the one asked for by name."""
-    able = [name for name in BACKENDS if OPERATORS[name].between is not None]
-    if backend == "auto":
-        fits = [
-            name for name in able if BACKENDS[name].device in (None, device_type) and dtype in BACKENDS[name].counted
-        ]
-        return OPERATORS[next(name for name in fits if why_unavailable(name) is None)].between
-    choose_counter(backend, device_type, dtype)  # its errors
-    if backend not in able:
-        raise RuntimeError(
-            f"backend={backend!r} counts pairs of one set only: two sets, pairs across groups, and memory maps that "
-            f"memory has no room for, are counted by {' or '.join(map(repr, able))}; leave backend out"
-        )
-    return OPERATORS[backend].between
-
-
 _NO_WIDE = "float64 kernels; use backend='torch' for float64 embeddings, or embeddings.float()"
 
 

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from tcm_fused.backends import blocked
-from tcm_fused.backends.blocked_between import counts_between_blocked
 from tcm_fused.backends.blocked_counts import counts_blocked
 from tcm_fused.backends.numerics import loss_dtype, wide_dtype
 from tcm_fused.backends.problem import Problem, Result
@@ -31,10 +30,11 @@ _SCHEMAS = {
     "-> (Tensor loss, Tensor grad_x, Tensor grad_ref, Tensor penalty, Tensor count)",
     "penalties": f"({_ROWS}{_OPTIONS}) -> (Tensor penalty, Tensor grad_x, Tensor grad_ref, Tensor count)",
     # x [N, D] float32 or float64, finite; y [N] int64 class; thresholds [T] ascending similarities in the dtype of x.
-    # counts [2, 2^(bits + 1) + 1], class_counts [2, classes + 1, T] int64 and best [2, N]: see `counts_blocked`.
-    # progress [2] int64, if given: blocks done and in all, while it runs; a GPU only tells that it was given the work.
-    "counts": "(Tensor x, Tensor y, int classes, Tensor thresholds, int bits, Tensor(a!)? progress) "
-    "-> (Tensor counts, Tensor class_counts, Tensor best)",
+    # counts [2, 2^(bits + 1) + 1], class_counts [2, classes + 1, T] int64, best [2, N], ref_best [2, M]: see
+    # `counts_blocked`. progress [2] int64, if given: blocks done and in all, while it runs; a GPU only tells that it
+    # was given the work.
+    "counts": "(Tensor x, Tensor y, Tensor? ref_x, Tensor? ref_y, int classes, Tensor thresholds, int bits, "
+    "Tensor(a!)? progress) -> (Tensor counts, Tensor class_counts, Tensor best, Tensor ref_best)",
 }
 
 
@@ -153,12 +153,20 @@ def _fake(problem: Problem) -> Result:
 
 
 def _fake_counts(
-    x: Tensor, y: Tensor, classes: int, thresholds: Tensor, bits: int, progress: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor,
+    y: Tensor,
+    ref_x: Tensor | None,
+    ref_y: Tensor | None,
+    classes: int,
+    thresholds: Tensor,
+    bits: int,
+    progress: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return (
         x.new_empty((2, (2 << bits) + 1), dtype=torch.int64),
         x.new_empty((2, classes + 1, thresholds.shape[0]), dtype=torch.int64),
         x.new_empty((2, x.shape[0])),
+        x.new_empty((2, 0 if ref_x is None else ref_x.shape[0])),
     )
 
 
@@ -206,7 +214,6 @@ class Operators(NamedTuple):
     loss: Any
     penalties: Any
     counts: Any  # None: it counts no pairs
-    between: Any = None  # of two sets, see `counts_between_blocked`; None: it counts no pairs of two sets
 
 
 _KERNELS = Operators(_register("loss"), _register("penalties"), _register("counts"))
@@ -214,12 +221,7 @@ OPERATORS = {
     "cpu": _KERNELS,
     "cuda": _KERNELS,
     "triton": Operators(_register("loss_triton"), _register("penalties_triton"), None),
-    "torch": Operators(
-        _register("loss_blocked"),
-        _register("penalties_blocked"),
-        _register("counts_blocked"),
-        counts_between_blocked,
-    ),
+    "torch": Operators(_register("loss_blocked"), _register("penalties_blocked"), _register("counts_blocked")),
 }
 for _name, _run, _devices in (
     ("triton", _triton, ("CUDA", "CPU")),  # torch calls ROCm CUDA, too; on CPUs Triton has its interpreter

@@ -108,10 +108,13 @@ def add_command(
         choices=("auto", *(name for name, able in BACKENDS.items() if able.counted)),
         help="C++ kernel, CUDA kernel or PyTorch (default: auto)",
     )
-    command.add_argument(
-        "--device", default="cpu", choices=("cpu", "cuda"), help="where pairs are counted (default: cpu)"
-    )
+    add_device(command, "where pairs are counted")
     return command
+
+
+def add_device(command: argparse.ArgumentParser, use: str) -> None:
+    """Where the work is done."""
+    command.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help=f"{use} (default: cpu)")
 
 
 def _count(text: str) -> int:
@@ -120,8 +123,8 @@ def _count(text: str) -> int:
     return int(text)
 
 
-def add_set(command: argparse.ArgumentParser) -> None:
-    """The arguments that name the embeddings: one set or two, with groups."""
+def add_set(command: argparse.ArgumentParser, classes: bool = True) -> None:
+    """The arguments that name the embeddings: one set or two, with groups; and how many `classes` are listed."""
     kinds = ", ".join(SUFFIXES)
     command.add_argument("embeddings", type=Path, metavar="EMB", help=f"[N, D] numbers, of any length ({kinds})")
     command.add_argument(
@@ -141,7 +144,10 @@ def add_set(command: argparse.ArgumentParser) -> None:
         choices=("within", "across"),
         help="which pairs count, with --groups (default: within)",
     )
-    command.add_argument("--worst", type=_count, default=5, metavar="K", help="how many classes to list (default: 5)")
+    if classes:
+        command.add_argument(
+            "--worst", type=_count, default=5, metavar="K", help="how many classes to list (default: 5)"
+        )
 
 
 def add_tables(command: argparse.ArgumentParser, csv: str = "the classes") -> None:
@@ -288,7 +294,8 @@ def check_files(arguments: argparse.Namespace, inputs: Sequence[Path | None]) ->
     if arguments.plot is not None:
         importlib.import_module("tcm_fused.thresholds.plots")  # its error says how to install matplotlib
     outputs = [getattr(arguments, name, None) for name in ("json", "plot", "csv", "markdown", "save", "out")]
-    check_outputs(outputs, [*inputs, threshold_file(getattr(arguments, "threshold", None))])
+    loaded = [threshold_file(getattr(arguments, "threshold", None)), getattr(arguments, "load", None)]
+    check_outputs(outputs, [*inputs, *loaded])
 
 
 def threshold_file(text: str | None) -> Path | None:
@@ -353,20 +360,21 @@ def _rows(data: Labelled) -> str:
     return f"{len(data.embeddings):,} rows of {data.embeddings.shape[1]} columns"
 
 
-def write(arguments: argparse.Namespace, result: Any) -> list[str]:
+def write(arguments: argparse.Namespace, result: Any, table: Any = None) -> list[str]:
     """The files that were asked for; returns lines that say so, for the end of the page.
 
-    Before the page, which a reader may cut short, such as `| head`.
+    Before the page, which a reader may cut short, such as `| head`. `table` has the columns that are written, where
+    the result has none of its own.
     """
     written = []
     if arguments.json:
         written.append(_write_json(arguments.json, result.to_dict()))
     if getattr(arguments, "csv", None):
-        written.append(write_text(arguments.csv, csv_text(result.columns())))
+        written.append(write_text(arguments.csv, csv_text((table or result).columns())))
     if getattr(arguments, "markdown", None):
-        written.append(write_text(arguments.markdown, result.to_markdown()))
+        written.append(write_text(arguments.markdown, (table or result).to_markdown()))
     if getattr(arguments, "save", None):
-        result.threshold.save(arguments.save)
+        getattr(result, "threshold", result).save(arguments.save)
         written.append(f"wrote {printable(arguments.save)}\n")
     if arguments.plot:
         written.append(_save_picture(arguments.plot, _picture(result, getattr(arguments, "picture", None))))

@@ -16,6 +16,7 @@ from tcm_fused.thresholds.evaluation import Evaluation
 from tcm_fused.thresholds.intervals import binomial_interval, effective_pairs
 from tcm_fused.thresholds.plots import BLUE, GREEN, GREY, INK, ROSE, SAND, finish, new_axes, shortened, width_of
 from tcm_fused.thresholds.probability import Reliability
+from tcm_fused.thresholds.retrieval import Retrieval
 from tcm_fused.thresholds.sets import Array, shown
 from tcm_fused.thresholds.targets import Curve, equal_error
 from tcm_fused.thresholds.trials import TrialResult
@@ -230,4 +231,21 @@ def plot_reliability(reliability: Reliability, axes: Axes | None = None, of: str
     title = f"Brier score {reliability.brier:.3g}, calibration error {reliability.error:.3g}"
     axes.set_title(title if of is None else f"{title}, on {of}", loc="left", color=INK)
     finish(axes, own, columns=2)
+    return axes
+
+
+def plot_recall(result: Retrieval, axes: Axes | None = None, most: int = 1000) -> Axes:
+    """Recall over k up to `most`, on a logarithmic axis: the cumulative match characteristic."""
+    own = axes is None
+    axes = axes or new_axes()
+    last = min(most, int(result.first_rank.max()))
+    k = np.arange(1, max(last, 2) + 1)
+    recall = np.searchsorted(np.sort(result.first_rank), k, side="right") / len(result.first_rank)
+    axes.plot(k, recall, color=BLUE, linewidth=2, drawstyle="steps-post", label=f"recall@1 {_percent(recall[0])}")
+    axes.set_xscale("log")
+    axes.set(xlim=(1, k[-1]), ylim=(min(0.98 * float(recall[0]), 0.9), 1.0))
+    axes.set_xlabel("nearest rows that are looked at, k")
+    axes.set_ylabel("share of queries with a match among them")
+    axes.set_title(f"Recall at k, mAP {result.mean_average_precision:.3g}", loc="left", color=INK)
+    finish(axes, own, columns=1)
     return axes

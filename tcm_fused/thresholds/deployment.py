@@ -1,5 +1,5 @@
 """The commands on a threshold: its rates on other data (`evaluate`), on a list of pairs (`trials`), and a page of it
-(`report`)."""
+(`report`); the probability of a match instead of a threshold (`probability`), and ranks (`retrieval`)."""
 
 import argparse
 from pathlib import Path
@@ -8,6 +8,7 @@ from typing import Any
 from tcm_fused.thresholds.calibration import calibrate
 from tcm_fused.thresholds.command_line import (
     add_command,
+    add_device,
     add_picture,
     add_set,
     add_tables,
@@ -21,6 +22,8 @@ from tcm_fused.thresholds.command_line import (
 )
 from tcm_fused.thresholds.evaluation import evaluate
 from tcm_fused.thresholds.files import load_embeddings
+from tcm_fused.thresholds.probability import MatchProbability, match_probability
+from tcm_fused.thresholds.retrieval import check_ranks, retrieval
 from tcm_fused.thresholds.threshold import COSINE, SCORE, Threshold
 from tcm_fused.thresholds.trial_files import Trials, read_trials, rows_of
 from tcm_fused.thresholds.trials import evaluate_trials, trial_similarities
@@ -72,6 +75,37 @@ def add_commands(commands: Any) -> None:
     add_set(command)
     _add_threshold(add_targets(command, also=("coverage",)), required=False)
     command.add_argument("--out", type=Path, metavar="OUT.html", required=True, help="the page")
+    command = add_command(
+        commands,
+        "probability",
+        _probability,
+        "from similarity to the probability of a match, and how well that holds",
+        "Fits a map from cosine similarity to the probability that a pair matches, with scikit-learn, to the exact "
+        "counts of all pairs; or, with --load, tells how well one that was saved holds on these embeddings.",
+        "example: python -m tcm_fused probability held_out.npz --prior 0.1 --save probability.json",
+    )
+    add_set(command, classes=False)
+    add_tables(command, "the bins of the reliability")
+    command.add_argument("--method", choices=("isotonic", "platt"), help="of the fit (default: isotonic)")
+    command.add_argument("--prior", type=float, metavar="SHARE", help="of matches to come (default: that of the pairs)")
+    command.add_argument("--save", type=Path, metavar="OUT.json", help="write the map, for --load")
+    command.add_argument("--load", type=Path, metavar="FILE.json", help="judge this one, and fit none")
+    command = add_command(
+        commands,
+        "retrieval",
+        _retrieval,
+        "recall at k, mean average precision and others, of queries against all rows or a gallery",
+        "Ranks the rows by similarity to each query, and tells where its positives are: recall@k, mean average "
+        "precision over all positives (mAP) and among the R nearest (mAP@R), R-precision and mean reciprocal rank.",
+        "example: python -m tcm_fused retrieval queries.npz --ref gallery.npz --k 1 10 100",
+        counts=False,
+    )
+    add_set(command, classes=False)
+    add_tables(command, "the queries")
+    command.add_argument(
+        "--k", type=int, nargs="+", metavar="K", default=[1, 5, 10], help="ranks of recall (default: 1 5 10)"
+    )
+    add_device(command, "where rows are ranked")
 
 
 def _add_threshold(command: Any, required: bool) -> None:
@@ -157,4 +191,32 @@ def _report(arguments: argparse.Namespace) -> None:
     text = page(found, f"{arguments.embeddings.name}: {sets.rows}", arguments.worst)
     written = [*write(argparse.Namespace(**{**vars(arguments), "picture": None}), found)]
     written.append(write_text(arguments.out, text))
+    print("".join(written), end="")
+
+
+def _probability(arguments: argparse.Namespace) -> None:
+    for name in ("method", "prior", "save"):
+        if arguments.load is not None and getattr(arguments, name) is not None:
+            raise ValueError(f"--{name} is for a fit, and with --load there is none; leave one of the two out")
+    loaded = None if arguments.load is None else MatchProbability.load(arguments.load)
+    sets = read_sets(arguments)
+    found: Any
+    if loaded is None:
+        method = arguments.method or "isotonic"
+        found = match_probability(**sets.arguments, method=method, prior=arguments.prior, backend=arguments.backend)
+        text, bins = found.report(), found.reliability
+    else:
+        found = bins = loaded.evaluate(**sets.arguments, backend=arguments.backend)
+        text = f"{loaded!r}\non these rows: {found!r}"
+    written = write(arguments, found, bins)
+    print(f"{sets.rows}; {text}")
+    print("".join(written), end="")
+
+
+def _retrieval(arguments: argparse.Namespace) -> None:
+    ranks = check_ranks(arguments.k)
+    sets = read_sets(arguments)
+    found = retrieval(**sets.arguments, k=ranks)
+    written = write(arguments, found)
+    print(f"{sets.rows}; {found.report()}")
     print("".join(written), end="")

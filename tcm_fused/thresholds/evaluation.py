@@ -9,7 +9,13 @@ import numpy as np
 
 from tcm_fused.arguments import check_choice
 from tcm_fused.thresholds.frames import class_table, frame, markdown
-from tcm_fused.thresholds.intervals import Interval, rate_interval
+from tcm_fused.thresholds.intervals import (
+    Interval,
+    binomial_intervals,
+    negative_trials,
+    positive_trials,
+    rate_interval,
+)
 from tcm_fused.thresholds.pairing import NothingToMeasure
 from tcm_fused.thresholds.rates import Counts, Histogram, Pairs, Worst, fields, lowest, share, worst_classes
 from tcm_fused.thresholds.sets import Array
@@ -48,7 +54,8 @@ class Evaluation:
 
     An interval is for other classes of the same kind: from the spread when each class is left out in turn (see
     `tcm_fused.thresholds.intervals`). Where nothing was observed it is the rule of three, (0, 1) of fewer than
-    three classes. NaN: there is no such rate.
+    three classes. NaN: there is no such rate. Those of a single class count what is independent for certain, pairs
+    without a common row and other classes, so they are wide.
     """
 
     threshold: Threshold
@@ -75,6 +82,8 @@ class Evaluation:
     class_sizes: Array  # [C] samples, of both sets
     class_far: Array  # [C] of the pairs with one sample in the class
     class_frr: Array  # [C]
+    class_far_interval: Array  # [C, 2] for these samples of the class against other classes of the same kind
+    class_frr_interval: Array  # [C, 2] for other samples of the class
     class_positives: Array  # [C] pairs
     class_negatives: Array  # [C]
     left_out: int  # classes without a positive pair
@@ -86,8 +95,10 @@ class Evaluation:
     def worst(self, k: int = 10, rate: str = "frr") -> list[Worst]:
         """The k classes with the highest false reject rate (or `rate="far"`), the highest first."""
         check_choice("rate", rate, ("far", "frr"))
-        values = self.class_frr if rate == "frr" else self.class_far
-        return worst_classes(self, lowest(-values, k), values)
+        values, intervals = (
+            (self.class_frr, self.class_frr_interval) if rate == "frr" else (self.class_far, self.class_far_interval)
+        )
+        return worst_classes(self, lowest(-values, k), values, intervals)
 
     def __repr__(self) -> str:
         return "\n".join(self._lines())
@@ -127,8 +138,13 @@ class Evaluation:
         return lines
 
     def columns(self) -> dict[str, Any]:
-        """The classes as columns of a table."""
-        return class_table(self)
+        """The classes as columns of a table, with the ends of their intervals."""
+        ends = {
+            f"{rate}_{end}": getattr(self, f"class_{rate}_interval")[:, k]
+            for rate in ("far", "frr")
+            for k, end in enumerate(("low", "high"))
+        }
+        return class_table(self) | ends
 
     def to_frame(self) -> Any:
         """The classes as a pandas DataFrame."""
@@ -201,6 +217,13 @@ def evaluate(
     classes, counted = pairs.classes, slice(pairs.classes.counted)
     tp, fp, total = (table[..., 0] for table in counts.accepted(np.array([0])))
     rates = _rates(tp, fp, classes.positives, classes.negatives, beta) | _query_rates(pairs, counts, at)
+    sizes = pairs.sizes_of_sets
+    negative, positive = (
+        negative_trials(classes.negatives, sizes)[counted],
+        positive_trials(classes.positives, sizes)[counted],
+    )
+    class_far = share(fp, classes.negatives, 0.0)[counted]
+    class_frr = (pairs.class_positives - tp[counted]) / pairs.class_positives
     return Evaluation(
         threshold=threshold,
         beta=beta,
@@ -210,8 +233,10 @@ def evaluate(
         accepted=(int(total[0]), int(total[1])),
         class_ids=pairs.class_ids,
         class_sizes=pairs.class_sizes,
-        class_far=share(fp, classes.negatives, 0.0)[counted],
-        class_frr=(pairs.class_positives - tp[counted]) / pairs.class_positives,
+        class_far=class_far,
+        class_frr=class_frr,
+        class_far_interval=binomial_intervals(class_far * negative, negative),
+        class_frr_interval=binomial_intervals(class_frr * positive, positive),
         class_positives=pairs.class_positives,
         class_negatives=pairs.class_negatives,
         left_out=pairs.left_out,

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from tcm_fused.backends import choice
 from tcm_fused.backends.numerics import wide_dtype
 from tcm_fused.thresholds.evaluation import rates_or_nan
 from tcm_fused.thresholds.opis import SCORES, OPISResult, check_options, opis, scores_or_nan, warn_of_nan
+from tcm_fused.thresholds.retrieval import check_ranks, no_scores, ranks_or_nan
 from tcm_fused.thresholds.sets import as_labels
 from tcm_fused.thresholds.threshold import Threshold, as_threshold
 
@@ -46,8 +48,10 @@ class OPIS(Metric):
 
     details: the form of the scores that `compute` and `forward` return. False: OPIS, a scalar, as torchmetrics'
         wrappers, its plots and Lightning's `self.log` take it. True: a dict of the scalars "opis", "eps_opis" and
-        "recall_at_1", and with a `threshold` "far" and "frr".
+        "recall_at_1", with a `threshold` "far" and "frr", and with `recall_at` those of `retrieval`.
     threshold: a `Threshold` or a cosine similarity that is deployed, whose error rates are told beside.
+    recall_at: ranks k, one or several, of "recall_at_<k>"; the mean average precisions, the R-precision and the mean
+        reciprocal rank of `retrieval` are told beside. They take a second pass over the pairs.
 
     Scalars are float64, or float32 on a device without that. All else that was found is in `result`, an `OPISResult`,
     after `compute`. A score that the rows do not have (no two classes, no class twice, rows that are not finite,
@@ -77,7 +81,14 @@ class OPIS(Metric):
         *("_to_sync", "_should_unsync", "_is_synced", "_cache"),
     )
 
-    def __init__(self, *, details: bool = False, threshold: Threshold | float | None = None, **options: Any) -> None:
+    def __init__(
+        self,
+        *,
+        details: bool = False,
+        threshold: Threshold | float | None = None,
+        recall_at: int | Sequence[int] = (),
+        **options: Any,
+    ) -> None:
         own = {name: options.pop(name) for name in self._OPTIONS if name in options}
         super().__init__(**{"dist_sync_fn": gather_rows} | options)
         defaults: dict[str, Any] = opis.__kwdefaults__ or {}
@@ -88,6 +99,7 @@ class OPIS(Metric):
             raise TypeError(f"details must be True or False, got {type(details).__name__}")
         self.details = details
         self.threshold = None if threshold is None else as_threshold(threshold)
+        self.recall_at = check_ranks(recall_at)
         self.options = own
         self.result: OPISResult | None = None
         self.warned = False  # of a score that is NaN
@@ -135,6 +147,8 @@ class OPIS(Metric):
             scores, found = scores_or_nan(dim_zero_cat(self.embeddings), dim_zero_cat(self.labels), **self.options)
         if self.threshold is not None and self.details:
             scores |= self._rates(self.threshold)
+        if self.recall_at and self.details:
+            scores |= self._ranks()
         if isinstance(found, str) and not self.warned and self.update_called:  # else torchmetrics warns
             self.warned = True
             warn_of_nan(found)
@@ -148,6 +162,12 @@ class OPIS(Metric):
             return {"far": math.nan, "frr": math.nan}
         rows = dim_zero_cat(self.embeddings), dim_zero_cat(self.labels)
         return rates_or_nan(*rows, threshold, self.options.get("backend", "auto"))
+
+    def _ranks(self) -> dict[str, float]:
+        """Of rows that have no such score NaN."""
+        if len(self.labels) == 0:
+            return no_scores(self.recall_at)
+        return ranks_or_nan(dim_zero_cat(self.embeddings), dim_zero_cat(self.labels), self.recall_at)
 
     def plot(self, val: Any = None, ax: Any = None) -> Any:
         """Draw the score, or several: of `forward` or `compute`, one or a list; None: of `compute`. Needs matplotlib.

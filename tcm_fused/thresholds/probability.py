@@ -1,18 +1,25 @@
 """From similarity to the probability of a match: `match_probability`, and how well it holds on other data."""
 
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from tcm_fused.arguments import check_choice
-from tcm_fused.thresholds.frames import frame
-from tcm_fused.thresholds.rates import HALF, Pairs, Rates, check_rate, fields, share
+from tcm_fused.thresholds.frames import frame, markdown
+from tcm_fused.thresholds.rates import HALF, Pairs, Rates, check_rate, fields, percent, plain, share
+from tcm_fused.thresholds.saved import Kind, load, save
 from tcm_fused.thresholds.sets import Array
 from tcm_fused.thresholds.threshold import as_scores
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+
+_KIND = Kind("tcm_fused.probability", "match probability", "probability --save and MatchProbability.save")
+_METHODS = ("isotonic", "platt")
+_LEVELS = (0.5, 0.9, 0.99)  # of probability, that a report tells the similarity of
 
 
 class Reliability(NamedTuple):
@@ -27,9 +34,27 @@ class Reliability(NamedTuple):
     def __repr__(self) -> str:
         return f"Reliability: Brier score {self.brier:.4g}, expected calibration error {self.error:.4g}"
 
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, in types that JSON knows."""
+        return {name: plain(value) for name, value in self._asdict().items()}
+
+    def columns(self) -> dict[str, Any]:
+        """The bins as columns of a table."""
+        return {"told": self.told, "found": self.found, "pairs": self.pairs}
+
     def to_frame(self) -> Any:
         """The bins as a pandas DataFrame."""
-        return frame({"told": self.told, "found": self.found, "pairs": self.pairs})
+        return frame(self.columns())
+
+    def to_markdown(self) -> str:
+        """The bins as a table."""
+        return markdown(self.columns())
+
+    def plot(self, axes: "Axes | None" = None) -> "Axes":
+        """Draw the share of matches over the probability; needs matplotlib. See `plot_reliability`."""
+        from tcm_fused.thresholds.curve_plots import plot_reliability
+
+        return plot_reliability(self, axes)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -41,6 +66,20 @@ class MatchProbability:
     similarity: Array  # [K] ascending
     probability: Array  # [K] not falling
     reliability: Reliability  # on the pairs that it was fitted to
+    columns: int | None = None  # D of the embeddings that it was fitted to
+
+    def __post_init__(self) -> None:
+        check_choice("method", self.method, _METHODS)
+        check_rate("prior", self.prior)
+        s, p = self.similarity, self.probability
+        if s.ndim != 1 or s.shape != p.shape or len(s) == 0:
+            raise ValueError(
+                f"similarity and probability must be alike in length, got {list(s.shape)}, {list(p.shape)}"
+            )
+        if not (np.abs(s) <= 1).all() or not (np.diff(s) > 0).all():
+            raise ValueError("similarity must ascend, and lie from -1 to 1")
+        if not ((p >= 0) & (p <= 1)).all() or not (np.diff(p) >= 0).all():
+            raise ValueError("probability must not fall, and lie from 0 to 1")
 
     def __call__(self, similarity: Any) -> Array:
         """Probabilities of similarities of any shape, from -1 to 1."""
@@ -48,9 +87,55 @@ class MatchProbability:
         return np.interp(values, self.similarity, self.probability)
 
     def evaluate(self, embeddings: Any, labels: Any, **sets: Any) -> Reliability:
-        """How well it holds on other data; the sets as in `match_probability`."""
-        cells = _cells(_rates(embeddings, labels, sets), self.prior)
+        """How well it holds on other data; the sets as in `match_probability`.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: as `opis`; ValueError also for embeddings of another dimension.
+        """
+        pairs = _pairs(embeddings, labels, sets)
+        found = pairs.x.shape[1]
+        if self.columns is not None and self.columns != found:
+            raise ValueError(
+                f"this probability is for embeddings of {self.columns} columns, got {found}: it is another model's"
+            )
+        cells = _cells(pairs.count(np.empty(0)).rates, self.prior)
         return _reliability(self(cells.similarity), cells)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write it as JSON, with all digits: whole, or not at all.
+
+        Raises:
+            ValueError: it cannot be written there; the message says why.
+        """
+        save(path, _KIND, self.to_dict())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "MatchProbability":
+        """One that `save` wrote.
+
+        Raises:
+            ValueError: there is no such file, or it holds something else; the message names it.
+        """
+        return load(path, _KIND, lambda content: cls(**_fields(content)))
+
+    def report(self) -> str:
+        """The result in sentences: where the probability reaches some values, and how well it fits."""
+        lines = [f"{self.method}, for pairs of which {percent(self.prior)} match"]
+        for level in _LEVELS:
+            at = self._reaches(level)
+            where = "nowhere" if at is None else f"from similarity {at:.4f} on"
+            lines.append(f"{f'{100 * level:g} % sure':14} {where}")
+        return "\n".join([*lines, f"on its own data: {self.reliability!r}"])
+
+    def _reaches(self, level: float) -> float | None:
+        """The lowest similarity from which on the probability is at least `level`."""
+        s, p = self.similarity, self.probability
+        k = int(np.searchsorted(p, level))
+        if k == len(p):
+            return None
+        if k == 0:
+            return -1.0
+        return float(s[k - 1] + (level - p[k - 1]) / (p[k] - p[k - 1]) * (s[k] - s[k - 1]))
 
     def __repr__(self) -> str:
         return f"MatchProbability({self.method}, prior {self.prior:.4g}, {self.reliability!r})"
@@ -86,15 +171,16 @@ def match_probability(
         TypeError, ValueError, RuntimeError: as `opis`.
         ImportError: scikit-learn is not there.
     """
-    check_choice("method", method, ("isotonic", "platt"))
+    check_choice("method", method, _METHODS)
     prior = None if prior is None else check_rate("prior", prior)
-    rates = _rates(embeddings, labels, sets)
+    pairs = _pairs(embeddings, labels, sets)
+    rates = pairs.count(np.empty(0)).rates
     if prior is None:
         prior = rates.positives / (rates.positives + rates.negatives)
     cells = _cells(rates, prior)
     similarity, probability = (_isotonic if method == "isotonic" else _platt)(cells)
     on_itself = _reliability(np.interp(cells.similarity, similarity, probability), cells)
-    return MatchProbability(method, prior, similarity, probability, on_itself)
+    return MatchProbability(method, prior, similarity, probability, on_itself, pairs.x.shape[1])
 
 
 class _Cells(NamedTuple):
@@ -108,15 +194,39 @@ class _Cells(NamedTuple):
 _SETS = ("ref_emb", "ref_labels", "groups", "ref_groups", "group_pairs", "backend", "progress")
 
 
-def _rates(embeddings: Any, labels: Any, sets: dict[str, Any]) -> Rates:
+def _pairs(embeddings: Any, labels: Any, sets: dict[str, Any]) -> Pairs:
     unknown = [name for name in sets if name not in _SETS]
     if unknown:
         raise TypeError(f"{unknown[0]!r} is no argument of the sets; those are {', '.join(_SETS)}")
-    return (
-        Pairs(embeddings, labels, sets.pop("backend", "auto"), sets.pop("progress", False), **sets)
-        .count(np.empty(0))
-        .rates
-    )
+    return Pairs(embeddings, labels, sets.pop("backend", "auto"), sets.pop("progress", False), **sets)
+
+
+def _fields(content: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of `MatchProbability` in a file."""
+    about = content["reliability"]
+    if not isinstance(about, dict):
+        raise TypeError(f"reliability must be an object, got {about!r}")
+    told, found, pairs = (_numbers(name, about[name]) for name in ("told", "found", "pairs"))
+    if not len(told) == len(found) == len(pairs) > 0:
+        raise ValueError("told, found and pairs of the reliability must be alike in length")
+    brier, error = (float(_numbers(name, [about[name]])[0]) for name in ("brier", "error"))
+    columns = content["columns"]
+    if columns is not None and (type(columns) is not int or columns < 1):
+        raise ValueError(f"columns must be a whole number, 1 or above, or null, got {columns!r}")
+    return {
+        "method": content["method"],
+        "prior": content["prior"],
+        "similarity": _numbers("similarity", content["similarity"]),
+        "probability": _numbers("probability", content["probability"]),
+        "reliability": Reliability(told, found, pairs, brier, error),
+        "columns": columns,
+    }
+
+
+def _numbers(name: str, values: Any) -> Array:
+    if not isinstance(values, list) or not all(type(value) in (int, float) for value in values):
+        raise TypeError(f"{name} must be a list of numbers")
+    return np.array(values, dtype=np.float64)
 
 
 def _cells(rates: Rates, prior: float) -> _Cells:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from tcm_fused.arguments import check_choice
-from tcm_fused.backends.choice import BACKENDS, choose_between, choose_counter
+from tcm_fused.backends.choice import BACKENDS, choose_counter
+from tcm_fused.thresholds.intervals import Interval
 from tcm_fused.thresholds.pairing import Block, blocks, check_finite, number_classes, read_sides
 from tcm_fused.thresholds.sets import Array, shown
 
@@ -29,10 +30,12 @@ class Worst(NamedTuple):
     size: int
     value: float
     name: str | None = None  # where labels were text
+    interval: Interval | None = None  # of 95 %, where there is one
 
     def __str__(self) -> str:
         name = self.class_id if self.name is None else shown(self.name)
-        return f"class {name} ({self.size:,} samples): {self.value:.4f}"
+        within = "" if self.interval is None else f" ({self.interval})"
+        return f"class {name} ({self.size:,} samples): {self.value:.4f}{within}"
 
 
 class Histogram(NamedTuple):
@@ -116,7 +119,7 @@ class Counts(NamedTuple):
     @property
     def is_hit(self) -> Tensor:
         """[N] whether the nearest of each query is a positive."""
-        return self.best[0] > self.best[1] + 8 * torch.finfo(self.best.dtype).eps
+        return self.best[0] > self.best[1] + rounding_of(self.best.dtype)
 
 
 class Pairs:
@@ -146,8 +149,7 @@ class Pairs:
         )
         sides = [own] if reference is None else [own, reference]
         self._dtype = torch.float64 if any(s.x.dtype == torch.float64 for s in sides) else torch.float32
-        self._backend, device = backend, own.x.device.type
-        self._operator = choose_counter(backend, device, self._dtype) if reference is None else None
+        self._operator = choose_counter(backend, own.x.device.type, self._dtype)
         # Converted here, once; but of a memory map panel by panel.
         sides = [s if s.file is not None else s._replace(x=s.x.to(self._dtype)) for s in sides]
         for side in sides:
@@ -156,9 +158,6 @@ class Pairs:
             sides[0], None if reference is None else sides[1], group_pairs
         )
         self._blocks = blocks(self._own, self._reference, group_pairs)
-        self._between: Any = None
-        if any(block.columns is not None for block in self._blocks):
-            self._between = choose_between(backend, device, self._dtype)
         self.classes = classes
         counted = slice(classes.counted)
         self.class_ids: Array = classes.ids[counted]
@@ -187,6 +186,13 @@ class Pairs:
         return self._own.y
 
     @property
+    def sizes_of_sets(self) -> list[Array]:
+        """Rows of each class [all], in one set or in both."""
+        sides = [self._own] if self._reference is None else [self._own, self._reference]
+        classes = len(self.classes.ids)
+        return [np.bincount(side.y[side.y >= 0].cpu().numpy(), minlength=classes) for side in sides]
+
+    @property
     def is_open(self) -> bool:
         """Whether queries stand against a set of others, rather than each other."""
         return self._reference is not None
@@ -204,9 +210,8 @@ class Pairs:
         starts = torch.arange(_SAMPLE_BLOCKS, device=order.device) * last // (_SAMPLE_BLOCKS - 1)
         index = (starts[:, None] + torch.arange(_SAMPLE_ROWS, device=order.device)).flatten()
         index = order[index[index < rows].unique()]
-        assert self._operator is not None
-        counts, _, _ = self._operator(self.x[index], self.y[index], 0, self.x.new_empty(0), BITS, None)
-        return _rates(counts)
+        sampled = self.x[index], self.y[index], None, None
+        return _rates(self._operator(*sampled, 0, self.x.new_empty(0), BITS, None)[0])
 
     def count(self, thresholds: Array, all_classes: bool = False) -> Counts:
         """One pass over all pairs, with the classes' counts at ascending similarities [T].
@@ -219,23 +224,21 @@ class Pairs:
         t = torch.from_numpy(thresholds.astype(dtype)).to(self.x.device)
         classes = len(self.classes.ids) if all_classes else len(self.class_ids)
         counted = _Sum(t, classes, len(self.y))
-        with _bar(self._progress, len(self._blocks)) as bar:
+        with progress_bar(self._progress, len(self._blocks)) as bar:
             for block in self._blocks:
-                counted.add(block, *self._run(block, classes, t, bar))
+                counted.add(block, self._run(block, classes, t, bar), one_set=self._reference is None)
         counts = counted.counts()
         self.recall_at_1 = counts.recall_at_1
         return counts
 
-    def _run(self, block: Block, classes: int, t: Tensor, bar: "_Bar") -> tuple[Tensor, ...]:
-        """The tables of one block; the last has the best of its columns, where these are rows of the same set."""
+    def _run(self, block: Block, classes: int, t: Tensor, bar: "Bar") -> tuple[Tensor, ...]:
+        """The tables of one block."""
         own, other = self._own, self._own if self._reference is None else self._reference
         rows = own.x[block.rows].to(self._dtype), own.y[block.rows]
-        if block.columns is None:
-            found: tuple[Tensor, ...] = bar.run(self._operator, own.x.device, *rows, classes, t, BITS)
-        else:
+        columns: tuple[Tensor | None, Tensor | None] = None, None
+        if block.columns is not None:
             columns = other.x[block.columns].to(self._dtype), other.y[block.columns]
-            found = bar.run(self._between, own.x.device, *rows, *columns, classes, t, BITS)
-            found = found[:3] if self._reference is not None else found
+        found: tuple[Tensor, ...] = bar.run(self._operator, own.x.device, *rows, *columns, classes, t, BITS)
         own.release()
         other.release()
         return found
@@ -249,10 +252,9 @@ class _Sum:
         self.best = thresholds.new_full((2, rows), -torch.inf)
         self.groups: dict[int, tuple[Array, Array]] = {}
 
-    def add(
-        self, block: Block, counts: Tensor, class_counts: Tensor, best: Tensor, ref_best: Tensor | None = None
-    ) -> None:
-        """Those of one block."""
+    def add(self, block: Block, tables: tuple[Tensor, ...], one_set: bool) -> None:
+        """Those of one block; of one set the columns are rows of it, and queries too."""
+        counts, class_counts, best, ref_best = tables
         if block.group is not None:
             self._add_group(block.group, counts, class_counts)
         if self.tables is None:
@@ -261,7 +263,7 @@ class _Sum:
             self.tables[0].add_(counts)
             self.tables[1].add_(class_counts)
         self._raise(block.rows, best)
-        if ref_best is not None and block.columns is not None:
+        if one_set and block.columns is not None:
             self._raise(block.columns, ref_best)
 
     def _raise(self, rows: Tensor | slice, best: Tensor) -> None:
@@ -281,8 +283,8 @@ class _Sum:
         return Counts(_rates(self.tables[0]), self.tables[1].cumsum_(dim=2), self.best, self.groups)
 
 
-class _Bar:
-    """Runs operators, and shows how far they are."""
+class Bar:
+    """Shows how far the work is, and runs operators that tell of it."""
 
     def __init__(self, bar: Any, blocks: int) -> None:
         self.bar, self.blocks, self.ended = bar, blocks, 0
@@ -306,25 +308,36 @@ class _Bar:
             future = pool.submit(work)
             while wait([future], timeout=0.1).not_done:
                 self._show(self.ended + float(done[0] / done[1].clamp_min(1)))
-            self.ended += 1
-            self._show(self.ended)
+            self.advance()
             return future.result()
+
+    def advance(self) -> None:
+        """One block is done."""
+        self.ended += 1
+        if self.bar is not None:
+            self._show(self.ended)
 
     def _show(self, blocks: float) -> None:
         self.bar.update(blocks / self.blocks - self.bar.n)
 
 
 @contextmanager
-def _bar(wanted: bool, blocks: int) -> Iterator[_Bar]:
+def progress_bar(wanted: bool, blocks: int) -> Iterator[Bar]:
+    """A bar over so many blocks; none is shown unless it is wanted, which needs tqdm."""
     if not wanted:
-        yield _Bar(None, blocks)
+        yield Bar(None, blocks)
         return
     try:
         from tqdm import tqdm
     except ImportError as error:
         raise ImportError("progress=True needs tqdm: pip install tqdm") from error
     with tqdm(total=1.0, desc="pairs", bar_format="{l_bar}{bar}| {elapsed}") as bar:
-        yield _Bar(bar, blocks)
+        yield Bar(bar, blocks)
+
+
+def rounding_of(dtype: torch.dtype) -> float:
+    """By which two similarities may differ that are the same but for rounding."""
+    return 8 * torch.finfo(dtype).eps
 
 
 def class_rates(pairs: Pairs, counts: Counts, index: Array) -> tuple[Array, Array, Array]:
@@ -364,12 +377,16 @@ class _OfClasses(Protocol):
     def class_names(self) -> Array | None: ...
 
 
-def worst_classes(result: _OfClasses, order: Array, values: Array) -> list[Worst]:
-    """The classes at the places `order` with their `values`."""
+def worst_classes(result: _OfClasses, order: Array, values: Array, intervals: Array | None = None) -> list[Worst]:
+    """The classes at the places `order` with their `values`, and the `intervals` [C, 2] of these."""
     names = result.class_names
     return [
         Worst(
-            int(result.class_ids[c]), int(result.class_sizes[c]), float(values[c]), None if names is None else names[c]
+            class_id=int(result.class_ids[c]),
+            size=int(result.class_sizes[c]),
+            value=float(values[c]),
+            name=None if names is None else names[c],
+            interval=None if intervals is None else Interval(*map(float, intervals[c])),
         )
         for c in order
     ]

@@ -1,11 +1,9 @@
 """`Threshold`: found by `calibrate`, kept in a file, and applied."""
 
-import json
 import math
 import numbers
 import os
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,12 +12,11 @@ from torch import Tensor
 
 from tcm_fused.arguments import check_number
 from tcm_fused.backends.numerics import unit_and_norms, wide_dtype
-from tcm_fused.thresholds.outputs import check_outputs, write_whole
 from tcm_fused.thresholds.rates import as_distance, plain
+from tcm_fused.thresholds.saved import Kind, load, save
 from tcm_fused.thresholds.sets import as_embeddings
 
-_FORMAT = "tcm_fused.threshold"
-_VERSION = 1
+_KIND = Kind("tcm_fused.threshold", "threshold", "calibrate --save and Threshold.save")
 COSINE, SCORE = "cosine", "score"
 
 
@@ -150,10 +147,7 @@ class Threshold:
         Raises:
             ValueError: it cannot be written there; the message says why.
         """
-        target = Path(path)
-        check_outputs([target])
-        content = {"format": _FORMAT, "version": _VERSION, **self.to_dict()}
-        write_whole(target, lambda part: part.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n"))
+        save(path, _KIND, self.to_dict())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Threshold":
@@ -162,22 +156,7 @@ class Threshold:
         Raises:
             ValueError: there is no such file, or it holds something else; the message names it.
         """
-        try:
-            content = json.loads(Path(path).read_text(encoding="utf-8-sig"), parse_constant=_refuse)
-        except OSError as error:
-            raise ValueError(f"cannot read the threshold {Path(path)}: {error.strerror or error}") from error
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path} is no threshold, since it is no JSON: {error}") from error
-        if not isinstance(content, dict) or content.get("format") != _FORMAT:
-            raise ValueError(f"{path} is no threshold: calibrate --save and Threshold.save write them")
-        if content.get("version") != _VERSION:
-            raise ValueError(f"{path} has version {content.get('version')!r}, this program reads {_VERSION}")
-        try:
-            return cls(**_fields(content))
-        except KeyError as error:
-            raise ValueError(f"{path} is damaged: it has no {error}") from error
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{path} is damaged: {error}") from error
+        return load(path, _KIND, lambda content: cls(**_fields(content)))
 
     def __repr__(self) -> str:
         found = f" for {_asked(self.target)}" if self.target else ""
@@ -215,10 +194,6 @@ def _fields(content: dict[str, Any]) -> dict[str, Any]:
                 f"{name} is {told!r}, but that of similarity {means.similarity!r} is {value!r}; leave it out"
             )
     return found
-
-
-def _refuse(constant: str) -> float:
-    raise ValueError(f"{constant} is no number of JSON")
 
 
 def _rate(name: str, value: Any) -> float:

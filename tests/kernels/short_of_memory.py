@@ -33,7 +33,7 @@ def draw(rng: random.Random) -> Case:
     # Where threads start, where code is generated, and where the large arrays are taken.
     room = rng.choice((rng.uniform(0, 1), rng.uniform(0, 8), rng.uniform(0, 60), rng.uniform(0, 300)))
     return Case(
-        rng.choice(("loss", "tcm_loss", "squared", "counts")),
+        rng.choice(("loss", "tcm_loss", "squared", "counts", "counts of two sets")),
         rng.choice((torch.float32, torch.float32, torch.bfloat16, torch.float64)),
         rng.choice((64, 300, 1000, 3000)),
         rng.choice((16, 100, 256, 500)),
@@ -47,7 +47,9 @@ def run(case: Case, x: torch.Tensor, y: torch.Tensor) -> None:
     if case.call == "tcm_loss":
         tcm_fused.tcm_loss(x, y, margin_minus=0.0)
     elif case.call == "counts":
-        operators.counts(x, y, len(y), torch.linspace(-1, 1, 40, dtype=x.dtype), 12, None)
+        operators.counts(x, y, None, None, len(y), torch.linspace(-1, 1, 40, dtype=x.dtype), 12, None)
+    elif case.call == "counts of two sets":
+        operators.counts(x, y, x, y, len(y), torch.linspace(-1, 1, 40, dtype=x.dtype), 12, None)
     else:
         operators.loss(x, y, None, None, None, sides, sides, case.call == "squared", False, True, False)
 
@@ -55,7 +57,7 @@ def run(case: Case, x: torch.Tensor, y: torch.Tensor) -> None:
 def child(case: Case) -> str:
     """The error, or nothing; the process goes on after either."""
     torch.set_num_threads(case.threads)
-    dtype = torch.float32 if case.call == "counts" and case.dtype == torch.bfloat16 else case.dtype
+    dtype = torch.float32 if "counts" in case.call and case.dtype == torch.bfloat16 else case.dtype
     x = torch.randn(case.n, case.d, generator=torch.Generator().manual_seed(0)).to(dtype)
     y = torch.arange(case.n) // 10
     with open("/proc/self/statm") as file:

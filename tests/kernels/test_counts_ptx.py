@@ -19,8 +19,8 @@ PATHS = pytest.mark.parametrize("path", [Knobs(sm="80"), Knobs(sm="90")], ids=["
 
 
 def blocked(problem: CountsProblem) -> Tables:
-    counts, class_counts, best = (t.numpy() for t in counts_blocked(*problem.tensors(), None))
-    return counts, class_counts, best
+    counts, class_counts, best, ref_best = (t.numpy() for t in counts_blocked(*problem.tensors(), None))
+    return counts, class_counts, best, ref_best
 
 
 @st.composite
@@ -39,7 +39,8 @@ def problems(draw: st.DrawFn) -> CountsProblem:
     if exact:
         t = np.round(t * 8) / 8  # on similarities, many times
     bits = draw(st.sampled_from([0, 1, 5, 12]))
-    return CountsProblem(x.astype(np.float32), y, tables, t.astype(np.float32), bits, exact)
+    problem = CountsProblem(x.astype(np.float32), y, tables, t.astype(np.float32), bits, exact)
+    return problem.divided(rng) if draw(st.booleans()) else problem
 
 
 knobs = st.builds(
@@ -82,7 +83,7 @@ def test_bits_of_opis(path: Knobs, shared: tuple[int, int]) -> None:
     y = rng.integers(40, size=400)
     x = embeddings("groups", y, 200, rng).astype(np.float32)
     t = np.unique(np.append(rng.integers(2**18, size=300) / 2**17 - 1, rng.uniform(-1, 1, 50))).astype(np.float32)
-    CountsProblem(x, y, 30, t, 17).check_on(replace(path, sm_count=2), per_block=shared[0], per_sm=shared[1])
+    CountsProblem(x, y, 30, t, 17).check_on(replace(path, sm_count=2), shared=shared)
 
 
 @PATHS
@@ -93,6 +94,20 @@ def test_many_pairs_of_one_cell(path: Knobs, window: int) -> None:
     problem = CountsProblem(x, y, 3, np.array([0.5, 1.0], dtype=np.float32), 4, exact=True)
     tables = problem.check_on(replace(path, sm_count=1, window=window))
     assert tables[0][1, -1] == 450 * 449 // 2 > 3 * 2**15
+
+
+@PATHS
+@pytest.mark.parametrize(("n", "m"), [(1, 300), (300, 1), (128, 129), (0, 5), (5, 0)])
+def test_two_sets(path: Knobs, n: int, m: int) -> None:
+    """More rows than columns and fewer, to none; each pair counts once, and a row of both sets with itself too."""
+    rng = np.random.default_rng(n)
+    x, y = dyadic(n + m, 40, rng).astype(np.float32), rng.integers(-1, 6, size=n + m)
+    x[:3] = x[-3:]
+    t = np.array([-0.5, 0.25, 1.0], dtype=np.float32)
+    problem = CountsProblem(x[:n], y[:n], 4, t, 5, exact=True, ref_x=x[n:], ref_y=y[n:])
+    tables = problem.check_on(path)
+    for mine, other in zip(tables, blocked(problem), strict=True):
+        np.testing.assert_array_equal(mine, other)
 
 
 @PATHS
@@ -127,6 +142,8 @@ def test_non_finite(path: Knobs, bad: float) -> None:
     assert not np.isnan(problem.run(path)[2]).any()
     x[8, 3] = bad
     assert np.isnan(problem.run(path)[2]).all()
+    two = replace(problem, x=x[50:], y=y[50:], ref_x=x[:50], ref_y=y[:50])
+    assert all(np.isnan(best).all() for best in two.run(path)[2:])
 
 
 @PATHS
@@ -152,7 +169,7 @@ def test_check_can_fail() -> None:
     good = blocked(problem)
     problem.check(good)
     for table, at, to in ((0, (1, 8), (1, 9)), (1, (1, 2, 1), (1, 3, 1)), (1, (0, 1, 1), (0, 1, 2)), (2, (0, 7), None)):
-        bad = (good[0].copy(), good[1].copy(), good[2].copy())
+        bad = (good[0].copy(), good[1].copy(), good[2].copy(), good[3])
         if to is None:
             bad[table][at] += 1e-5
         else:

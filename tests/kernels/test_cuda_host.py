@@ -298,7 +298,7 @@ def test_hopper_runs_its_own_kernels() -> None:
     x = x.to(DEVICE).requires_grad_()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         torch.autograd.backward(tcm_loss(x, y.to(DEVICE), margin_minus=0.0, backend="cuda"))
-        torch.ops.tcm_fused.counts(x.detach(), y.to(DEVICE), 5, torch.zeros(1, device=DEVICE), 17, None)
+        torch.ops.tcm_fused.counts(x.detach(), y.to(DEVICE), None, None, 5, torch.zeros(1, device=DEVICE), 17, None)
         torch.cuda.synchronize()
     names = [event.key for event in profile.key_averages()]
     for parts in (("similarity_sm90", "LossVisitor"), ("similarity_sm90", "CountVisitor"), ("masked_sum_sm90",)):

@@ -273,6 +273,8 @@ BUGS = {
         "counts.cuh", "if (at.side == kMinus) add(class_count", "if (column < 0) add(class_count"
     ),
     "tiles: pairs twice": Bug("counts.cuh", "note_pairs<true>(", "note_pairs<false>("),
+    "two sets: classes of the rows": Bug("counts.cuh", "column = table[1][", "column = table[0]["),
+    "two sets: largest of the rows": Bug("counts.cuh", "raise(best[1]", "raise(best[0]"),
     "best: raised by a store": Bug("counts.cuh", "atomicMax(best, key);", "*best = key;"),
 }
 
@@ -316,7 +318,9 @@ def counted() -> list[tuple[CountsProblem, Knobs]]:
     one_cell = CountsProblem(
         np.ones((450, 4), dtype=np.float32), np.arange(450), 3, np.array([0.5, 1.0], dtype=np.float32), 4, exact=True
     )
-    return [(one_cell, Knobs(sm_count=1)), (CountsProblem(x, y, 8, t, 10), Knobs(window=64, sm_count=2))]
+    problem = CountsProblem(x, y, 8, t, 10)
+    small = Knobs(window=64, sm_count=2)
+    return [(one_cell, Knobs(sm_count=1)), (problem, small), (problem.divided(rng), small)]
 
 
 def search(bug: Bug, code: str, on: Kernels | None = None) -> None:

@@ -63,7 +63,7 @@ def test_loss_is_exact(squared: bool) -> None:
 def test_counts_are_exact() -> None:
     x, y = batch()
     for dtype in (torch.float32, torch.float64):
-        best = torch.ops.tcm_fused.counts(x.to(dtype), y, 100, torch.empty(0, dtype=dtype), 10, None)[2]
+        best = torch.ops.tcm_fused.counts(x.to(dtype), y, None, None, 100, torch.empty(0, dtype=dtype), 10, None)[2]
         unit = torch.nn.functional.normalize(x.double())
         s = (unit[:, None] * unit[None]).sum(-1).fill_diagonal_(-2)
         same = y[:, None] == y[None]

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tcm_fused.backends import blocked, blocked_between, blocked_counts, numerics
+from tcm_fused.backends import blocked, blocked_counts, numerics
 from tcm_fused.backends.numerics import as_precise_as_asked, product
 
 BACKENDS: Any = torch.backends
@@ -280,7 +280,7 @@ def no_float64(monkeypatch: pytest.MonkeyPatch) -> None:
         with as_precise_as_asked(*arguments), NoFloat64():
             yield
 
-    for module in (blocked, blocked_between, blocked_counts):
+    for module in (blocked, blocked_counts):
         monkeypatch.setattr(module, "as_precise_as_asked", watched)
 
 

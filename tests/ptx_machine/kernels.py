@@ -41,8 +41,8 @@ LossCall = _structure(
 )
 CountsCall = _structure(
     "CountsCall",
-    "n d classes thresholds bits sm sm_count shared_per_block shared_per_sm window chunk one_chunk",
-    "x y threshold count class_count best",
+    "symmetric n m d classes thresholds bits sm sm_count shared_per_block shared_per_sm window chunk one_chunk",
+    "x y ref_x ref_y threshold count class_count best ref_best",
 )
 
 
@@ -165,31 +165,41 @@ class Kernels:
         thresholds: Array,
         bits: int,
         knobs: Knobs = SHIPPED,
-        **shared: int,
-    ) -> tuple[Array, Array, Array]:
-        """Counts [2, cells], those of each class [2, classes + 1, T], and the largest similarities [2, N]."""
-        machine, (n, d) = self.machine, x.shape
-        per_block, per_sm = SHARED[knobs.sm]
+        ref_x: Array | None = None,
+        ref_y: Array | None = None,
+        shared: tuple[int, int] | None = None,
+    ) -> tuple[Array, Array, Array, Array]:
+        """Counts [2, cells], those of each class [2, classes + 1, T], and the largest similarities [2, N] and [2, M].
+
+        `shared`: bytes of a block and of a multiprocessor, where they are not the path's.
+        """
+        machine, (n, d), m = self.machine, x.shape, len(x if ref_x is None else ref_x)
+        per_block, per_sm = shared or SHARED[knobs.sm]
         call = CountsCall(
+            symmetric=ref_x is None,
             n=n,
+            m=m,
             d=d,
             classes=classes,
             thresholds=len(thresholds),
             bits=bits,
             sm=int(knobs.sm),
             sm_count=knobs.sm_count,
-            shared_per_block=shared.get("per_block", per_block),
-            shared_per_sm=shared.get("per_sm", per_sm),
+            shared_per_block=per_block,
+            shared_per_sm=per_sm,
             window=knobs.window,
             chunk=knobs.chunk,
             one_chunk=knobs.one_chunk,
         )
         call.x, call.y, call.threshold = machine.put(x), machine.put(y.astype(np.int64)), machine.put(thresholds)
+        if ref_x is not None and ref_y is not None:
+            call.ref_x, call.ref_y = machine.put(ref_x), machine.put(ref_y.astype(np.int64))
         count, call.count = machine.room((2, (2 << bits) + 1), np.int64)
         class_count, call.class_count = machine.room((2, classes + 1, len(thresholds)), np.int64)
         best, call.best = machine.room((2, n), np.float32)
+        ref_best, call.ref_best = machine.room((2, 0 if ref_x is None else m), np.float32)
         self._run("counts", call, knobs)
-        tables = (count.copy(), class_count.copy(), best.copy())
+        tables = (count.copy(), class_count.copy(), best.copy(), ref_best.copy())
         machine.free()
         return tables
 

@@ -173,12 +173,15 @@ def one_product(form: str) -> bool:
 class CountsProblem(CountCall):
     """That of the count oracle."""
 
-    def run(self, knobs: Knobs, *, on: Kernels | None = None, **shared: int) -> Tables:
-        return (on or kernels()).counts(self.x, self.y, self.classes, self.thresholds, self.bits, knobs, **shared)
+    def run(self, knobs: Knobs, *, on: Kernels | None = None, shared: tuple[int, int] | None = None) -> Tables:
+        arguments = self.x, self.y, self.classes, self.thresholds, self.bits, knobs, self.ref_x, self.ref_y
+        return (on or kernels()).counts(*arguments, shared)
 
-    def check_on(self, knobs: Knobs = SHIPPED, *, on: Kernels | None = None, **shared: int) -> Tables:
+    def check_on(
+        self, knobs: Knobs = SHIPPED, *, on: Kernels | None = None, shared: tuple[int, int] | None = None
+    ) -> Tables:
         """Runs it and compares; where the machine cuts sums off, with what that may change a similarity by."""
-        tables = self.run(knobs, on=on, **shared)
+        tables = self.run(knobs, on=on, shared=shared)
         allowed = tensor_core_drift(self.x.shape[1]) if knobs.truncated else 0.0
         replace(self, near=self.near + allowed, exact=self.exact and not knobs.truncated).check(tables)
         return tables

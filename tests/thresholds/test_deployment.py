@@ -11,7 +11,17 @@ import pytest
 from support.commands import refuse, run
 from support.oracle import Array
 
-from tcm_fused import Threshold, calibrate, evaluate, evaluate_trials, opis, suggest_margins
+from tcm_fused import (
+    MatchProbability,
+    Threshold,
+    calibrate,
+    evaluate,
+    evaluate_trials,
+    match_probability,
+    opis,
+    retrieval,
+    suggest_margins,
+)
 from tcm_fused.thresholds.trials import trial_similarities
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -175,9 +185,56 @@ def test_report(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
         assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
 
 
+def test_probability(files: Path, data: dict[str, Array], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    saved, out, table, picture = (tmp_path / name for name in ("p.json", "out.json", "bins.csv", "p.png"))
+    rows = files / "ref.npy", files / "ref_y.npy"
+    outputs = ("--json", out, "--csv", table, "--markdown", tmp_path / "bins.md", "--plot", picture)
+    printed = run(capsys, "probability", *rows, "--method", "platt", "--prior", "0.2", "--save", saved, *outputs)
+    found = match_probability(data["ref"], data["ref_y"], method="platt", prior=0.2)
+    assert MatchProbability.load(saved).to_dict() == json.loads(out.read_text()) == found.to_dict()
+    assert found.report() in printed
+    assert picture.read_bytes().startswith(PNG)
+    assert [float(row["told"]) for row in csv.DictReader(table.open())] == found.reliability.told.tolist()
+    printed = run(capsys, "probability", files / "x.npy", files / "y.npy", "--load", saved, *outputs)
+    other = found.evaluate(data["x"], data["y"])
+    assert f"on these rows: {other!r}" in printed
+    assert json.loads(out.read_text()) == other.to_dict()
+    assert [float(row["found"]) for row in csv.DictReader(table.open())] == other.found.tolist()
+    assert picture.read_bytes().startswith(PNG)
+
+
+def test_retrieval(files: Path, data: dict[str, Array], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, table, picture = (tmp_path / name for name in ("out.json", "queries.csv", "recall.png"))
+    outputs = ("--json", out, "--csv", table, "--plot", picture)
+    sets = (files / "x.npy", files / "y.npy", "--ref", files / "gallery.npz")
+    printed = run(capsys, "retrieval", *sets, "--k", "2", "1", *outputs)
+    found = retrieval(data["x"], data["y"], data["ref"], data["ref_y"], k=(1, 2))
+    assert found.report() in printed
+    assert json.loads(out.read_text()) == json.loads(json.dumps(found.to_dict()))
+    assert [int(row["first_rank"]) for row in csv.DictReader(table.open())] == found.first_rank.tolist()
+    assert picture.read_bytes().startswith(PNG)
+    printed = run(capsys, "retrieval", files / "x.npy", files / "y.npy", "--groups", files / "g.npy")
+    assert retrieval(data["x"], data["y"], groups=data["g"]).report() in printed
+
+
 @pytest.mark.parametrize(
     ("command", "message"),
     [
+        (["probability", "x.npy", "y.npy", "--prior", "1"], "prior must lie between 0 and 1"),
+        (["probability", "x.npy", "y.npy", "--method", "beta"], "invalid choice: 'beta'"),
+        (["probability", "x.npy", "y.npy", "--load", "none.json"], "cannot read the match probability none.json"),
+        (["probability", "x.npy", "y.npy", "--load", "t12.json"], "t12.json is no match probability"),
+        (["probability", "x.npy", "y.npy", "--load", "x.npy"], "x.npy is no match probability, since it is no JSON"),
+        (["probability", "narrow.npy", "y.npy", "--load", "p.json"], "for embeddings of 12 columns, got 5"),
+        (["probability", "x.npy", "y.npy", "--load", "p.json", "--prior", "0.1"], "--prior is for a fit"),
+        (["probability", "x.npy", "y.npy", "--load", "p.json", "--csv", "p.json"], "is an input or the other output"),
+        (["probability", "x.npy", "y.npy", "--save", "no/p.json"], "there is no folder"),
+        (["probability", "x.npy", "y.npy", "--ref-labels", "y.npy"], "--ref-labels came without --ref"),
+        (["probability", "x.npy", "y.npy", "--plot", "p.txt"], "its name must end in one of"),
+        (["retrieval", "x.npy", "y.npy", "--k", "0"], "k must be at least 1, got 0"),
+        (["retrieval", "x.npy", "y.npy", "--k", "half"], "invalid int value: 'half'"),
+        (["retrieval", "x.npy", "ref_y.npy"], "ref_y.npy"),
+        (["retrieval", "x.npy", "y.npy", "--ref", "narrow.npy", "--ref-labels", "y.npy"], "ref_emb has D=5"),
         (["evaluate", "x.npy", "y.npy", "--threshold", "1.5"], "from -1 to 1, got 1.5"),
         (["evaluate", "x.npy", "y.npy", "--threshold", "none.json"], "cannot read the threshold none.json"),
         (["evaluate", "x.npy", "y.npy", "--threshold", "y.npy"], "y.npy is no threshold"),
@@ -230,12 +287,13 @@ def test_bad_input(
 ) -> None:
     for path in files.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
+    monkeypatch.chdir(tmp_path)
     Threshold(0.3, columns=12).save(tmp_path / "t12.json")
     Threshold(3.0, metric="score").save(tmp_path / "score.json")
+    match_probability(np.load("x.npy"), np.load("y.npy")).save("p.json")
     (tmp_path / "missing.txt").write_text("1 0 1\n0 0 150\n".replace("0 0 150", "0 2 150").replace("1 0 1", "1 3 4"))
     (tmp_path / "scores.csv").write_text("score,same\n2.5,1\n1.5,0\n")
     (tmp_path / "both.txt").write_text("0 3 4\n1 0 5\n1 6 7\n")
-    monkeypatch.chdir(tmp_path)
     before = sorted(path.name for path in tmp_path.iterdir())
     outputs = ["--json", "out.json"] if command[0] != "report" else []
     assert message in refuse(capsys, *command, *outputs)

@@ -20,7 +20,7 @@ from torchmetrics import MetricCollection
 from torchmetrics.wrappers import BootStrapper, MetricTracker, MinMaxMetric, MultitaskWrapper, Running
 
 import tcm_fused
-from tcm_fused import OPIS, opis
+from tcm_fused import OPIS, opis, retrieval
 from tcm_fused.thresholds import metric as metric_module
 
 N, D, CLASSES = 300, 8, 12
@@ -350,3 +350,34 @@ def test_without_torchmetrics(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_no_such_name() -> None:
     with pytest.raises(AttributeError, match="has no attribute 'OPS'"):
         _ = tcm_fused.OPS
+
+
+def test_ranks() -> None:
+    """Recall at k and the mean average precisions beside, over all batches; in a collection and after a copy too."""
+    x, y = data()
+    expected = retrieval(x, y, k=(1, 7)).scores
+    metric = OPIS(**OPTIONS, details=True, recall_at=(7, 1))
+    for part in (slice(0, 100), slice(100, N)):
+        metric.update(x[part], y[part])
+    collection = MetricCollection({"mine": pickle.loads(pickle.dumps(metric))}, prefix="val_")
+    for found, prefix in ((metric.compute(), ""), (collection.compute(), "val_mine_"), (collection.compute(), "val_")):
+        values = {name.removeprefix(prefix): value for name, value in found.items()}
+        if prefix == "val_mine_" and not any(name.startswith(prefix) for name in found):
+            continue
+        assert {name: values[name].item() for name in expected} == pytest.approx(expected)
+        assert "opis" in values
+    assert "recall_at_7" not in OPIS(**OPTIONS, details=True)(x, y)
+    assert OPIS(**OPTIONS, recall_at=3)(x, y).ndim == 0, "a scalar by default"
+
+
+def test_ranks_that_are_not_there() -> None:
+    metric = OPIS(details=True, recall_at=5)
+    with pytest.warns(UserWarning, match="before the ``update``"):
+        assert metric.compute()["recall_at_5"].isnan()
+    with pytest.warns(UserWarning, match="OPIS cannot be measured"):
+        found = metric(torch.eye(3), torch.zeros(3, dtype=torch.int64))
+    assert all(value.isnan() for value in found.values())
+    for k, error in ((0, ValueError), ("5", TypeError), ([1, 2.0], TypeError)):
+        bad: Any = k
+        with pytest.raises(error, match="k must be"):
+            OPIS(recall_at=bad)

@@ -94,9 +94,11 @@ def test_kernel_counts(n: int, d: int, classes: int, dtype: torch.dtype, bits: i
     x, y = batches.dyadic(n, d, rng), rng.integers(-1, classes, size=n)
     tables = max(1, 2 * classes // 3)  # the rest of the classes share a row
     t = np.unique(np.append(rng.uniform(-1.2, 1.2, 20), [-1.0, -0.25, 0.0, 0.5, 1.0]))
-    arguments = (torch.from_numpy(x).to(dtype), torch.from_numpy(y), tables, torch.from_numpy(t).to(dtype), bits)
+    rows = torch.from_numpy(x).to(dtype), torch.from_numpy(y), None, None
     progress = torch.zeros(2, dtype=torch.int64)
-    counts, class_counts, best = torch.ops.tcm_fused.counts(*arguments, progress)
+    counts, class_counts, best, _ = torch.ops.tcm_fused.counts(
+        *rows, tables, torch.from_numpy(t).to(dtype), bits, progress
+    )
     assert progress[0] == progress[1] >= (y >= 0).any()
     part = y >= 0
     unit = x[part] / np.maximum(np.linalg.norm(x[part], axis=1, keepdims=True), 1e-12)
@@ -124,8 +126,8 @@ def test_kernel_and_blocked_form_agree(dtype: torch.dtype) -> None:
     """On similarities that are not exact: a pair may move by one cell, and then only near its edge."""
     x, y = batches.batch(2100, 24, 90, dtype, seed=3)
     t = torch.linspace(-0.2, 0.8, 33, dtype=dtype)
-    kernel = torch.ops.tcm_fused.counts(x, y, 90, t, 10, None)
-    blocked = torch.ops.tcm_fused.counts_blocked(x, y, 90, t, 10, None)
+    kernel = torch.ops.tcm_fused.counts(x, y, None, None, 90, t, 10, None)
+    blocked = torch.ops.tcm_fused.counts_blocked(x, y, None, None, 90, t, 10, None)
     for ours, theirs in zip(kernel[:2], blocked[:2], strict=True):
         moved = (ours.cumsum(-1) - theirs.cumsum(-1)).abs().max()
         assert moved <= (2100**2 * 1e-6 if dtype == torch.float32 else 0)
@@ -141,9 +143,9 @@ def test_kernel_over_many_blocks(classes: int) -> None:
     rng = np.random.default_rng(classes)
     x, y = torch.from_numpy(batches.dyadic(4700, 12, rng)), torch.from_numpy(rng.integers(-1, classes, size=4700))
     t = torch.tensor([-0.5, -0.25, 0.0, 0.25, 0.75, 1.0], dtype=torch.float64)
-    kernel = torch.ops.tcm_fused.counts(x, y, classes // 2, t, 4, None)
-    blocked = torch.ops.tcm_fused.counts_blocked(x, y, classes // 2, t, 4, None)
-    in_float32 = torch.ops.tcm_fused.counts(x.float(), y, classes // 2, t.float(), 4, None)
+    kernel = torch.ops.tcm_fused.counts(x, y, None, None, classes // 2, t, 4, None)
+    blocked = torch.ops.tcm_fused.counts_blocked(x, y, None, None, classes // 2, t, 4, None)
+    in_float32 = torch.ops.tcm_fused.counts(x.float(), y, None, None, classes // 2, t.float(), 4, None)
     for ours, theirs, single in zip(kernel, blocked, in_float32, strict=True):
         assert torch.equal(ours, theirs)
         assert torch.equal(ours, single.to(ours.dtype))
@@ -154,7 +156,9 @@ def test_counts_beyond_2_31() -> None:
     """A collapsed set: more than 2^31 pairs in one cell of the grid and of a class."""
     n = 66_000
     y = torch.zeros(n, dtype=torch.int64).index_fill(0, torch.tensor(n - 1), 1)
-    counts, class_counts, _ = torch.ops.tcm_fused.counts(torch.ones(n, 1), y, 1, torch.tensor([0.5]), 3, None)
+    counts, class_counts, *_ = torch.ops.tcm_fused.counts(
+        torch.ones(n, 1), y, None, None, 1, torch.tensor([0.5]), 3, None
+    )
     positives = (n - 1) * (n - 2) // 2
     assert positives > 2**31
     assert counts[:, -1].tolist() == [positives, n - 1]
@@ -179,7 +183,8 @@ def test_opcheck() -> None:
     for name in ("counts", "counts_blocked"):
         operator = getattr(torch.ops.tcm_fused, name).default
         for progress in (None, torch.zeros(2, dtype=torch.int64)):
-            torch.library.opcheck(operator, (x, y, 6, torch.tensor([0.0, 0.5]), 5, progress))
+            for reference in ((None, None), (x[:7].clone(), y[:7].clone())):
+                torch.library.opcheck(operator, (x, y, *reference, 6, torch.tensor([0.0, 0.5]), 5, progress))
 
 
 def test_counts_in_float32(backend: str) -> None:

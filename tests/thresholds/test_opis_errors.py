@@ -109,21 +109,30 @@ def test_one_bound() -> None:
 
 def test_kernel_refuses_what_python_would_not_send() -> None:
     x, y, t = torch.eye(4), torch.tensor([0, 0, 1, 1]), torch.empty(0)
+    rows, one = (x, y), (None, None)
     for bad in (
-        (x * torch.nan, y, 2, t, 5),
-        (x, y.int(), 2, t, 5),
-        (x, y, 2, t.double(), 5),
-        (x, y, 2, t, 21),
-        (x, y, -1, t, 5),
-        (x, y[:3], 2, t, 5),
-        (x[0], y, 2, t, 5),
-        (x, y, 2, t[None], 5),
+        (x * torch.nan, y, *one, 2, t, 5),
+        (x, y.int(), *one, 2, t, 5),
+        (*rows, *one, 2, t.double(), 5),
+        (*rows, *one, 2, t, 21),
+        (*rows, *one, -1, t, 5),
+        (x, y[:3], *one, 2, t, 5),
+        (x[0], y, *one, 2, t, 5),
+        (*rows, *one, 2, t[None], 5),
+        (*rows, x, None, 2, t, 5),
+        (*rows, None, y, 2, t, 5),
+        (*rows, x * torch.nan, y, 2, t, 5),
+        (*rows, x[:, :3], y, 2, t, 5),
+        (*rows, x.double(), y, 2, t, 5),
+        (*rows, x[0], y, 2, t, 5),
+        (*rows, x, y[:3], 2, t, 5),
+        (*rows, x, y.int(), 2, t, 5),
     ):
         with pytest.raises((RuntimeError, ValueError)):
             torch.ops.tcm_fused.counts(*bad, None)
     for progress in (torch.zeros(2), torch.zeros(1, dtype=torch.int64), torch.zeros(4, dtype=torch.int64)[::2]):
         with pytest.raises(RuntimeError, match="progress must be two int64"):
-            torch.ops.tcm_fused.counts(x, y, 2, t, 5, progress)
+            torch.ops.tcm_fused.counts(*rows, *one, 2, t, 5, progress)
 
 
 def test_without_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,7 @@
 """The probability of a match: scikit-learn's own estimators on every pair one by one give the same."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,7 @@ from support import batches
 from support.oracle import Array
 from support.pair_list import PairList
 
-from tcm_fused import match_probability
+from tcm_fused import MatchProbability, match_probability
 from tcm_fused.thresholds.curve_plots import plot_reliability
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -95,6 +97,62 @@ def test_sets_and_groups() -> None:
     g: Any = np.arange(70) % 2
     assert match_probability(x, y, groups=g, group_pairs="across")(0.5) != match_probability(x, y)(0.5)
     assert match_probability(x[:40], y[:40], ref_emb=x[40:], ref_labels=y[40:]).reliability.pairs.sum() == 40 * 30
+
+
+@pytest.mark.parametrize("method", ["isotonic", "platt"])
+def test_file(method: str, tmp_path: Path) -> None:
+    """It tells the same after `load`, to the bit."""
+    found = match_probability(*data(0), method=method, prior=0.2)
+    found.save(tmp_path / "p.json")
+    again = MatchProbability.load(tmp_path / "p.json")
+    s = np.linspace(-1, 1, 1001)
+    assert (again(s) == found(s)).all()
+    assert again.to_dict() == found.to_dict()
+    assert again.evaluate(*data(1)).to_dict() == found.evaluate(*data(1)).to_dict()
+    assert again.columns == 6
+    with pytest.raises(ValueError, match="for embeddings of 6 columns, got 4"):
+        again.evaluate(*batches.batch(20, 4, 3))
+
+
+def test_report() -> None:
+    """The similarity from which on a probability is reached."""
+    found = match_probability(*data(0), prior=0.5)
+    lines = found.report().splitlines()
+    assert lines[0] == "isotonic, for pairs of which 50% match"
+    at = float(lines[1].split()[-2])
+    assert found(at + 1e-3) >= 0.5 > found(at - 0.02)
+    never = MatchProbability("platt", 0.5, np.array([-1.0, 1.0]), np.array([0.5, 0.6]), found.reliability)
+    assert "50 % sure      from similarity -1.0000 on" in never.report()
+    assert "99 % sure      nowhere" in never.report()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": "tcm_fused.threshold"}, "is no match probability: probability --save and"),
+        ({"version": 7}, "has version 7, this program reads 1"),
+        ({"method": "beta"}, "is damaged: method='beta' is not known"),
+        ({"prior": 1.5}, "is damaged: prior must lie between 0 and 1"),
+        ({"similarity": [0.2, 0.1]}, "is damaged: similarity and probability must be alike in length"),
+        ({"similarity": [0.2, 0.1], "probability": [0.1, 0.2]}, "is damaged: similarity must ascend"),
+        ({"similarity": [0.2, 1.1], "probability": [0.1, 0.2]}, "is damaged: similarity must ascend"),
+        ({"similarity": [0.1, 0.2], "probability": [0.2, 0.1]}, "is damaged: probability must not fall"),
+        ({"similarity": [0.1, 0.2], "probability": [0.2, 1.1]}, "is damaged: probability must not fall"),
+        ({"similarity": ["0.1"], "probability": [0.2]}, "is damaged: similarity must be a list of numbers"),
+        ({"similarity": [], "probability": []}, "is damaged: similarity and probability must be alike"),
+        ({"columns": 0}, "is damaged: columns must be a whole number"),
+        ({"reliability": None}, "is damaged: reliability must be an object"),
+        ({"reliability": {"told": [], "found": [], "pairs": [0.1], "brier": 0, "error": 0}}, "must be alike in length"),
+        ({"reliability": {}}, "is damaged: it has no 'told'"),
+    ],
+    ids=str,
+)
+def test_damaged_files(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    path = tmp_path / "p.json"
+    match_probability(*data(0)).save(path)
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ValueError, match=message):
+        MatchProbability.load(path)
 
 
 def test_bad_input(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,8 +12,7 @@ from support.oracle import Array
 from support.pair_list import FORMS, NEAR, PairList, arguments, oracle_of, two_sets
 
 from tcm_fused import calibrate, evaluate, opis, suggest_margins, tcm_loss
-from tcm_fused.backends import blocked_between, choice
-from tcm_fused.backends.blocked_between import counts_between_blocked
+from tcm_fused.backends import blocked_between
 from tcm_fused.thresholds import pairing
 from tcm_fused.thresholds.pairing import NothingToMeasure
 from tcm_fused.thresholds.rates import HALF, Pairs
@@ -26,22 +25,23 @@ def cells(s: Array, bits: int) -> Array:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("tiles", [(512, 2048), (7, 5)], ids=str)
+@pytest.mark.parametrize("tiles", [None, (512, 2048), (7, 5)], ids=["kernel", "blocked", "small blocks"])
 @given(seed=st.integers(0, 2**32), classes=st.integers(0, 9), number=st.integers(0, 4))
 @settings(max_examples=15)
 def test_tables_equal_the_double_loop(
-    tiles: tuple[int, int], dtype: torch.dtype, seed: int, classes: int, number: int
+    tiles: tuple[int, int] | None, dtype: torch.dtype, seed: int, classes: int, number: int
 ) -> None:
     """Similarities are multiples of 1/4 here, exact in any arithmetic: so is every entry."""
     rng = np.random.default_rng(seed)
-    n, m = rng.integers(0, 40, size=2)
+    n, m = rng.choice([*range(40), 63, 64, 65, 130], size=2)
     x, ref = batches.dyadic(n, 6, rng), batches.dyadic(m, 6, rng)
     y, ref_y = rng.integers(-1, 9, size=n), rng.integers(-1, 9, size=m)
     t = np.sort(rng.choice([-1.1, -1, -0.75, -0.5, 0, 0.25, 0.5, 1], size=number, replace=False))
     before = blocked_between.ROWS, blocked_between.COLUMNS
-    blocked_between.ROWS, blocked_between.COLUMNS = tiles
+    blocked_between.ROWS, blocked_between.COLUMNS = tiles or before
+    operator = torch.ops.tcm_fused.counts if tiles is None else torch.ops.tcm_fused.counts_blocked
     try:
-        counts, class_counts, best, ref_best = counts_between_blocked(
+        counts, class_counts, best, ref_best = operator(
             torch.from_numpy(x).to(dtype),
             torch.from_numpy(y),
             torch.from_numpy(ref).to(dtype),
@@ -72,9 +72,54 @@ def test_tables_equal_the_double_loop(
 
 def test_progress_is_written() -> None:
     x, y = batches.batch(600, 4, 5)
-    done = torch.zeros(2, dtype=torch.int64)
-    counts_between_blocked(x, y, x, y, 5, torch.empty(0), 5, done)
-    assert done.tolist() == [2, 2]
+    for operator in (torch.ops.tcm_fused.counts, torch.ops.tcm_fused.counts_blocked):
+        done = torch.zeros(2, dtype=torch.int64)
+        operator(x, y, x, y, 5, torch.empty(0), 5, done)
+        assert done[0] == done[1] >= 2
+
+
+@pytest.mark.parametrize("classes", [3, 900, 20_000])
+def test_kernel_over_many_blocks(classes: int) -> None:
+    """Blocks of full size, few and many columns for each; classes that only one set has. Similarities are exact."""
+    rng = np.random.default_rng(classes)
+    t = torch.tensor([-0.5, -0.25, 0.0, 0.25, 0.75, 1.0], dtype=torch.float64)
+    for n, m in ((2300, 4700), (4700, 70), (70, 4700)):
+        x, ref = (torch.from_numpy(batches.dyadic(k, 12, rng)) for k in (n, m))
+        y, ref_y = (torch.from_numpy(rng.integers(-1, classes, size=k)) for k in (n, m))
+        blocked = torch.ops.tcm_fused.counts_blocked(x, y, ref, ref_y, classes // 2, t, 4, None)
+        in_float32 = torch.ops.tcm_fused.counts(x.float(), y, ref.float(), ref_y, classes // 2, t.float(), 4, None)
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            kernel = torch.ops.tcm_fused.counts(x, y, ref, ref_y, classes // 2, t, 4, None)
+            for ours, theirs, single in zip(kernel, blocked, in_float32, strict=True):
+                assert torch.equal(ours, theirs)
+                assert torch.equal(ours, single.to(ours.dtype))
+        assert int(kernel[0].sum()) == int((y >= 0).sum()) * int((ref_y >= 0).sum())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_kernel_and_blocked_form_agree(dtype: torch.dtype) -> None:
+    """On similarities that are not exact: a pair may move by one cell, and then only near its edge."""
+    (x, y), (ref, ref_y) = batches.batch(1100, 24, 90, dtype, seed=3), batches.batch(1900, 24, 90, dtype, seed=4)
+    arguments = x, y, ref, ref_y, 90, torch.linspace(-0.2, 0.8, 33, dtype=dtype), 10, None
+    kernel, blocked = torch.ops.tcm_fused.counts(*arguments), torch.ops.tcm_fused.counts_blocked(*arguments)
+    for ours, theirs in zip(kernel[:2], blocked[:2], strict=True):
+        moved = (ours.cumsum(-1) - theirs.cumsum(-1)).abs().max()
+        assert moved <= (1100 * 1900 * 2e-6 if dtype == torch.float32 else 0)
+    assert torch.equal(kernel[0].sum(1), blocked[0].sum(1))
+    for ours, theirs in zip(kernel[2:], blocked[2:], strict=True):
+        assert torch.allclose(ours, theirs, rtol=0, atol=8 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_same_bits_every_time(dtype: torch.dtype) -> None:
+    """Whichever thread takes which tile."""
+    (x, y), (ref, ref_y) = batches.batch(700, 40, 30, dtype, seed=5), batches.batch(900, 40, 30, dtype, seed=6)
+    t = torch.linspace(-0.2, 0.8, 33, dtype=dtype)
+    torch.set_num_threads(3)
+    first, *others = (torch.ops.tcm_fused.counts(x, y, ref, ref_y, 30, t, 17, None) for _ in range(4))
+    for other in others:
+        assert all(torch.equal(mine, theirs) for mine, theirs in zip(first, other, strict=True))
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -195,13 +240,12 @@ def test_one_set_against_itself_by_halves(rng: np.random.Generator) -> None:
         assert np.abs(getattr(every, name) - total).max() <= 1  # one rounding of a product near an edge of a cell
 
 
-def test_backends_of_two_sets() -> None:
-    x, y = batches.batch(30, 4, 3)
-    with pytest.raises(RuntimeError, match=r"backend='cpu' counts pairs of one set only.*'torch'"):
-        choice.choose_between("cpu", "cpu", torch.float32)
-    assert choice.choose_between("auto", "cpu", torch.float64) is counts_between_blocked
-    expected = evaluate(x, y, x.clone(), y, threshold=0.3)
-    assert evaluate(x, y, x.clone(), y, threshold=0.3, backend="torch").far == expected.far
+@pytest.mark.parametrize("form", FORMS)
+def test_backends(form: str, rng: np.random.Generator) -> None:
+    call = arguments(form, two_sets(rng))
+    t = oracle_of(call).clear(rng)
+    found = [evaluate(**call, threshold=t, backend=backend) for backend in ("auto", "cpu", "torch")]
+    assert len({(result.accepted, result.class_far.tobytes(), result.coverage) for result in found}) == 1
 
 
 def test_a_set_as_its_own_gallery() -> None:
@@ -238,8 +282,6 @@ def test_panels_of_a_memory_map(tmp_path: Any, monkeypatch: pytest.MonkeyPatch, 
         narrow = np.load(tmp_path / "narrow.npy", mmap_mode="r")
         whole = evaluate(sets["embeddings"].astype(dtype), sets["labels"], threshold=0.2, backend="torch")
         assert evaluate(narrow, sets["labels"], threshold=0.2).far == pytest.approx(whole.far, abs=1e-3)
-    with pytest.raises(RuntimeError, match="memory maps that memory has no room for"):
-        evaluate(mapped["embeddings"], sets["labels"], threshold=0.2, backend="cpu")
     broken = sets["embeddings"].copy()
     broken[45, 2] = np.nan
     np.save(tmp_path / "broken.npy", broken)

@@ -36,27 +36,47 @@ bool check_drawn(const Case& c, std::mt19937_64& random) {
   return check(c, batch);
 }
 
+// Rows with exact similarities, multiples of 1/4: four components of +-1/2 or one of +-1 (or none), times a power of two.
+template <class real>
+struct ExactRows {
+  std::vector<real> x;
+  std::vector<int64_t> y;
+  std::vector<real> norm;
+
+  ExactRows(int64_t n, int64_t d, int64_t labels, std::mt19937_64& random) : x(n * d, 0), y(n), norm(n, 1) {
+    for (int64_t i = 0; i < n; ++i) {
+      int parts = random() % 2 ? 4 : random() % 8 ? 1 : 0;
+      for (int done = 0; done < parts;) {
+        real& component = x[i * d + random() % d];
+        if (component != 0) continue;
+        component = std::ldexp(random() % 2 ? real{1} : real{-1}, static_cast<int>(i % 5) - (parts == 4));
+        ++done;
+      }
+      y[i] = static_cast<int64_t>(random() % (labels + 1)) - (random() % 8 == 0);
+      if (parts > 0) norm[i] = std::ldexp(real{1}, static_cast<int>(i % 5));
+    }
+  }
+};
+
 // The pair counts of random rows, on every instruction set, against a double loop: exactly, for similarities are exact.
 template <class real>
 void check_counts(std::mt19937_64& random) {
   const int64_t sizes[] = {0, 1, 2, 63, 64, 65, 130, 300, 520, 700};
   auto pick = [&](const auto& values) { return values[random() % std::size(values)]; };
-  int64_t n = pick(sizes), d = pick((const int64_t[]){4, 5, 16, 65}), labels = pick((const int64_t[]){1, 3, 40, 1000});
-  int64_t classes = static_cast<int64_t>(random() % (labels + 1)), bits = pick((const int64_t[]){0, 3, 9});
-  Case c{
-      .n = n, .d = d, .classes = classes, .transposed = random() % 2 == 0, .threads = pick((const int[]){1, 2, 3, 5})};
-  std::vector<real> x(n * d, 0), thresholds;
-  std::vector<int64_t> y(n);
-  for (int64_t i = 0; i < n; ++i) {  // four components of +-1/2 or one of +-1 (or none), times a power of two
-    int parts = random() % 2 ? 4 : random() % 8 ? 1 : 0;
-    for (int done = 0; done < parts;) {
-      real& component = x[i * d + random() % d];
-      if (component != 0) continue;
-      component = std::ldexp(random() % 2 ? real{1} : real{-1}, static_cast<int>(i % 5) - (parts == 4));
-      ++done;
-    }
-    y[i] = static_cast<int64_t>(random() % (labels + 1)) - (random() % 8 == 0);
-  }
+  bool symmetric = random() % 2;
+  int64_t n = pick(sizes), m = symmetric ? n : pick(sizes), d = pick((const int64_t[]){4, 5, 16, 65});
+  int64_t labels = pick((const int64_t[]){1, 3, 40, 1000}), bits = pick((const int64_t[]){0, 3, 9});
+  int64_t classes = static_cast<int64_t>(random() % (labels + 1));
+  Case c{.n = n,
+         .m = m,
+         .d = d,
+         .classes = classes,
+         .symmetric = symmetric,
+         .transposed = random() % 2 == 0,
+         .threads = pick((const int[]){1, 2, 3, 5})};
+  ExactRows<real> rows(n, d, labels, random), others(symmetric ? 0 : m, d, labels, random);
+  const ExactRows<real>& columns = symmetric ? rows : others;
+  std::vector<real> thresholds;
   int64_t lowest = random() % 2 ? 0 : 16;  // in eighths: all pairs have a threshold below them, or few have
   for (int64_t k = random() % 12; k-- > 0;)
     thresholds.push_back(static_cast<real>(lowest + random() % (21 - lowest)) / 8 - real{1.25});
@@ -65,38 +85,55 @@ void check_counts(std::mt19937_64& random) {
 
   constexpr real kNone = -std::numeric_limits<real>::infinity();
   std::vector<int64_t> count[2], class_count[2];
-  std::vector<real> best[2];
-  for (int side : {kPlus, kMinus})
-    count[side].assign(bins, 0), class_count[side].assign((classes + 1) * t, 0), best[side].assign(n, kNone);
-  auto norm = [&](int64_t i) {
-    real squares = 0;
-    for (int64_t k = 0; k < d; ++k) squares += x[i * d + k] * x[i * d + k];
-    return squares > 0 ? std::sqrt(squares) : real{1};
-  };
+  std::vector<real> best[2], ref_best[2];
+  for (int side : {kPlus, kMinus}) {
+    count[side].assign(bins, 0), class_count[side].assign((classes + 1) * t, 0);
+    best[side].assign(n, kNone), ref_best[side].assign(m, kNone);
+  }
   for (int64_t i = 0; i < n; ++i)
-    for (int64_t j = i + 1; j < n; ++j) {
-      if (y[i] < 0 || y[j] < 0) continue;
+    for (int64_t j = symmetric ? i + 1 : 0; j < m; ++j) {
+      int64_t first = rows.y[i], second = columns.y[j];
+      if (first < 0 || second < 0) continue;
       real s = 0;
-      for (int64_t k = 0; k < d; ++k) s += x[i * d + k] * x[j * d + k];
-      s /= norm(i) * norm(j);
-      int side = y[i] == y[j] ? kPlus : kMinus;
+      for (int64_t k = 0; k < d; ++k) s += rows.x[i * d + k] * columns.x[j * d + k];
+      s /= rows.norm[i] * columns.norm[j];
+      int side = first == second ? kPlus : kMinus;
       ++count[side][static_cast<int64_t>(std::floor(s * (bins / 2))) + bins / 2];
-      best[side][i] = std::max(best[side][i], s), best[side][j] = std::max(best[side][j], s);
+      real& other = (symmetric ? best : ref_best)[side][j];
+      best[side][i] = std::max(best[side][i], s), other = std::max(other, s);
       int64_t cell = std::upper_bound(thresholds.begin(), thresholds.end(), s) - thresholds.begin() - 1;
       if (cell < 0) continue;
-      ++class_count[side][std::min(y[i], classes) * t + cell];
-      if (side == kMinus) ++class_count[side][std::min(y[j], classes) * t + cell];
+      ++class_count[side][std::min(first, classes) * t + cell];
+      if (side == kMinus) ++class_count[side][std::min(second, classes) * t + cell];
     }
   for (int isa = 0; isa <= static_cast<int>(tcm::cpu::best_isa()); ++isa) {
     std::vector<int64_t> got[2], class_got[2], progress(2, -1);
-    std::vector<real> best_got[2];
-    for (int side : {kPlus, kMinus})
-      got[side].assign(bins, -7), class_got[side].assign((classes + 1) * t, -7), best_got[side].assign(n, 7);
-    tcm::CountProblem<real> problem{n, d, classes, t, x.data(), y.data(), thresholds.data(), static_cast<int>(bits)};
-    tcm::CountResult<real> result{{got[0].data(), got[1].data()},
-                                  {class_got[0].data(), class_got[1].data()},
-                                  {best_got[0].data(), best_got[1].data()},
-                                  random() % 2 ? progress.data() : nullptr};
+    std::vector<real> best_got[2], ref_got[2];
+    for (int side : {kPlus, kMinus}) {
+      got[side].assign(bins, -7), class_got[side].assign((classes + 1) * t, -7);
+      best_got[side].assign(n, 7), ref_got[side].assign(m, 7);
+    }
+    tcm::CountProblem<real> problem{
+        .symmetric = symmetric,
+        .n = n,
+        .m = m,
+        .d = d,
+        .classes = classes,
+        .thresholds = t,
+        .x = rows.x.data(),
+        .y = rows.y.data(),
+        .ref_x = others.x.data(),
+        .ref_y = others.y.data(),
+        .threshold = thresholds.data(),
+        .bits = static_cast<int>(bits),
+    };
+    tcm::CountResult<real> result{
+        .count = {got[0].data(), got[1].data()},
+        .class_count = {class_got[0].data(), class_got[1].data()},
+        .best = {best_got[0].data(), best_got[1].data()},
+        .ref_best = {ref_got[0].data(), ref_got[1].data()},
+        .progress = random() % 2 ? progress.data() : nullptr,
+    };
     tcm::cpu::counts(problem, result, host<real>(c.threads, c.transposed, false), static_cast<tcm::cpu::Isa>(isa));
     for (int side : {kPlus, kMinus}) {
       for (int64_t k = 0; k < bins; ++k)
@@ -106,6 +143,9 @@ void check_counts(std::mt19937_64& random) {
           fail(c, "pairs of a class", class_got[side][k], class_count[side][k]);
       for (int64_t i = 0; i < n; ++i)
         if (best_got[side][i] != best[side][i]) fail(c, "largest similarity", best_got[side][i], best[side][i]);
+      for (int64_t j = 0; j < m && !symmetric; ++j)
+        if (ref_got[side][j] != ref_best[side][j])
+          fail(c, "largest similarity of a column", ref_got[side][j], ref_best[side][j]);
     }
     if (progress[0] != progress[1]) fail(c, "progress", progress[0], progress[1]);
   }
@@ -145,14 +185,20 @@ void failing_product() {
       thrown = true;
     }
     if (!thrown) std::printf("a failing product was not reported\n"), std::exit(1);
-    calls = 0, thrown = false;
-    std::vector<int64_t> bins(6);
-    try {
-      tcm::cpu::counts<float>({1100, 2, 0, 0, x.data(), labels.data(), nullptr, 0},
-                              {{bins.data(), bins.data() + 3}, {}, {grad.data(), grad.data() + 1100}, nullptr}, broken,
-                              tcm::cpu::best_isa());
-    } catch (const std::runtime_error&) {
-      thrown = true;
+    for (bool symmetric : {true, false}) {
+      calls = 0, thrown = false;
+      std::vector<int64_t> bins(6);
+      std::vector<float> best(4400);
+      float *at = best.data(), *ref_at = at + 2200;
+      try {
+        tcm::cpu::counts<float>(
+            {symmetric, 1100, 1100, 2, 0, 0, x.data(), labels.data(), x.data(), labels.data(), nullptr, 0},
+            {{bins.data(), bins.data() + 3}, {}, {at, at + 1100}, {ref_at, ref_at + 1100}, nullptr}, broken,
+            tcm::cpu::best_isa());
+      } catch (const std::runtime_error&) {
+        thrown = true;
+      }
+      if (!thrown) break;
     }
     if (!thrown) std::printf("a failing product was not reported by the count\n"), std::exit(1);
   }
