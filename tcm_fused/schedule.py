@@ -69,7 +69,7 @@ class TCMSchedule:
         self.steps = _whole("steps", steps, 1)
         self.delay = _whole("delay", delay, 0)
         given = zip(NAMES, (margin_plus, margin_minus, lambda_plus, lambda_minus), strict=True)
-        start = {name: value for name, value in given if value is not None}
+        start: dict[str, Any] = {name: value for name, value in given if value is not None}
         if not start:
             raise ValueError("all four start values are None, so nothing would change; give that of a margin or weight")
         Options.of(loss)._replace(**start).check()

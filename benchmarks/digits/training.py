@@ -56,25 +56,20 @@ def tcm_of(margin_plus: float, margin_minus: float, weight: float) -> TCMLoss:
 
 
 def load() -> Split:
-    """The 1797 digits, 70 % to train on, 30 % to test; the split is the same for every seed."""
+    """The 1797 digits of scikit-learn, 70 % to train on, 30 % to test; the split is the same for every seed."""
     digits = load_digits()
-    return _halves(digits.images / 16, digits.target, 0.3)
+    return _split(digits.images / 16, digits.target)
 
 
 def load_mnist() -> Split:
     """5,000 digits of MNIST, 500 of each, 70 % to train on, 30 % to test; the split is the same for every seed."""
     pixels, target = mnist_data()
-    return _halves(pixels.reshape(-1, 28, 28) / 255, target, 0.3)
+    return _split(pixels.reshape(-1, 28, 28) / 255, target)
 
 
-def hold_out(split: Split) -> Split:
-    """A third of the training images as the test images, to choose by: the others stay unseen."""
-    return _halves(split.train_x[:, 0].numpy(), split.train_y.numpy(), 1 / 3)
-
-
-def _halves(images: np.ndarray, target: np.ndarray, test_size: float) -> Split:
-    """Images [N, H, H], each class with the same share of its images in the test set."""
-    train, test = train_test_split(np.arange(len(target)), test_size=test_size, stratify=target, random_state=0)
+def _split(images: np.ndarray, target: np.ndarray) -> Split:
+    """Images [N, H, H] in [0, 1], 30 % of each class to test."""
+    train, test = train_test_split(np.arange(len(target)), test_size=0.3, stratify=target, random_state=0)
     x = torch.tensor(images, dtype=torch.float32)[:, None]
     y = torch.tensor(target, dtype=torch.int64)
     return Split(x[train], y[train], x[test], y[test])

@@ -13,7 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from tcm_fused import CrossBatchMemory, DistributedTCMLoss, TCMLoss, TCMSchedule
 from tcm_fused.schedule import NAMES
 
-FULL: dict[str, float] = {"margin_plus": 0.8, "margin_minus": 0.2, "lambda_plus": 2.0, "lambda_minus": 0.5}
+FULL: dict[str, Any] = {"margin_plus": 0.8, "margin_minus": 0.2, "lambda_plus": 2.0, "lambda_minus": 0.5}
 
 
 def values_of(loss: Any) -> dict[str, float]:
