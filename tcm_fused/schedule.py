@@ -1,12 +1,11 @@
 """`TCMSchedule`: margins and weights of a loss that change from step to step."""
 
-import numbers
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tcm_fused.arguments import Options
+from tcm_fused.arguments import Options, check_whole
 
 NAMES = ("margin_plus", "margin_minus", "lambda_plus", "lambda_minus")
 
@@ -66,8 +65,8 @@ class TCMSchedule:
             inside = f"; give its .{inner[0]}" if inner else ""
             raise TypeError(f"loss must be a TCM loss, got {type(loss).__name__}, which has no {missing[0]}{inside}")
         self.loss = loss
-        self.steps = _whole("steps", steps, 1)
-        self.delay = _whole("delay", delay, 0)
+        self.steps = check_whole("steps", steps, 1)
+        self.delay = check_whole("delay", delay, 0)
         given = zip(NAMES, (margin_plus, margin_minus, lambda_plus, lambda_minus), strict=True)
         start: dict[str, Any] = {name: value for name, value in given if value is not None}
         if not start:
@@ -98,7 +97,7 @@ class TCMSchedule:
         """Go on from a saved number of steps; ValueError if it has none."""
         if set(state_dict) != {"count"}:
             raise ValueError(f"state_dict must hold 'count' alone, got {sorted(state_dict)}")
-        self.count = _whole("count", state_dict["count"], 0)
+        self.count = check_whole("count", state_dict["count"], 0)
         self._set()
 
     @torch.no_grad()
@@ -116,12 +115,3 @@ def _as_tensor(value: float | Tensor) -> Tensor:
     if isinstance(value, Tensor) and value.is_floating_point():
         return value
     return torch.tensor(float(value), dtype=torch.float64, device="cpu")
-
-
-def _whole(name: str, value: Any, least: int) -> int:
-    """An int of at least `least`; TypeError or ValueError."""
-    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")
-    return int(value)
