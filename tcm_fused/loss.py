@@ -134,7 +134,7 @@ def tcm_loss(
             most k N pairs, and n- is their number; of equal similarities the lower column is taken, of those equal but
             for rounding either. It is each row's own choice: without a reference set (i, j) may be among the hardest of
             i and not of j. None: all hard negatives. With backend="torch" only, which "auto" then takes: all products
-            twice, O((N + M) D + N k) memory.
+            twice, O((N + M) D + k) memory.
         return_stats: also return a `TCMStats`.
 
     Margins and weights that change from call to call may be numbers or tensors. Under torch.compile tensors make one

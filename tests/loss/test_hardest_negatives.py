@@ -169,7 +169,8 @@ def test_a_bank_and_the_batch_together(option: str) -> None:
     loss = memory(x, y, groups=groups)
     (grad,) = torch.autograd.grad(loss, x)
     wanted_x = x.detach().clone().requires_grad_()
-    together = None if groups is None else torch.cat([groups, batches[0][2]])
+    stored = batches[0][2]
+    together = None if groups is None or stored is None else torch.cat([groups, stored])
     columns = Set(torch.cat([wanted_x, batches[0][0]]), torch.cat([y, batches[0][1]]), together)
     wanted = definition(Set(wanted_x, y, groups), columns, options)
     torch.testing.assert_close(loss.detach(), wanted.detach(), rtol=1e-10, atol=0)
