@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 from tcm_fused.distributed import DistributedTCMLoss
 from tcm_fused.loss import TCMLoss, TCMStats, tcm_loss
 from tcm_fused.memory import CrossBatchMemory
+from tcm_fused.schedule import TCMSchedule
 from tcm_fused.thresholds.calibration import Calibration, Margins, calibrate, suggest_margins
 from tcm_fused.thresholds.evaluation import Evaluation, evaluate
 from tcm_fused.thresholds.opis import OPISResult, opis
@@ -28,6 +29,7 @@ __all__ = [
     "OPISResult",
     "Retrieval",
     "TCMLoss",
+    "TCMSchedule",
     "TCMStats",
     "Threshold",
     "TrialResult",

@@ -43,12 +43,14 @@ class Options(NamedTuple):
     group_pairs: str
     precision: str
     backend: str
+    hardest_negatives: int | None = None
 
     @classmethod
     def of(cls, loss: Any) -> "Options":
         """The attributes of a module that has them all."""
         sides = (loss.margin_plus, loss.margin_minus, loss.lambda_plus, loss.lambda_minus)
-        return cls(*sides, loss.penalty, loss.reduction, loss.group_pairs, loss.precision, loss.backend)
+        others = (loss.penalty, loss.reduction, loss.group_pairs, loss.precision, loss.backend)
+        return cls(*sides, *others, loss.hardest_negatives)
 
     def check(self) -> None:
         """Raises TypeError or ValueError."""
@@ -57,6 +59,8 @@ class Options(NamedTuple):
         check_choice("group_pairs", self.group_pairs, ("within", "across"))
         check_choice("precision", self.precision, PRECISIONS)
         check_choice("backend", self.backend, _BACKENDS)
+        if self.hardest_negatives is not None:
+            check_whole("hardest_negatives", self.hardest_negatives, 1, "; None: all hard negatives count")
         _check_value("margin_plus", self.margin_plus)
         _check_value("margin_minus", self.margin_minus)
         _check_value("lambda_plus", self.lambda_plus, least=0.0)
@@ -203,10 +207,27 @@ def check_bank(batch: Rows, bank: Rows | None) -> Rows | None:
     return bank._replace(x=bank.x.to(batch.x.dtype)) if len(bank.y) else None
 
 
+def joined(first: Rows, second: Rows) -> Rows:
+    """One set after the other; both have groups, or neither."""
+    x, y = torch.cat([first.x, second.x]), torch.cat([first.y, second.y])
+    if first.groups is None or second.groups is None:
+        return Rows(x, y, None)
+    return Rows(x, y, torch.cat([first.groups, second.groups]))
+
+
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     """`value` must be one of `choices`; ValueError."""
     if value not in choices:
         raise ValueError(f"{name}={value!r} is not known; choose one of {', '.join(map(repr, choices))}")
+
+
+def check_whole(name: str, value: Any, least: int, besides: str = "") -> int:
+    """`value` must be an int of at least `least`; TypeError or ValueError, which end in `besides`."""
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}{besides}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}{besides}")
+    return int(value)
 
 
 def check_number(name: str, value: Any, least: float = -math.inf, besides: str = "") -> None:

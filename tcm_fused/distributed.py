@@ -6,6 +6,7 @@ twice that of the pairs (i, j) by their rows alone, and backward communicates no
 """
 
 import copy
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +14,7 @@ import torch.distributed as dist  # which `import torch` has imported already
 from torch import Tensor
 
 from tcm_fused import ranks
-from tcm_fused.arguments import Options, Rows, check_bank, check_choice, check_sets, one_fp16_product
+from tcm_fused.arguments import Options, Rows, check_bank, check_choice, check_sets, joined, one_fp16_product
 from tcm_fused.backends.choice import choose
 from tcm_fused.backends.numerics import loss_dtype
 from tcm_fused.backends.operators import wants_gradient, with_gradient
@@ -51,6 +52,9 @@ class DistributedTCMLoss(TCMLoss):
             without it each holds them all. Same result but for the order of summation; 16-bit embeddings are made
             float32, one rank's at a time. The work is the same, and passing on overlaps with it.
 
+    With `hardest_negatives` a pair counts for the row that chose it. So the ranks add up their gradients by all M
+    columns as well, with or without gradients: 2 M D numbers of each rank.
+
     Communication, with n the largest part: 16 bytes of each rank, its sizes and terms, whose answer the host waits for;
     then n (D + 1) numbers of each rank; 16 bytes, whether its work was done, which the host waits for; and its sums,
     48 bytes. A group made with "cpu:gloo,cuda:nccl" (or without naming a backend) tells sizes and success through the
@@ -69,7 +73,8 @@ class DistributedTCMLoss(TCMLoss):
         >>> criterion = DistributedTCMLoss(margin_plus=0.9, margin_minus=0.5, grad_reduction="mean")
         >>> criterion
         DistributedTCMLoss(margin_plus=0.9, margin_minus=0.5, lambda_plus=1.0, lambda_minus=1.0, penalty='hinge', \
-reduction='violating', group_pairs='within', precision='auto', backend='auto', grad_reduction='mean', ring=False)
+reduction='violating', group_pairs='within', precision='auto', backend='auto', hardest_negatives=None, \
+grad_reduction='mean', ring=False)
     """
 
     def __init__(
@@ -150,6 +155,8 @@ reduction='violating', group_pairs='within', precision='auto', backend='auto', g
             for name, value in given.items():
                 if value is not None:
                     raise ValueError(f"{name} must be None: {_REFUSED[name]}")
+            if self.ring and self.hardest_negatives is not None:
+                raise ValueError("ring=True never holds all columns, which hardest_negatives needs; use ring=False")
             if stores and self.ring:
                 raise ValueError("ring=True never holds the global batch, which a memory stores; use ring=False")
             options = self._checked_options()
@@ -168,11 +175,20 @@ reduction='violating', group_pairs='within', precision='auto', backend='auto', g
             agreement.device = rows.x.device
             if isinstance(passed, Exception):
                 raise passed
-            batch = pair_sums(rows, columns, n * dist.get_rank(group), options) if passed is None else passed
-            complete = 2 * batch.penalty  # the gradient of pairs (i, j), and of (j, i) on other ranks
+            first = n * dist.get_rank(group)
+            if options.hardest_negatives is not None:
+                assert columns is not None
+                batch, grad, grad_columns = _hardest_sums(rows, columns, first, bank, options)
+                bank = None
+            else:
+                batch = pair_sums(rows, columns, first, options) if passed is None else passed
+                complete = 2 * batch.penalty  # the gradient of pairs (i, j), and of (j, i) on other ranks
             if bank is not None:
                 stored = pair_sums(rows, bank, None, options)  # of columns that are constant
                 batch, complete = add([batch, stored]), complete + stored.penalty
+        if options.hardest_negatives is not None:  # of pairs (j, i) the other ranks tell
+            grad += ranks.all_sum(grad_columns, group)[:, first : first + len(rows.y)]
+            complete = with_gradient(batch.penalty, [grad], [rows.x])
         total = _add_up(batch, group)
         self.last_call = total.penalty, total.hard, loss_dtype(rows.x)
         divisor = total.divisor.clamp_min(1).to(total.penalty.dtype)
@@ -191,7 +207,8 @@ reduction='violating', group_pairs='within', precision='auto', backend='auto', g
         rows, _ = check_sets(embeddings, labels, None, None, None, groups, None, self.group_pairs)
         for values in (self.options.margins, self.options.weights):
             values(rows.x)  # raises if they are on another device
-        choose(self.backend, rows.x.device.type, rows.x.dtype, self.penalty)
+        hardest = self.hardest_negatives is not None
+        choose(self.backend, rows.x.device.type, rows.x.dtype, self.penalty, hardest)
         devices = ranks.device_types(group)
         if rows.x.device.type not in devices:
             raise ValueError(
@@ -204,7 +221,7 @@ reduction='violating', group_pairs='within', precision='auto', backend='auto', g
     def _terms(self, rows: Rows, bank: Rows | None) -> str:
         """Everything that all ranks must agree on, as text."""
         options = self.options
-        numbers = [float(value) if not isinstance(value, str) else value for value in options]
+        numbers = [float(value) if isinstance(value, Real | Tensor) else value for value in options]
         return (
             f"embeddings of D={rows.x.shape[1]} in {rows.x.dtype} on {rows.x.device.type}, "
             f"groups {'given' if rows.groups is not None else 'not given'}, "
@@ -217,6 +234,25 @@ reduction='violating', group_pairs='within', precision='auto', backend='auto', g
 def _precision(x: Tensor, options: Options) -> str:
     """The precision of products that the options mean for embeddings `x`."""
     return "fp16" if one_fp16_product(x.device.type, x.dtype, options.precision) else "fp32"
+
+
+def _hardest_sums(
+    rows: Rows, columns: Rows, first: int, bank: Rows | None, options: Options
+) -> tuple[PairSums, Tensor, Tensor]:
+    """The sums, as constants, and the gradients of the two penalties by these rows and by the columns of all ranks.
+
+    [2, N, D] and [2, M, D]: a pair may count on this rank and not in its other order on the rank of its column.
+    """
+    wide = loss_dtype(rows.x)
+    with torch.enable_grad():  # the other ranks need it whether or not this one does
+        x, ref_x = (part.x.detach().to(wide).requires_grad_() for part in (rows, columns))
+        against = columns._replace(x=ref_x)
+        if bank is not None:
+            against = joined(against, bank._replace(x=bank.x.to(wide)))
+        part = pair_sums(rows._replace(x=x), against, first, options)
+        sides = [torch.autograd.grad(part.penalty[side], (x, ref_x), retain_graph=side == 0) for side in (0, 1)]
+    grad, grad_columns = (torch.stack(of_sides) for of_sides in zip(*sides, strict=True))
+    return part._replace(penalty=part.penalty.detach()), grad, grad_columns
 
 
 def _ring_sums(

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, overload
 import torch
 from torch import Tensor, nn
 
-from tcm_fused.arguments import Options, Rows, check_bank, check_sets
+from tcm_fused.arguments import Options, Rows, check_bank, check_sets, joined
 from tcm_fused.backends.numerics import loss_dtype
 from tcm_fused.pair_sums import add, loss_and_sums, pair_sums
 
@@ -40,6 +40,7 @@ class _Keywords(TypedDict, total=False):
     group_pairs: str
     precision: str
     backend: str
+    hardest_negatives: int | None
 
 
 @overload
@@ -84,6 +85,7 @@ def tcm_loss(
     group_pairs: str = "within",
     precision: str = "auto",
     backend: str = "auto",
+    hardest_negatives: int | None = None,
     return_stats: bool = False,
 ) -> Tensor | tuple[Tensor, TCMStats]:
     r"""Threshold-Consistent Margin loss, fused: one pass over the pairs, O(N D) memory, any batch size.
@@ -128,6 +130,11 @@ def tcm_loss(
             autocast, and where `torch.set_float32_matmul_precision` allows less than the highest; else "fp32".
             On a CPU and with backend="torch" 16-bit input is always worked in float32, and float64 in float64.
         backend: "auto", "cpu", "cuda", "triton" or "torch". One asked for by name runs or raises.
+        hardest_negatives: k: of each row only the k hard negatives with the largest similarity count, so that H- has at
+            most k N pairs, and n- is their number; of equal similarities the lower column is taken, of those equal but
+            for rounding either. It is each row's own choice: without a reference set (i, j) may be among the hardest of
+            i and not of j. None: all hard negatives. With backend="torch" only, which "auto" then takes: all products
+            twice, O((N + M) D + k) memory.
         return_stats: also return a `TCMStats`.
 
     Margins and weights that change from call to call may be numbers or tensors. Under torch.compile tensors make one
@@ -155,7 +162,16 @@ def tcm_loss(
         (0.68, 2, 4)
     """
     options = Options(
-        margin_plus, margin_minus, lambda_plus, lambda_minus, penalty, reduction, group_pairs, precision, backend
+        margin_plus,
+        margin_minus,
+        lambda_plus,
+        lambda_minus,
+        penalty,
+        reduction,
+        group_pairs,
+        precision,
+        backend,
+        hardest_negatives,
     )
     options.check()
     options.warn_of_crossed_margins()
@@ -199,6 +215,7 @@ class TCMLoss(nn.Module):
         group_pairs: str = "within",
         precision: str = "auto",
         backend: str = "auto",
+        hardest_negatives: int | None = None,
     ) -> None:
         if positional:
             raise TypeError(_by_keyword(type(self).__name__, positional[0]))
@@ -212,6 +229,7 @@ class TCMLoss(nn.Module):
         self.penalty = penalty
         self.reduction = reduction
         self.group_pairs = group_pairs
+        self.hardest_negatives = hardest_negatives
         # Penalty sums [2], counts [2] and dtype of the loss; another object after each call.
         self.last_call: tuple[Tensor, Tensor, torch.dtype] | None = None
         self._checked_options()
@@ -264,8 +282,11 @@ class TCMLoss(nn.Module):
         bank = check_bank(rows, bank)
         if bank is None:
             return self(embeddings, labels, groups=groups), rows
-        # Two sets of pairs, since the batch's own need their similarities, and their gradient, once for both orders.
-        sums = add([pair_sums(rows, None, None, options), pair_sums(rows, bank, None, options)])
+        if options.hardest_negatives is not None:  # of batch and bank together
+            sums = pair_sums(rows, joined(rows, bank), 0, options)
+        else:
+            # Two sets, since the batch's own pairs need their similarities, and their gradient, once for both orders.
+            sums = add([pair_sums(rows, None, None, options), pair_sums(rows, bank, None, options)])
         loss = sums.loss(options.weights(rows.x)).to(loss_dtype(rows.x))
         self.last_call = sums.penalty.detach(), sums.hard, loss.dtype
         return loss, rows

@@ -1,12 +1,11 @@
 """`CrossBatchMemory`: the loss of a batch against itself and a bank of past batches."""
 
-import numbers
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tcm_fused.arguments import Rows
+from tcm_fused.arguments import Rows, check_whole
 from tcm_fused.backends.numerics import EPS, loss_dtype
 from tcm_fused.loss import TCMLoss
 from tcm_fused.tracing import eager_when_compiled
@@ -73,10 +72,7 @@ class CrossBatchMemory(nn.Module):
             raise TypeError(f"loss must be a TCMLoss or a DistributedTCMLoss, got {type(loss).__name__}")
         width = 1 if embedding_size is None else embedding_size
         for name, value, least in (("size", size, 1), ("warm_up", warm_up, 0), ("embedding_size", width, 1)):
-            if not isinstance(value, numbers.Integral) or isinstance(value, bool):
-                raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-            if value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
+            check_whole(name, value, least)
         self.loss = loss
         self.size = int(size)
         self.warm_up = int(warm_up)

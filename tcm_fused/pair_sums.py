@@ -1,6 +1,7 @@
 """The loss of a batch from sums over pairs: of all of them in one call of an operator, or of parts, which add up."""
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -39,9 +40,12 @@ class _Call(NamedTuple):
     @classmethod
     def of(cls, x: Tensor, options: Options) -> "_Call":
         kind = device_type(x), x.dtype
-        backend = choose(options.backend, *kind, options.penalty)
+        hardest = options.hardest_negatives
+        found = OPERATORS[choose(options.backend, *kind, options.penalty, hardest is not None)]
+        if hardest is not None:
+            found = found._replace(penalties=partial(found.hardest, hardest=hardest))
         fp16 = one_fp16_product(*kind, options.precision)
-        return cls(OPERATORS[backend], options.margins(x), options.penalty == "squared", fp16)
+        return cls(found, options.margins(x), options.penalty == "squared", fp16)
 
 
 def loss_and_sums(
@@ -49,7 +53,7 @@ def loss_and_sums(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss [], and without gradient the sums [2] of penalties and counts [2] of hard pairs; of checked arguments."""
     weights = options.weights(rows.x)
-    if rows.groups is None and options.reduction == "violating":
+    if rows.groups is None and options.reduction == "violating" and options.hardest_negatives is None:
         ref_x, ref_y, _ = columns or (None, None, None)
         on, margins, squared, fp16 = _Call.of(rows.x, options)
         loss, penalty, hard = operators.call(
@@ -64,7 +68,7 @@ def pair_sums(rows: Rows, columns: Rows | None, row_offset: int | None, options:
     """The sums over all pairs of `rows` with `columns` (None: with the rows), or over those that `groups` leave."""
     call = _Call.of(rows.x, options)
     if rows.groups is not None:
-        return _grouped(call, rows, columns, row_offset, options.reduction, options.group_pairs)
+        return _grouped(call, rows, columns, row_offset, options)
     ref_x, ref_y, _ = columns or (None, None, None)
     penalty, hard = operators.call(call.operators.penalties, rows.x, rows.y, ref_x, ref_y, row_offset, *call[1:])
     return PairSums(penalty, hard, _divisor(hard, rows.y, ref_y, row_offset, options.reduction))
@@ -77,21 +81,22 @@ def add(parts: Sequence[PairSums]) -> PairSums:
 
 
 @eager_when_compiled("the groups are read on the host")
-def _grouped(
-    call: _Call, rows: Rows, columns: Rows | None, row_offset: int | None, reduction: str, group_pairs: str
-) -> PairSums:
+def _grouped(call: _Call, rows: Rows, columns: Rows | None, row_offset: int | None, options: Options) -> PairSums:
     """Group by group, with the gradients of all parts added up at once: autograd would keep all columns of each."""
     grad_rows = _room(rows.x)
     grad_columns = grad_rows if columns is None else _room(columns.x)
-    both_orders = 2 if columns is None and group_pairs == "across" else 1
+    within = options.group_pairs == "within"
+    # A pair of two groups once for both orders; but where the hardest of each row are chosen, these differ.
+    once = columns is None and not within and options.hardest_negatives is None
+    both_orders = 2 if once else 1
     none = torch.zeros(2, dtype=torch.int64, device=rows.x.device)
     total = PairSums(none.to(wide_dtype(rows.x.device)), none, none)
-    for i, j, offset in (_within if group_pairs == "within" else _across)(rows, columns, row_offset):
+    for i, j, offset in _within(rows, columns, row_offset) if within else _across(rows, columns, once):
         x, y, _ = _take(rows, i)
         ref_x, ref_y, _ = (None, None, None) if j is None else _take(columns or rows, j)
         wants = grad_rows is not None, grad_columns is not None and j is not None
         penalty, of_rows, of_columns, hard = call.operators.penalties(x, y, ref_x, ref_y, offset, *call[1:], *wants)
-        part = PairSums(penalty, hard, _divisor(hard, y, ref_y, offset, reduction))
+        part = PairSums(penalty, hard, _divisor(hard, y, ref_y, offset, options.reduction))
         if grad_rows is not None:
             grad_rows.index_add_(1, i, of_rows, alpha=both_orders)
         if grad_columns is not None and j is not None:
@@ -159,15 +164,15 @@ def _within(
             yield part, column_parts[group], None if row_offset is None else 0
 
 
-def _across(rows: Rows, columns: Rows | None, row_offset: int | None) -> Iterator[tuple[Tensor, Tensor, None]]:
-    """Indices of each group's rows and of the columns of all others; where the rows are the columns, of later ones.
+def _across(rows: Rows, columns: Rows | None, once: bool) -> Iterator[tuple[Tensor, Tensor, None]]:
+    """Indices of each group's rows and of the columns of all others (None: the rows); `once`, of later groups only.
 
     A row and the column that is the row itself are of one group, so never paired.
     """
     groups = (columns or rows).groups
     assert groups is not None
     for group, part in _by_group(rows, torch.arange(len(rows.y), device=rows.y.device)).items():
-        yield part, (groups > group if columns is None else groups != group).nonzero().flatten(), None
+        yield part, (groups > group if once else groups != group).nonzero().flatten(), None
 
 
 def _by_group(rows: Rows, index: Tensor) -> dict[int, Tensor]:

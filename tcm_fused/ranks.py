@@ -114,6 +114,14 @@ def all_gather(t: Tensor, group: "dist.ProcessGroup") -> Tensor:
     return gathered
 
 
+def all_sum(t: Tensor, group: "dist.ProcessGroup") -> Tensor:
+    """The sum of t, which has the same shape on all ranks."""
+    if t.numel():
+        with _with_others():
+            dist.all_reduce(t, group=group)
+    return t
+
+
 @dataclass(frozen=True)
 class Packed:
     """Rows as they travel: plain bytes and numbers in one layout, whatever that of the embeddings was."""

@@ -22,6 +22,7 @@ def tcm_reference(
     row_offset: int | None = None,
     penalty: str = "hinge",
     reduction: str = "violating",
+    hardest_negatives: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """L = lambda+ / n+ sum_{H+} (m+ - s_ij)  +  lambda- / n- sum_{H-} (s_ij - m-), with every pair written out.
 
@@ -51,6 +52,9 @@ def tcm_reference(
 
     # H+ and H-: both inequalities are inclusive.
     hard = torch.stack([positives & (s <= margin_plus), negatives & (s >= margin_minus)])
+    if hardest_negatives is not None:  # of each row so many, those with the largest s; of equal ones the lower column
+        order = torch.where(hard[1], s.detach(), -torch.inf).argsort(dim=1, descending=True, stable=True)
+        hard[1] &= order.argsort(dim=1) < hardest_negatives
     violation = torch.where(hard, torch.stack([margin_plus - s, s - margin_minus]), 0)
     total = (violation**2 if penalty == "squared" else violation).sum((1, 2))
     n = hard.sum((1, 2))

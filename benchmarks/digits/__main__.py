@@ -17,17 +17,14 @@ import os
 import platform
 import statistics
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from functools import cache, partial
-from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import pytorch_metric_learning
 import torch
 from pytorch_metric_learning.losses import MultiSimilarityLoss, ProxyAnchorLoss
 from torch import nn
-from tqdm import tqdm
 
 from benchmarks import comparison
 from benchmarks.comparison import Experiment, Scores
@@ -42,6 +39,7 @@ from benchmarks.digits.training import (
     one_thread,
     open_world,
     positive,
+    run_all,
     tcm_of,
     train,
     turned,
@@ -61,9 +59,6 @@ BASE_LOSSES: dict[str, Callable[[int], nn.Module]] = {
 HELD_OUT = tuple(itertools.combinations(SEEN, 2))
 FIRST_FOLD_SEED = 1000  # trainings that choose have other seeds than those that measure
 RECALL_TO_GIVE = 0.005
-
-T = TypeVar("T")
-R = TypeVar("R")
 
 
 class TCM(NamedTuple):
@@ -130,16 +125,6 @@ def score_pair(job: Job) -> tuple[Scores, Scores]:
     (without, base_scores), (with_tcm, scores) = fit(job._replace(tcm=None)), fit(job)
     check_paired(without, with_tcm, job.seed)
     return base_scores, scores
-
-
-def run_all(function: Callable[[T], R], jobs: Iterable[T], processes: int, about: str) -> list[R]:
-    """`function` of every job, in order, in so many processes; in this one if it is one."""
-    jobs = list(jobs)
-    bar = partial(tqdm, total=len(jobs), desc=about, unit="training", mininterval=0.5)
-    if processes == 1:
-        return list(bar(map(function, jobs)))
-    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:  # fork and threads do not mix
-        return list(bar(pool.map(function, jobs)))
 
 
 def mean_scores(scores: Iterable[Scores]) -> Scores:

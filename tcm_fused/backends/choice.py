@@ -22,6 +22,7 @@ class Backend(NamedTuple):
     dtypes: tuple[torch.dtype, ...]  # of embeddings
     penalties: tuple[str, ...]
     counted: tuple[torch.dtype, ...]  # of embeddings whose pairs it counts for OPIS; none if empty
+    hardest: bool = False  # whether it has `hardest_negatives`
 
 
 # In the order in which "auto" takes them. GPU kernels live off 16-bit products, and weigh a pair with 0 or 1 alone.
@@ -29,7 +30,7 @@ BACKENDS = {
     "cpu": Backend("cpu", (*_NARROW, torch.float64), ("hinge", "squared"), counted=_WIDE),
     "cuda": Backend("cuda", _NARROW, ("hinge",), counted=(torch.float32,)),
     "triton": Backend("cuda", _NARROW, ("hinge",), counted=()),
-    "torch": Backend(None, (*_NARROW, torch.float64), ("hinge", "squared"), counted=_WIDE),
+    "torch": Backend(None, (*_NARROW, torch.float64), ("hinge", "squared"), counted=_WIDE, hardest=True),
 }
 
 
@@ -100,10 +101,13 @@ def _runs_on(architecture: str, gpu: tuple[int, int]) -> bool:
 
 
 @constant_when_compiled
-def choose(backend: str, device_type: str, dtype: torch.dtype, penalty: str = "hinge") -> str:
-    """Which of BACKENDS runs `backend` on embeddings of `dtype` on `device_type`; RuntimeError if none does."""
+def choose(backend: str, device_type: str, dtype: torch.dtype, penalty: str = "hinge", hardest: bool = False) -> str:
+    """Which of BACKENDS runs `backend` on embeddings of `dtype` on `device_type`; RuntimeError if none does.
+
+    `hardest`: with `hardest_negatives`.
+    """
     if backend == "auto":
-        return _best(device_type, f"runs its slower PyTorch fallback on '{device_type}'", dtype, penalty)
+        return _best(device_type, f"runs its slower PyTorch fallback on '{device_type}'", dtype, penalty, hardest)
     reason = why_unavailable(backend)
     if reason is not None:
         raise RuntimeError(f"backend={backend!r} is not available: {reason}")
@@ -115,6 +119,8 @@ def choose(backend: str, device_type: str, dtype: torch.dtype, penalty: str = "h
         raise RuntimeError(
             f"backend={backend!r} has no {penalty} penalty; use backend='torch' or penalty={able.penalties[0]!r}"
         )
+    if hardest and not able.hardest:
+        raise RuntimeError(f"backend={backend!r} has no hardest_negatives; use backend='torch' or leave them out")
     return backend
 
 
@@ -146,13 +152,15 @@ def _check_device(backend: str, device_type: str) -> None:
         raise RuntimeError(f"backend={backend!r} needs tensors on device '{device}', embeddings are on '{device_type}'")
 
 
-def _best(device_type: str, fallback: str, dtype: torch.dtype, penalty: str | None = None) -> str:
+def _best(
+    device_type: str, fallback: str, dtype: torch.dtype, penalty: str | None = None, hardest: bool = False
+) -> str:
     """The first backend that is made for such a loss (or, without a penalty, for counting) and is available.
 
     Where that is the last, which is slow, a warning says why no other is; but not where no kernel for the device could.
     """
     missing: dict[str, str] = {}
-    for name in _able(device_type, dtype, penalty):
+    for name in _able(device_type, dtype, penalty, hardest):
         reason = why_unavailable(name)
         if name == "triton" and reason is None and _is_interpreted():
             reason = "TRITON_INTERPRET is set; unset it"
@@ -167,12 +175,13 @@ def _best(device_type: str, fallback: str, dtype: torch.dtype, penalty: str | No
 
 
 @cache
-def _able(device_type: str, dtype: torch.dtype, penalty: str | None) -> tuple[str, ...]:
+def _able(device_type: str, dtype: torch.dtype, penalty: str | None, hardest: bool) -> tuple[str, ...]:
     """Backends that are made for it, best first; the last is plain PyTorch."""
     return tuple(
         name
         for name, able in BACKENDS.items()
         if able.device in (None, device_type)
+        and able.hardest >= hardest
         and (dtype in able.counted if penalty is None else dtype in able.dtypes and penalty in able.penalties)
     )
 

@@ -5,6 +5,8 @@ behind their names those for GPUs without it, with "_blocked" plain PyTorch, whi
 gradient with the value (one pass over the pairs), so that backward is a multiplication. `tcm_fused::counts` and
 `tcm_fused::counts_blocked` count the pairs for OPIS.
 
+`tcm_fused::hardest_blocked` is `penalties` of each row's hardest negatives.
+
 `loss` and `penalties` of this file call them with autograd. Under torch.compile the operator itself stands in the
 graph, with the autograd formula that is registered for it. In eager mode that registration costs ten times the kernel
 of a small batch: there a `torch.autograd.Function` calls the operator below autograd.
@@ -29,6 +31,7 @@ _SCHEMAS = {
     "loss": f"({_ROWS}Tensor weights, {_OPTIONS}) "
     "-> (Tensor loss, Tensor grad_x, Tensor grad_ref, Tensor penalty, Tensor count)",
     "penalties": f"({_ROWS}{_OPTIONS}) -> (Tensor penalty, Tensor grad_x, Tensor grad_ref, Tensor count)",
+    "hardest": f"({_ROWS}{_OPTIONS}, int hardest) -> (Tensor penalty, Tensor grad_x, Tensor grad_ref, Tensor count)",
     # x [N, D] float32 or float64, finite; y [N] int64 class; thresholds [T] ascending similarities in the dtype of x.
     # counts [2, 2^(bits + 1) + 1], class_counts [2, classes + 1, T] int64, best [2, N], ref_best [2, M]: see
     # `counts_blocked`. progress [2] int64, if given: blocks done and in all, while it runs; a GPU only tells that it
@@ -189,13 +192,18 @@ def _penalties_of(run: Callable[[Problem], Result]) -> Callable[..., Any]:
     """The operator `penalties` that `run` computes."""
 
     def penalties(*arguments: Any) -> tuple[Any, ...]:
-        result = run(Problem._make((*arguments[:6], None, *arguments[6:])))
+        result = run(Problem(*(*arguments[:6], None, *arguments[6:])))
         return result.penalty, result.grad_x, result.grad_ref, result.hard
 
     return penalties
 
 
-_FAKES = {"loss": _loss_of(_fake), "penalties": _penalties_of(_fake), "counts": _fake_counts}
+_FAKES = {
+    "loss": _loss_of(_fake),
+    "penalties": _penalties_of(_fake),
+    "hardest": _penalties_of(_fake),
+    "counts": _fake_counts,
+}
 
 
 def _register(name: str) -> Any:
@@ -214,6 +222,7 @@ class Operators(NamedTuple):
     loss: Any
     penalties: Any
     counts: Any  # None: it counts no pairs
+    hardest: Any = None  # `penalties` of the hardest negatives of each row alone; None: it has them not
 
 
 _KERNELS = Operators(_register("loss"), _register("penalties"), _register("counts"))
@@ -221,7 +230,12 @@ OPERATORS = {
     "cpu": _KERNELS,
     "cuda": _KERNELS,
     "triton": Operators(_register("loss_triton"), _register("penalties_triton"), None),
-    "torch": Operators(_register("loss_blocked"), _register("penalties_blocked"), _register("counts_blocked")),
+    "torch": Operators(
+        _register("loss_blocked"),
+        _register("penalties_blocked"),
+        _register("counts_blocked"),
+        _register("hardest_blocked"),
+    ),
 }
 for _name, _run, _devices in (
     ("triton", _triton, ("CUDA", "CPU")),  # torch calls ROCm CUDA, too; on CPUs Triton has its interpreter
@@ -230,4 +244,5 @@ for _name, _run, _devices in (
     for _device in _devices:
         _LIBRARY.impl(f"loss_{_name}", _loss_of(_run), _device)
         _LIBRARY.impl(f"penalties_{_name}", _penalties_of(_run), _device)
+_LIBRARY.impl("hardest_blocked", _penalties_of(blocked.run), "CompositeExplicitAutograd")
 _LIBRARY.impl("counts_blocked", counts_blocked, "CompositeExplicitAutograd")

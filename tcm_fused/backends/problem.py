@@ -21,6 +21,7 @@ class Problem(NamedTuple):
     fp16: bool  # similarities may come from one product in fp16; a kernel that has nothing less than fp32 ignores it
     grad_x: bool  # which gradients are wanted
     grad_ref: bool
+    hardest: int | None = None  # of each row only so many hard negatives count, the most similar; None: all
 
 
 class Result(NamedTuple):

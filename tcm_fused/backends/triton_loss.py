@@ -170,7 +170,7 @@ def check(problem: Problem) -> None:
 
 def launch(config: Config, processors: int, problem: Problem) -> Result:
     """All steps of a call, of which everything was checked."""
-    x, y, ref_x, ref_y, row_offset, margins, weights, _, fp16, grad_x, grad_ref = problem
+    x, y, ref_x, ref_y, row_offset, margins, weights, _, fp16, grad_x, grad_ref, _ = problem
     parts = 1 if fp16 else 2
     new = x.new_empty
     state = x.new_zeros(prologue.STATE, dtype=torch.float64)

@@ -34,11 +34,16 @@ def pair_loss(
         The loss, in float64 for float64 embeddings and float32 otherwise, and its stats.
 
     Raises:
-        ValueError: the lists of a side are of unequal length; on a CPU, an index is out of range. (On a GPU that is an
-            error of the device.)
+        ValueError: the lists of a side are of unequal length; on a CPU, an index is out of range (on a GPU that is an
+            error of the device); `hardest_negatives` is among the options.
         RuntimeError: derivatives other than those of backward() are asked for.
     """
     options.check()
+    if options.hardest_negatives is not None:
+        raise ValueError(
+            f"hardest_negatives={options.hardest_negatives} chooses among all pairs, but a miner gave its own; leave "
+            "one of the two out"
+        )
     check_differentiation(x, ref_x)
     names = ("anchors of positives", "positives", "anchors of negatives", "negatives")
     for name, index, rows in zip(names, pairs, (x.shape[0], ref_x.shape[0]) * 2, strict=True):

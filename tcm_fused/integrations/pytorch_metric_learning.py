@@ -50,8 +50,8 @@ class ThresholdConsistentMarginLoss(losses.BaseMetricLossFunction):
       are but those of a row with itself, as from `DistributedLossWrapper(efficient=True)`, the pass is the fused one.
 
     Args:
-        lambda_plus, lambda_minus, margin_plus, margin_minus, penalty, reduction, precision, backend: as of
-            `tcm_fused.tcm_loss`.
+        lambda_plus, lambda_minus, margin_plus, margin_minus, penalty, reduction, precision, backend,
+            hardest_negatives: as of `tcm_fused.tcm_loss`; the last not with a miner.
         kwargs: those of the library's losses: `reducer` (there is one value to reduce, so any gives it back),
             `embedding_regularizer`, `embedding_reg_weight`, `collect_stats`. `distance` must be `CosineSimilarity()`.
 
@@ -75,6 +75,7 @@ class ThresholdConsistentMarginLoss(losses.BaseMetricLossFunction):
         reduction: str = "violating",
         precision: str = "auto",
         backend: str = "auto",
+        hardest_negatives: int | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -92,6 +93,7 @@ class ThresholdConsistentMarginLoss(losses.BaseMetricLossFunction):
         self.reduction = reduction
         self.precision = precision
         self.backend = backend
+        self.hardest_negatives = hardest_negatives
         self.options.check()
         self.options.warn_of_crossed_margins()
         self.stats: TCMStats | None = None

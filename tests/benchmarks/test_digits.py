@@ -4,21 +4,17 @@ import itertools
 import json
 import math
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from matplotlib.figure import Figure
 from pytorch_metric_learning.losses import ProxyAnchorLoss
-from support import batches
 from torch import Tensor
 
 import benchmarks.digits.__main__ as digits
-from benchmarks import comparison, demo
+from benchmarks import comparison
 from benchmarks.comparison import MEASURES, Experiment, Scores, compare
 from benchmarks.digits.__main__ import HELD_OUT, TCM, Job, choose_tcm, score_pair, split_of
 from benchmarks.digits.training import SEEN, UNSEEN, Trained, check_paired, load, make_mlp, spread, train
-from tcm_fused import opis
 
 OPIS, RECALL = MEASURES[0], MEASURES[2]
 
@@ -211,20 +207,3 @@ def test_pictures_with_long_names() -> None:
         assert figure.bbox.x0 - 1 <= box.x0
         assert box.x1 <= figure.bbox.x1 + 1
     assert figure.axes[0].get_window_extent().width > 0.2 * figure.bbox.width
-
-
-def test_one_legend_and_titles_within_their_axes() -> None:
-    """The demo's pictures."""
-    x, y = batches.batch(200, 8, 10, torch.float32, seed=1)
-    figure = Figure(figsize=(12, 9), layout="constrained")
-    for axes in figure.subplots(2, 2).flat:
-        opis(x, y).plot(axes)
-        axes.set_title(f"Digits unseen, ArcFace + TCM\n{demo.one_line(axes)}", loc="left", fontsize=12)
-    demo.share_legend(figure)
-    figure.draw_without_rendering()
-    assert [axes.get_legend() for axes in figure.axes] == [None] * 4
-    assert len(figure.legends) == 1
-    for axes in figure.axes:
-        assert "10%-OPIS" in demo.one_line(axes)
-        drawn: Any = axes  # the object of the left title has no public name
-        assert drawn._left_title.get_window_extent().x1 <= axes.get_window_extent().x1

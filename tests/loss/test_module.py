@@ -40,7 +40,7 @@ def in_and_out_of_pickle(module: TCMLoss) -> TCMLoss:
 def test_module(backend: str) -> None:
     """The class is the function: also copied, pickled, and called the way pytorch-metric-learning calls."""
     options: dict[str, Any] = {"margin_plus": 0.8, "margin_minus": 0.1, "lambda_plus": 2.0, "lambda_minus": 3.0}
-    options.update(precision="fp32", penalty="squared", reduction="all", group_pairs="across")
+    options.update(precision="fp32", penalty="squared", reduction="all", group_pairs="across", hardest_negatives=None)
     criterion = TCMLoss(**options, backend=backend)
     x, y = batch(90, 9, 5)
     ref_x, ref_y = batch(120, 9, 5, seed=1)

@@ -118,6 +118,7 @@ def public_calls(backend: str) -> dict[str, Callable[[], list[Any]]]:
         "reference set": lambda: _against(backend=backend, row_offset=0),
         "squared": lambda: _against(backend=backend, penalty="squared"),
         "all": lambda: _against(backend=backend, reduction="all"),
+        "hardest": lambda: _against(hardest_negatives=3),
         "within": lambda: _against(backend=backend, groups=groups, ref_groups=groups),
         "across": lambda: _loss(backend=backend, groups=groups, group_pairs="across"),
         "module": lambda: _loss(TCMLoss(backend=backend, reduction="all")),

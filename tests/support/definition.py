@@ -26,7 +26,11 @@ def definition(rows: Set, columns: Set, options: dict[str, Any]) -> Tensor:
         ("plus", valid & same, options.get("margin_plus", 0.9) - s),
         ("minus", valid & ~same, s - options.get("margin_minus", 0.5)),
     ):
-        hard = violation[pairs & (violation >= 0)]
+        chosen = pairs & (violation >= 0)
+        if side == "minus" and (most := options.get("hardest_negatives")) is not None:
+            order = torch.where(chosen, s.detach(), -torch.inf).sort(dim=1, descending=True, stable=True).indices
+            chosen &= torch.zeros_like(chosen).scatter(1, order[:, :most], True)
+        hard = violation[chosen]
         penalty = (hard**2 if options.get("penalty") == "squared" else hard).sum()
         divisor = int(pairs.sum()) if options.get("reduction") == "all" else len(hard)
         loss = loss + options.get(f"lambda_{side}", 1.0) * penalty / max(divisor, 1)

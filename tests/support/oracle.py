@@ -63,7 +63,9 @@ class Oracle:
         groups: Array | None = None,
         ref_groups: Array | None = None,
         group_pairs: str = "within",
+        hardest_negatives: int | None = None,
     ) -> None:
+        self.hardest = hardest_negatives
         self.symmetric = ref_x is None
         if ref_x is None or ref_y is None:
             ref_x, ref_y, row_offset, ref_groups = x, y, 0, groups
@@ -87,11 +89,16 @@ class Oracle:
     @property
     def factor(self) -> int:
         """2 where the rows are the columns: each row's sum then stands for its column's too."""
-        return 2 if self.symmetric else 1
+        return 2 if self.symmetric and self.hardest is None else 1
 
     def hard(self) -> Masks:
         """M+ and M-, exactly by the definition."""
-        return (self.pair[0] & (self.gap[0] >= 0), self.pair[1] & (self.gap[1] >= 0))
+        plus, minus = self.pair[0] & (self.gap[0] >= 0), self.pair[1] & (self.gap[1] >= 0)
+        if self.hardest is not None:
+            for similarities, row in zip(self.s, minus, strict=True):
+                columns = sorted(np.flatnonzero(row), key=lambda column: (-similarities[column], column))
+                row[columns[self.hardest :]] = False
+        return plus, minus
 
     def weights(self, count: Array) -> Array:
         """[2] lambda over the divisors of the penalties."""
@@ -113,6 +120,8 @@ class Oracle:
         w, slope = self.weights(count), self.slopes(masks)
         g = self.factor * (w[1] * (slope[1] @ self.ref_hat) - w[0] * (slope[0] @ self.ref_hat))
         g_ref = w[1] * (slope[1].T @ self.x_hat) - w[0] * (slope[0].T @ self.x_hat)
+        if self.symmetric and self.hardest is not None:  # (i, j) may be among the hardest of i, and not of j
+            g = g + g_ref
         return Result(
             loss=float(w @ penalty),
             count=count,
