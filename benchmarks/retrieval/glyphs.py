@@ -23,18 +23,20 @@ from tqdm import tqdm
 from tcm_fused.thresholds.outputs import write_whole
 from tcm_fused.thresholds.terminal import Parser, printable, run
 
-PACKAGES = """fonts-aoyagi-kouzan-t fonts-aoyagi-soseki fonts-arphic-bkai00mp fonts-arphic-bsmi00lp
-fonts-arphic-gbsn00lp fonts-arphic-gkai00mp fonts-arphic-ukai fonts-arphic-uming fonts-babelstone-han fonts-baekmuk
-fonts-cns11643-kai fonts-cns11643-sung fonts-cwtex-fs fonts-cwtex-heib fonts-cwtex-kai fonts-cwtex-ming fonts-cwtex-yen
-fonts-dejima-mincho fonts-dotgothic16 fonts-droid-fallback fonts-hanazono fonts-horai-umefont fonts-ipaexfont-gothic
-fonts-ipaexfont-mincho fonts-ipafont-gothic fonts-ipamj-mincho fonts-kiloji fonts-klee fonts-komatuna fonts-konatu
-fonts-kouzan-mouhitsu fonts-lxgw-wenkai fonts-migmix fonts-misaki fonts-mona fonts-monapo fonts-morisawa-bizud-gothic
-fonts-morisawa-bizud-mincho fonts-motoya-l-cedar fonts-motoya-l-maruberi fonts-mplus fonts-noto-cjk
-fonts-noto-cjk-extra fonts-oradano-mincho-gsrr fonts-rampart fonts-reggae fonts-rocknroll fonts-sawarabi-gothic
-fonts-sawarabi-mincho fonts-seto fonts-smiley-sans fonts-stick fonts-takao-gothic fonts-takao-mincho fonts-train
-fonts-umeplus fonts-umeplus-cl fonts-unfonts-core fonts-unfonts-extra fonts-vlgothic fonts-wqy-microhei
-fonts-wqy-zenhei fonts-yozvox-yozfont fonts-yusei-magic""".split()  # of Debian 12
-
+# Of Debian 12, each with fonts- before it.
+# fmt: off
+PACKAGES = (
+    "aoyagi-kouzan-t", "aoyagi-soseki", "arphic-bkai00mp", "arphic-bsmi00lp", "arphic-gbsn00lp", "arphic-gkai00mp",
+    "arphic-ukai", "arphic-uming", "babelstone-han", "baekmuk", "cns11643-kai", "cns11643-sung", "cwtex-fs",
+    "cwtex-heib", "cwtex-kai", "cwtex-ming", "cwtex-yen", "dejima-mincho", "dotgothic16", "droid-fallback",
+    "hanazono", "horai-umefont", "ipaexfont-gothic", "ipaexfont-mincho", "ipafont-gothic", "ipamj-mincho", "kiloji",
+    "klee", "komatuna", "konatu", "kouzan-mouhitsu", "lxgw-wenkai", "migmix", "misaki", "mona", "monapo",
+    "morisawa-bizud-gothic", "morisawa-bizud-mincho", "motoya-l-cedar", "motoya-l-maruberi", "mplus", "noto-cjk",
+    "noto-cjk-extra", "oradano-mincho-gsrr", "rampart", "reggae", "rocknroll", "sawarabi-gothic", "sawarabi-mincho",
+    "seto", "smiley-sans", "stick", "takao-gothic", "takao-mincho", "train", "umeplus", "umeplus-cl", "unfonts-core",
+    "unfonts-extra", "vlgothic", "wqy-microhei", "wqy-zenhei", "yozvox-yozfont", "yusei-magic",
+)
+# fmt: on
 FONTS = Path("/usr/share/fonts")
 HAN = range(0x4E00, 0x9FA6)  # CJK Unified Ideographs, without later additions
 SIZE = 36  # pixels of a side; the centre crop of the experiment, 7/8, leaves 32
@@ -59,7 +61,7 @@ class Face(NamedTuple):
     """A typeface: one face of a font file."""
 
     path: Path
-    index: int
+    number: int  # in its file
     name: str
     version: str
     points: frozenset[int]  # the code points that it has, of those asked for
@@ -94,7 +96,7 @@ def render(
     if len(faces) < typefaces:
         raise ValueError(
             f"{typefaces} typefaces are wanted, and {len(faces)} are found under {fonts} that have the characters; "
-            f"install more: apt-get install -y --no-install-recommends {' '.join(PACKAGES)}"
+            f"install more: apt-get install -y --no-install-recommends {' '.join(_packages())}"
         )
     points = np.random.default_rng(0).permutation(sorted(common)).tolist()
     chosen = _most_different(faces, points[:_SAMPLE], typefaces)
@@ -113,13 +115,14 @@ def render(
 
 def _save(path: Path, glyphs: Glyphs) -> None:
     with path.open("wb") as file:  # by its name, numpy would add .npz to it
-        np.savez(file, **glyphs._asdict())  # type: ignore[arg-type]  # mypy takes them for allow_pickle
+        np.savez(file, **glyphs._asdict())
 
 
 def read(folder: Path) -> Glyphs:
     """What `render` wrote. OSError, ValueError, KeyError: it is not there, or something else."""
     with np.load(folder / "glyphs.npz") as arrays:
-        return Glyphs(*(arrays[name] for name in Glyphs._fields[:-1]), train=int(arrays["train"]))
+        pixels, labels, typefaces, characters = (arrays[name] for name in Glyphs._fields[:-1])
+        return Glyphs(pixels, labels, typefaces, characters, int(arrays["train"]))
 
 
 def find_faces(fonts: Path, wanted: frozenset[int]) -> list[Face]:
@@ -161,7 +164,7 @@ class _Pen:
 
     def __init__(self, face: Face) -> None:
         self.face = face
-        self.font = ImageFont.truetype(face.path, _DRAWN, face.index, layout_engine=ImageFont.Layout.BASIC)
+        self.font = ImageFont.truetype(face.path, _DRAWN, face.number, layout_engine=ImageFont.Layout.BASIC)
         self.missing = self._draw(0x10FFFE)  # no character, so that all fonts draw their sign for one that they lack
 
     def draw(self, point: int) -> Pixels | None:
@@ -248,7 +251,7 @@ def _about(face: Face, renderings: int) -> dict[str, Any]:
         "name": face.name,
         "version": face.version,
         "file": face.path.name,
-        "index": face.index,
+        "number": face.number,
         "sha256": hashlib.sha256(face.path.read_bytes()).hexdigest(),
         "renderings": renderings,
     }
@@ -260,7 +263,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prog="python -m benchmarks.retrieval.glyphs",
         description="Render 1,400 Han characters in 36 typefaces, as images to retrieve.",
         formatter_class=argparse.RawDescriptionHelpFormatter,  # a line that is broken cannot be copied
-        epilog="fonts, of Debian 12:\n  apt-get install -y --no-install-recommends " + " \\\n    ".join(_lines())
+        epilog="fonts, of Debian 12:\n  apt-get install -y --no-install-recommends "
+        + " \\\n    ".join(_lines())
         + "\n\nthen: python -m benchmarks.retrieval --dataset glyphs --root DIR --base smoothap",
     )
     parser.add_argument("folder", type=Path, metavar="DIR", help="for glyphs.npz and fonts.json")
@@ -280,7 +284,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _lines() -> list[str]:
     """The packages, some a line."""
-    return [" ".join(PACKAGES[k : k + 4]) for k in range(0, len(PACKAGES), 4)]
+    return [" ".join(_packages()[k : k + 4]) for k in range(0, len(PACKAGES), 4)]
+
+
+def _packages() -> list[str]:
+    return [f"fonts-{name}" for name in PACKAGES]
 
 
 if __name__ == "__main__":

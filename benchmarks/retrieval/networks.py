@@ -1,4 +1,4 @@
-"""The networks: a small one from scratch, or any of timm's by name, with a linear head to the embedding."""
+"""The networks: two small ones from scratch, or any of timm's by name, with a linear head to the embedding."""
 
 from typing import Any
 
@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 
 SMALL = "small"
+SMALL_VIT = "small-vit"
+FROM_SCRATCH = (SMALL, SMALL_VIT)
 
 
 class Embedder(nn.Module):
@@ -27,16 +29,17 @@ class Embedder(nn.Module):
 
 
 def make_network(backbone: str, pretrained: bool, dim: int, layer_norm: bool, size: int) -> Embedder:
-    """`backbone`: "small", or the name of a timm model, for images of `size` pixels a side.
+    """`backbone`: one of `FROM_SCRATCH`, or the name of a timm model, for images of `size` pixels a side.
 
     Raises:
         ValueError: there is no such model, or no weights for it, or it does not take images of this size.
         ImportError: timm is missing or does not load.
     """
-    if backbone == SMALL:
+    if backbone in FROM_SCRATCH:
         if pretrained:
-            raise ValueError("there are no weights for the small network; leave --pretrained out")
-        return Embedder(_small(), 128, dim, layer_norm, [0.5] * 3, [0.25] * 3)
+            raise ValueError("there are no weights for the small networks; leave --pretrained out")
+        features = _small() if backbone == SMALL else _SmallViT(size)
+        return Embedder(features, 128, dim, layer_norm, [0.5] * 3, [0.25] * 3)
     timm = import_timm(backbone)
     try:
         features = timm.create_model(backbone, pretrained=pretrained, num_classes=0)
@@ -90,3 +93,33 @@ def _small() -> nn.Sequential:
             nn.MaxPool2d(2),
         ]
     return nn.Sequential(*layers[:-1], nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+class _SmallViT(nn.Module):
+    """A vision transformer to 128 features: patches of 8 x 8 pixels by three convolutions, then four blocks."""
+
+    def __init__(self, size: int, width: int = 128, depth: int = 4, heads: int = 4) -> None:
+        super().__init__()
+        self.patches = nn.Sequential(
+            nn.Conv2d(3, width // 4, 3, stride=2, padding=1),
+            nn.GELU(),
+            nn.Conv2d(width // 4, width // 2, 3, stride=2, padding=1),
+            nn.GELU(),
+            nn.Conv2d(width // 2, width, 3, stride=2, padding=1),
+        )
+        side = -(-size // 8)
+        self.positions = nn.Parameter(0.02 * torch.randn(side * side, width))
+        self.blocks = nn.ModuleList(
+            nn.TransformerEncoderLayer(
+                width, heads, 2 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+            )
+            for _ in range(depth)
+        )
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images [N, 3, size, size] to features [N, 128]."""
+        x = self.patches(images).flatten(2).transpose(1, 2) + self.positions
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x).mean(dim=1)
