@@ -2,161 +2,17 @@
 
 import argparse
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from functools import cache, partial
-from multiprocessing import get_context
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
-from benchmarks.digits.training import one_thread, positive
+from benchmarks.digits.training import positive
 from benchmarks.glyphs import plan
-from benchmarks.glyphs.plan import Cell, Choice, Result
+from benchmarks.glyphs.runs import Comparison
 from benchmarks.retrieval import glyphs
-from benchmarks.retrieval.datasets import Split, load
-from benchmarks.retrieval.training import HELD_OUT, Margins, Run, Settings
-from tcm_fused import calibrate, opis, suggest_margins
-from tcm_fused.thresholds import files
 from tcm_fused.thresholds.outputs import check_folder
 from tcm_fused.thresholds.terminal import Parser, printable, run
-
-
-class Job(NamedTuple):
-    """One training: its folder under that of all runs is `variant`."""
-
-    variant: str
-    settings: Settings
-    score_every: int = 0
-
-    def make(self, root: Path, out: Path) -> Run:
-        """The run, without starting it."""
-        return Run(
-            self.settings,
-            split_of(root),
-            out / self.variant,
-            score_every=self.score_every,
-            more=more_scores,
-        )
-
-
-@cache
-def split_of(root: Path) -> Split:
-    """The images, with classes held out."""
-    return load("glyphs", root).hold_out(plan.HELD_OUT)
-
-
-def more_scores(embeddings: Tensor, labels: Tensor) -> dict[str, float]:
-    """OPIS over fixed false reject rates, rates at one threshold, and the class that is worst off."""
-    by_frr = opis(embeddings, labels, frr_range=(0.05, 0.3))
-    found = calibrate(embeddings, labels, far=1e-2)
-    at = next(tar for tar in found.tar_at_far if tar.bound == 1e-3)
-    return {
-        "opis_frr": by_frr.opis,
-        "eps_opis_frr": by_frr.eps_opis,
-        "tar_at_far_1e-3": at.tar,
-        "frr_at_far_1e-2": found.threshold.frr,
-        "worst_frr_at_far_1e-2": float(found.class_frr.max()),
-        "equal_error_rate": found.equal_error_rate,
-    }
-
-
-def train(root: Path, out: Path, job: Job) -> Result:
-    """Run the job, or read it where it is finished."""
-    with one_thread():
-        return job.make(root, out).go()
-
-
-class Comparison:
-    """All runs, in the order of what they tell."""
-
-    def __init__(self, root: Path, out: Path, processes: int) -> None:
-        self.root, self.out, self.processes = root, out, processes
-
-    def go(self) -> None:
-        """Train what is not finished yet."""
-        if self.processes == 1:
-            self._all(partial(map, partial(train, self.root, self.out)))
-            return
-        with ProcessPoolExecutor(self.processes, mp_context=get_context("spawn")) as pool:
-            self._all(partial(pool.map, partial(train, self.root, self.out)))
-
-    def _all(self, each: Callable[[Iterable[Job]], Iterator[Result]]) -> None:
-        choices: dict[str, list[Choice]] = {}
-        for network in plan.NETWORKS:
-            cells = [Cell(network, base) for base in plan.BASES]
-            choices[network] = self._choose(cells, each)
-            list(each(measured(cells, choices[network], plan.SEEDS)))
-        cells = [Cell(plan.NETWORKS[0], base) for base in plan.BASES]
-        chosen = choices[plan.NETWORKS[0]]
-        list(each(self._variants(cells, chosen)))
-        list(each(measured(cells, chosen, plan.MORE_SEEDS)))
-
-    def _choose(self, cells: Sequence[Cell], each: Callable[[Iterable[Job]], Iterator[Result]]) -> list[Choice]:
-        """By the rule, which looks at the classes held out."""
-        seed = plan.CHOICE_SEED
-        jobs = [Job(f"rate {lr:g}", cell.settings(seed, lr, None)) for cell in cells for lr in plan.RATES]
-        results = list(each(jobs))
-        of_cell = [results[k : k + len(plan.RATES)] for k in range(0, len(results), len(plan.RATES))]
-        best = [plan.best_rate(group) for group in of_cell]
-        rates = [plan.RATES[k] for k in best]
-        margins = [self.suggested(cell, lr, plan.SHARES) for cell, lr in zip(cells, rates, strict=True)]
-        jobs = [
-            Job(f"weight {weight:g}", cell.settings(seed, lr, plan.with_weight(pair, weight)))
-            for cell, lr, pair in zip(cells, rates, margins, strict=True)
-            for weight in plan.WEIGHTS
-        ]
-        results = list(each(jobs))
-        choices = []
-        for c, (lr, pair) in enumerate(zip(rates, margins, strict=True)):
-            group = results[c * len(plan.WEIGHTS) : (c + 1) * len(plan.WEIGHTS)]
-            weight = plan.WEIGHTS[plan.best_weight(of_cell[c][best[c]], group)]
-            choices.append(Choice(lr, plan.with_weight(pair, weight)))
-            print(f"{cells[c].network} {cells[c].base}: {choices[-1]}", flush=True)
-        return choices
-
-    def suggested(self, cell: Cell, lr: float, shares: tuple[float, float]) -> tuple[float, float]:
-        """Both margins, from the run that had this rate chosen."""
-        settings = cell.settings(plan.CHOICE_SEED, lr, None)
-        held_out = files.load(self.out / f"rate {lr:g}" / settings.name / HELD_OUT, None)
-        found = suggest_margins(held_out.embeddings, held_out.labels, far=shares[0], frr=shares[1])
-        return found.margin_plus, found.margin_minus
-
-    def _variants(self, cells: Sequence[Cell], choices: Sequence[Choice]) -> Iterator[Job]:
-        """Runs that differ from the measured ones in one thing."""
-        pairs = list(zip(cells, choices, strict=True))
-        for seed in plan.VARIANT_SEEDS:
-            for cell, (lr, tcm) in pairs:
-                weight = tcm.lambda_plus
-                for far, frr in plan.OTHER_SHARES:
-                    other = plan.with_weight(self.suggested(cell, lr, (far, frr)), weight)
-                    yield Job(f"far {far:g} frr {frr:g}", cell.settings(seed, lr, other))
-                defaults = plan.with_weight(plan.DEFAULTS, weight)
-                yield Job("default margins", cell.settings(seed, lr, defaults))
-            for cell, (lr, tcm) in pairs:
-                for weight in set(plan.WEIGHTS) - {tcm.lambda_plus}:
-                    other = plan.with_weight((tcm.margin_plus, tcm.margin_minus), weight)
-                    yield Job(f"other weight {weight:g}", cell.settings(seed, lr, other))
-            for cell, (lr, tcm) in pairs:
-                longer = Cell(cell.network, cell.base, epochs=2 * cell.epochs)
-                smaller = Cell(cell.network, cell.base, batch_classes=cell.batch_classes // 2)
-                for name, other_cell in (("twice as long", longer), ("half the batch", smaller)):
-                    for margins in (None, tcm):
-                        yield Job(name, other_cell.settings(seed, lr, margins))
-                bank = plan.with_weight((tcm.margin_plus, tcm.margin_minus), tcm.lambda_plus, plan.BANK)
-                yield Job("bank", cell.settings(seed, lr, bank))
-
-
-def measured(cells: Sequence[Cell], choices: Sequence[Choice], seeds: Sequence[int]) -> list[Job]:
-    """Without TCM and with it."""
-    return [
-        Job("measured", cell.settings(seed, choice.lr, tcm), score_every=83)
-        for seed in seeds
-        for cell, choice in zip(cells, choices, strict=True)
-        for tcm in (None, choice.tcm)
-    ]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -1,6 +1,6 @@
 """Renders characters in many typefaces as images to retrieve: `python -m benchmarks.retrieval.glyphs DIR`.
 
-A class is a character, its images are its renderings, each in another typeface: printed, brushed, pencilled, thin, bold.
+A class is a character, its images are its renderings, each in another typeface: printed, brushed, pencilled, bold.
 The typefaces are found among the fonts that are installed, and chosen to differ most. A rendering counts once: those
 that are blank, that stand for a missing character, that two characters of a typeface share or that another typeface has
 already are left out. Pixels and labels go to DIR/glyphs.npz, the typefaces with their versions to DIR/fonts.json.
