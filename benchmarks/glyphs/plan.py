@@ -60,7 +60,7 @@ class Cell:
             batch_classes=self.batch_classes,
             batch_images=4,
             lr=lr,
-            loss_lr=100 * lr if self.base in WITH_WEIGHTS else None,
+            loss_lr=10 * lr if self.base in WITH_WEIGHTS else None,
             weight_decay=1e-4,
             warmup=0.05,
             size=32,

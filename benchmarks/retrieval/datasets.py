@@ -33,10 +33,10 @@ class Images(NamedTuple):
         return [len(self.labels), len(self.classes)]
 
     def read(self, index: int) -> Image.Image:
-        """An image as RGB; ValueError, with its path, if it cannot be read."""
+        """An image, a file as RGB and pixels as grey; ValueError, with its path, if it cannot be read."""
         source = self.sources[index]
         if not isinstance(source, Path):
-            return Image.fromarray(source).convert("RGB")
+            return Image.fromarray(source)
         try:
             with Image.open(source) as image:
                 return image.convert("RGB")

@@ -64,8 +64,8 @@ def centre_crop(image: Image.Image, size: int) -> Tensor:
 
 def _resize(image: Image.Image, size: int, box: tuple[float, float, float, float]) -> Tensor:
     """[3, size, size] in [0, 1]."""
-    pixels = np.array(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
-    return torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
+    pixels = torch.from_numpy(np.array(image.resize((size, size), Image.Resampling.BICUBIC, box=box))).float() / 255
+    return pixels.expand(3, -1, -1) if image.mode == "L" else pixels.permute(2, 0, 1)
 
 
 class BalancedBatches:

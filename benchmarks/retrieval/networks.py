@@ -38,8 +38,8 @@ def make_network(backbone: str, pretrained: bool, dim: int, layer_norm: bool, si
     if backbone in FROM_SCRATCH:
         if pretrained:
             raise ValueError("there are no weights for the small networks; leave --pretrained out")
-        features = _small() if backbone == SMALL else _SmallViT(size)
-        return Embedder(features, 128, dim, layer_norm, [0.5] * 3, [0.25] * 3)
+        features, width = (_small(), 128) if backbone == SMALL else (_SmallViT(size), 64)
+        return Embedder(features, width, dim, layer_norm, [0.5] * 3, [0.25] * 3)
     timm = import_timm(backbone)
     try:
         features = timm.create_model(backbone, pretrained=pretrained, num_classes=0)
@@ -96,9 +96,9 @@ def _small() -> nn.Sequential:
 
 
 class _SmallViT(nn.Module):
-    """A vision transformer to 128 features: patches of 8 x 8 pixels by three convolutions, then four blocks."""
+    """A vision transformer to 64 features: patches of 8 x 8 pixels by three convolutions, then four blocks."""
 
-    def __init__(self, size: int, width: int = 128, depth: int = 4, heads: int = 4) -> None:
+    def __init__(self, size: int, width: int = 64, depth: int = 4, heads: int = 4) -> None:
         super().__init__()
         self.patches = nn.Sequential(
             nn.Conv2d(3, width // 4, 3, stride=2, padding=1),
@@ -118,7 +118,7 @@ class _SmallViT(nn.Module):
         self.norm = nn.LayerNorm(width)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images [N, 3, size, size] to features [N, 128]."""
+        """Images [N, 3, size, size] to features [N, 64]."""
         x = self.patches(images).flatten(2).transpose(1, 2) + self.positions
         for block in self.blocks:
             x = block(x)
