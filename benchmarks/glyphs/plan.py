@@ -24,7 +24,7 @@ MORE_SEEDS = (5, 6, 7, 8, 9)  # of the convolutional network
 VARIANT_SEEDS = (0, 1)
 CHOICE_SEED = 100
 HELD_OUT = 200
-RATES = (1e-3, 3e-3)
+RATES = (3e-3, 1e-3)
 SHARES = (0.1, 0.5)  # far, frr
 WEIGHTS = (0.3, 1.0, 4.0)
 RECALL_TO_GIVE = 0.002
@@ -41,8 +41,8 @@ class Cell:
 
     network: str
     base: str
-    epochs: int = 3
-    batch_classes: int = 64
+    epochs: int = 2
+    batch_classes: int = 48
 
     def settings(self, seed: int, lr: float, tcm: Margins | None) -> Settings:
         """Of one run."""
@@ -56,6 +56,7 @@ class Cell:
             pretrained=False,
             dim=128,
             layer_norm=False,
+            batch_norm=True,
             epochs=self.epochs,
             batch_classes=self.batch_classes,
             batch_images=4,

@@ -18,7 +18,6 @@ from benchmarks.retrieval.training import HELD_OUT, Run, Settings
 from tcm_fused import calibrate, opis, suggest_margins
 from tcm_fused.thresholds import files
 
-
 # glibc gives freed memory back, and each step takes it anew, page by page: a fifth of the time.
 _KEPT = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**34), "MALLOC_TOP_PAD_": str(2**28)}
 
@@ -78,12 +77,13 @@ class Comparison:
         """Train what is not finished yet."""
         os.environ |= _KEPT  # read by processes as they start
         if self.processes == 1:
-            self._all(partial(map, partial(train, self.root, self.out)))
+            self.all(partial(map, partial(train, self.root, self.out)))
             return
         with ProcessPoolExecutor(self.processes, mp_context=get_context("spawn")) as pool:
-            self._all(partial(pool.map, partial(train, self.root, self.out)))
+            self.all(partial(pool.map, partial(train, self.root, self.out)))
 
-    def _all(self, each: Callable[[Iterable[Job]], Iterator[Result]]) -> None:
+    def all(self, each: Callable[[Iterable[Job]], Iterator[Result]]) -> None:
+        """Every job, a stage at a time, by `each`, which gives their results."""
         choices: dict[str, list[Choice]] = {}
         for network in plan.NETWORKS:
             cells = [Cell(network, base) for base in plan.BASES]
@@ -152,7 +152,7 @@ class Comparison:
 def measured(cells: Sequence[Cell], choices: Sequence[Choice], seeds: Sequence[int]) -> list[Job]:
     """Without TCM and with it."""
     return [
-        Job("measured", cell.settings(seed, choice.lr, tcm), score_every=166)
+        Job("measured", cell.settings(seed, choice.lr, tcm), score_every=148)
         for seed in seeds
         for cell, choice in zip(cells, choices, strict=True)
         for tcm in (None, choice.tcm)

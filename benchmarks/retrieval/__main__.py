@@ -90,7 +90,18 @@ def _train(options: argparse.Namespace) -> None:
 
 # Settings that come from options of their name.
 _SAME_NAME = (
-    *("dataset", "backbone", "base", "pretrained", "dim", "layer_norm", "epochs", "batch_classes", "batch_images"),
+    *(
+        "dataset",
+        "backbone",
+        "base",
+        "pretrained",
+        "dim",
+        "layer_norm",
+        "batch_norm",
+        "epochs",
+        "batch_classes",
+        "batch_images",
+    ),
     *("lr", "weight_decay", "warmup", "size", "min_crop", "held_out", "amp"),
 )
 
@@ -199,6 +210,7 @@ def _parser() -> Parser:
     group.add_argument("--pretrained", action="store_true", help="start from timm's weights, which it downloads")
     _count(group, "--dim", 128, "columns of the embeddings")
     group.add_argument("--layer-norm", action="store_true", help="layer norm before the last, linear layer")
+    group.add_argument("--batch-norm", action="store_true", help="batch norm after it")
 
     group = parser.add_argument_group("how")
     group.add_argument(

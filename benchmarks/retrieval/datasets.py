@@ -24,9 +24,10 @@ Entry = tuple[Path, str]  # an image and the name of its class
 class Images(NamedTuple):
     """N images of C classes."""
 
-    sources: list[Path] | NDArray[np.uint8]  # files, or the pixels themselves, [N, height, width] in grey
+    paths: list[Path]
     labels: NDArray[np.int64]  # [N], 0 to C - 1
     classes: list[str]  # [C] names, in the order of the labels
+    pixels: NDArray[np.uint8] | None = None  # [N, height, width] in grey, in place of the files, which are none then
 
     def counts(self) -> list[int]:
         """[number of images, number of classes]."""
@@ -34,22 +35,23 @@ class Images(NamedTuple):
 
     def read(self, index: int) -> Image.Image:
         """An image, a file as RGB and pixels as grey; ValueError, with its path, if it cannot be read."""
-        source = self.sources[index]
-        if not isinstance(source, Path):
-            return Image.fromarray(source)
+        if self.pixels is not None:
+            return Image.fromarray(self.pixels[index])
+        path = self.paths[index]
         try:
-            with Image.open(source) as image:
+            with Image.open(path) as image:
                 return image.convert("RGB")
         except (OSError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError) as error:
-            raise ValueError(f"cannot read image {source}: {error}") from error
+            raise ValueError(f"cannot read image {path}: {error}") from error
 
     def of_classes(self, chosen: NDArray[np.int64]) -> "Images":
         """Those of some classes, numbered anew in this order."""
         number = np.full(len(self.classes), -1)
         number[chosen] = np.arange(len(chosen))
         rows = np.flatnonzero(number[self.labels] >= 0)
-        sources = [self.sources[k] for k in rows] if isinstance(self.sources, list) else self.sources[rows]
-        return Images(sources, number[self.labels[rows]], [self.classes[c] for c in chosen])
+        paths = [] if self.pixels is not None else [self.paths[k] for k in rows]
+        pixels = None if self.pixels is None else self.pixels[rows]
+        return Images(paths, number[self.labels[rows]], [self.classes[c] for c in chosen], pixels)
 
 
 class Split(NamedTuple):
@@ -137,7 +139,7 @@ def _glyphs(base: Path) -> Split:
         raise Missing(f"there is no {base / 'glyphs.npz'} ({error.strerror})") from error
     except (ValueError, LookupError, TypeError) as error:
         raise Missing(f"{base / 'glyphs.npz'} is damaged ({error!r})") from error
-    everything = Images(found.pixels, found.labels, found.characters.tolist())
+    everything = Images([], found.labels, found.characters.tolist(), found.pixels)
     classes = np.arange(len(found.characters))
     train, test = (everything.of_classes(part) for part in (classes[: found.train], classes[found.train :]))
     fingerprint = hashlib.sha256(found.pixels.tobytes() + found.labels.tobytes()).hexdigest()[:16]

@@ -11,24 +11,34 @@ FROM_SCRATCH = (SMALL, SMALL_VIT)
 
 
 class Embedder(nn.Module):
-    """Images [N, 3, H, W] in [0, 1] to embeddings [N, dim]: features, layer norm if asked, linear."""
+    """Images [N, 3, H, W] in [0, 1] to embeddings [N, dim]: features, layer norm if asked, linear, batch norm if asked.
+
+    A batch norm at the end is ArcFace's way (Deng et al., CVPR 2019, section 3.1): without it, features that are never
+    negative leave all embeddings in a narrow cone for long.
+    """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, features: nn.Module, width: int, dim: int, layer_norm: bool, mean: Any, std: Any) -> None:
+    def __init__(
+        self, features: nn.Module, width: int, dim: int, layer_norm: bool, batch_norm: bool, mean: Any, std: Any
+    ) -> None:
         super().__init__()
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(3, 1, 1), persistent=False)
         self.features = features
         self.head = nn.Sequential(nn.LayerNorm(width) if layer_norm else nn.Identity(), nn.Linear(width, dim))
+        if batch_norm:
+            self.head.append(nn.BatchNorm1d(dim))
 
     def forward(self, images: Tensor) -> Tensor:
         """Images [N, 3, H, W] to embeddings [N, dim], of any length."""
         return self.head(self.features((images - self.mean) / self.std))
 
 
-def make_network(backbone: str, pretrained: bool, dim: int, layer_norm: bool, size: int) -> Embedder:
+def make_network(
+    backbone: str, pretrained: bool, dim: int, layer_norm: bool, size: int, batch_norm: bool = False
+) -> Embedder:
     """`backbone`: one of `FROM_SCRATCH`, or the name of a timm model, for images of `size` pixels a side.
 
     Raises:
@@ -39,7 +49,7 @@ def make_network(backbone: str, pretrained: bool, dim: int, layer_norm: bool, si
         if pretrained:
             raise ValueError("there are no weights for the small networks; leave --pretrained out")
         features, width = (_small(), 128) if backbone == SMALL else (_SmallViT(size), 64)
-        return Embedder(features, width, dim, layer_norm, [0.5] * 3, [0.25] * 3)
+        return Embedder(features, width, dim, layer_norm, batch_norm, [0.5] * 3, [0.25] * 3)
     timm = import_timm(backbone)
     try:
         features = timm.create_model(backbone, pretrained=pretrained, num_classes=0)
@@ -47,7 +57,9 @@ def make_network(backbone: str, pretrained: bool, dim: int, layer_norm: bool, si
         known = f"; 'small' or one of timm's models, such as {', '.join(timm.list_models('resnet50*')[:3])}"
         raise ValueError(f"timm has no model for --backbone {backbone}: {error}{known}") from error
     config = features.pretrained_cfg
-    return Embedder(features, _width(features, backbone, size), dim, layer_norm, config["mean"], config["std"])
+    return Embedder(
+        features, _width(features, backbone, size), dim, layer_norm, batch_norm, config["mean"], config["std"]
+    )
 
 
 def _width(features: nn.Module, backbone: str, size: int) -> int:

@@ -67,6 +67,7 @@ class Settings:
     pretrained: bool
     dim: int
     layer_norm: bool
+    batch_norm: bool
     epochs: int
     batch_classes: int
     batch_images: int
@@ -168,7 +169,7 @@ class Run:
         """Network, losses and optimizer, as the seed starts them; with TCM they start as without."""
         s = self.settings
         torch.manual_seed(s.seed)
-        self.network = make_network(s.backbone, s.pretrained, s.dim, s.layer_norm, s.size).to(self.device)
+        self.network = make_network(s.backbone, s.pretrained, s.dim, s.layer_norm, s.size, s.batch_norm).to(self.device)
         # Convolutions take half the time; mypy knows no module that is moved to a format alone.
         self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.base = make_base(s.base, len(self.split.train.classes), s.dim).to(self.device)
