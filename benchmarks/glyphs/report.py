@@ -69,9 +69,11 @@ def pairs(results: Iterable[Result], variant: str, network: str, base: str) -> l
             continue
         if about["tcm"] is not None and result["variant"] == variant:
             sides["with"][about["seed"]] = result
-        if about["tcm"] is None and result["variant"] in (variant, "measured"):
-            if result["variant"] == variant or about["seed"] not in sides["without"]:
-                sides["without"][about["seed"]] = result
+        own = result["variant"] == variant
+        if about["tcm"] is None and (
+            own or (result["variant"] == "measured" and about["seed"] not in sides["without"])
+        ):
+            sides["without"][about["seed"]] = result
     seeds = sorted(sides["with"].keys() & sides["without"].keys())
     found = [(sides["without"][seed], sides["with"][seed]) for seed in seeds]
     return [pair for pair in found if _comparable(*pair)]
