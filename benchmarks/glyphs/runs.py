@@ -1,5 +1,6 @@
 """The runs of the comparison, in the order of what they tell, in one process or several."""
 
+import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -14,8 +15,8 @@ from benchmarks.digits.training import one_thread
 from benchmarks.glyphs import plan
 from benchmarks.glyphs.plan import Cell, Choice, Result
 from benchmarks.retrieval.datasets import Split, load
-from benchmarks.retrieval.training import HELD_OUT, Run, Settings
-from tcm_fused import calibrate, opis, suggest_margins
+from benchmarks.retrieval.training import HELD_OUT, Margins, Run, Settings
+from tcm_fused import OPISResult, calibrate, opis, suggest_margins
 from tcm_fused.thresholds import files
 
 # glibc gives freed memory back, and each step takes it anew, page by page: a fifth of the time.
@@ -157,3 +158,18 @@ def measured(cells: Sequence[Cell], choices: Sequence[Choice], seeds: Sequence[i
         for cell, choice in zip(cells, choices, strict=True)
         for tcm in (None, choice.tcm)
     ]
+
+
+def utility_models(root: Path, out: Path) -> list[tuple[str, OPISResult]]:
+    """OPIS of the first measured pair, by name, embedded anew by the networks of their checkpoints."""
+    found = []
+    for path in sorted((out / "measured").glob("*/result.json")):
+        about = json.loads(path.read_text(encoding="utf-8"))["identity"]
+        if (about["backbone"], about["base"], about["seed"]) == (plan.NETWORKS[0], plan.BASES[0], plan.SEEDS[0]):
+            tcm = None if about["tcm"] is None else Margins(**about["tcm"])
+            cell = Cell(about["backbone"], about["base"])
+            job = Job("measured", cell.settings(about["seed"], about["lr"], tcm))
+            with one_thread():
+                embeddings, labels = job.make(root, out).test_embeddings()
+                found.append(("without TCM" if tcm is None else "with TCM", opis(embeddings, labels)))
+    return sorted(found, key=lambda pair: pair[0], reverse=True)

@@ -96,7 +96,7 @@ def render(
     if len(faces) < typefaces:
         raise ValueError(
             f"{typefaces} typefaces are wanted, and {len(faces)} are found under {fonts} that have the characters; "
-            f"install more: apt-get install -y --no-install-recommends {' '.join(_packages())}"
+            f"install more; --packages tells which (apt-get install -y --no-install-recommends NAMES)"
         )
     points = np.random.default_rng(0).permutation(sorted(common)).tolist()
     chosen = _most_different(faces, points[:_SAMPLE], typefaces)
@@ -263,15 +263,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prog="python -m benchmarks.retrieval.glyphs",
         description="Render 1,400 Han characters in 36 typefaces, as images to retrieve.",
         formatter_class=argparse.RawDescriptionHelpFormatter,  # a line that is broken cannot be copied
-        epilog="fonts, of Debian 12:\n  apt-get install -y --no-install-recommends "
-        + " \\\n    ".join(_lines())
-        + "\n\nthen: python -m benchmarks.retrieval --dataset glyphs --root DIR --base smoothap",
+        epilog="fonts, of Debian 12:\n"
+        "  apt-get install -y --no-install-recommends $(python -m benchmarks.retrieval.glyphs --packages)\n"
+        "then: python -m benchmarks.retrieval --dataset glyphs --root DIR --base smoothap",
     )
-    parser.add_argument("folder", type=Path, metavar="DIR", help="for glyphs.npz and fonts.json")
+    parser.add_argument("folder", type=Path, nargs="?", metavar="DIR", help="for glyphs.npz and fonts.json")
+    parser.add_argument("--packages", action="store_true", help="print the names of the packages instead")
     parser.add_argument("--fonts", type=Path, default=FONTS, metavar="DIR", help=f"font files (default: {FONTS})")
     options = parser.parse_args(arguments)
+    if (options.folder is None) != options.packages:
+        parser.error("give either a folder or --packages")
 
     def work() -> None:
+        if options.packages:
+            print(*_packages())
+            return
         glyphs = render(options.folder, options.fonts)
         sizes = np.bincount(glyphs.labels)
         print(
@@ -280,11 +286,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
 
     run(parser, parser.prog, work)
-
-
-def _lines() -> list[str]:
-    """The packages, some a line."""
-    return [" ".join(_packages()[k : k + 4]) for k in range(0, len(PACKAGES), 4)]
 
 
 def _packages() -> list[str]:

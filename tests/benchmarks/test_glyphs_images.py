@@ -87,7 +87,14 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     with pytest.raises(SystemExit) as left:
         glyphs.main([str(tmp_path / "images"), "--fonts", str(tmp_path)])
     assert left.value.code == 2
-    assert "fonts-noto-cjk" in capsys.readouterr().err
+    assert "36 typefaces are wanted, and 0 are found" in capsys.readouterr().err
+    glyphs.main(["--packages"])
+    assert "fonts-noto-cjk" in capsys.readouterr().out.split()
+    for wrong in ([], [str(tmp_path), "--packages"]):
+        with pytest.raises(SystemExit) as left:
+            glyphs.main(wrong)
+        assert left.value.code == 2
+        assert "either a folder or --packages" in capsys.readouterr().err
 
 
 def test_missing_or_damaged_images(tmp_path: Path) -> None:
