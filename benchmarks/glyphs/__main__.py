@@ -42,6 +42,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         metavar="DIR",
         help="for glyphs.json, glyphs.md and pictures (default: benchmarks/results)",
     )
+    parser.add_argument(
+        "--networks",
+        nargs="+",
+        choices=plan.NETWORKS,
+        default=plan.NETWORKS,
+        help="only these (default: all); the rest of the table is of runs that are there",
+    )
     parser.add_argument("--finished", action="store_true", help="train nothing; write what is finished")
     options = parser.parse_args(arguments)
     run(parser, parser.prog, lambda: _work(options), "interrupted; the same command goes on")
@@ -53,7 +60,7 @@ def _work(options: argparse.Namespace) -> None:
     if not (options.root / "glyphs.npz").exists():
         glyphs.render(options.root)
     if not options.finished:
-        Comparison(options.root, options.out, options.processes).go()
+        Comparison(options.root, options.out, options.processes, options.networks).go()
     results = report.collect(options.out)
     if not report.cells(results):
         raise ValueError(f"under {options.out} no run is finished both without TCM and with; run it without --finished")

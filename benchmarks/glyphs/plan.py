@@ -61,7 +61,8 @@ class Cell:
             batch_classes=self.batch_classes,
             batch_images=4,
             lr=lr,
-            loss_lr=10 * lr if self.base in WITH_WEIGHTS else None,
+            loss_lr=100 * lr if self.base in WITH_WEIGHTS else None,
+            scale=16.0 if self.base == "arcface" else None,  # at 64 it has not learned by the end
             weight_decay=1e-4,
             warmup=0.05,
             size=32,

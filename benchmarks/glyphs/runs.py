@@ -71,8 +71,8 @@ def train(root: Path, out: Path, job: Job) -> Result:
 class Comparison:
     """All runs, in the order of what they tell."""
 
-    def __init__(self, root: Path, out: Path, processes: int) -> None:
-        self.root, self.out, self.processes = root, out, processes
+    def __init__(self, root: Path, out: Path, processes: int, networks: Sequence[str] = plan.NETWORKS) -> None:
+        self.root, self.out, self.processes, self.networks = root, out, processes, networks
 
     def go(self) -> None:
         """Train what is not finished yet."""
@@ -86,12 +86,14 @@ class Comparison:
     def all(self, each: Callable[[Iterable[Job]], Iterator[Result]]) -> None:
         """Every job, a stage at a time, by `each`, which gives their results."""
         choices: dict[str, list[Choice]] = {}
-        for network in plan.NETWORKS:
+        for network in self.networks:
             cells = [Cell(network, base) for base in plan.BASES]
             choices[network] = self._choose(cells, each)
             list(each(measured(cells, choices[network], plan.SEEDS)))
         cells = [Cell(plan.NETWORKS[0], base) for base in plan.BASES]
-        chosen = choices[plan.NETWORKS[0]]
+        chosen = choices.get(plan.NETWORKS[0])
+        if chosen is None:
+            return
         list(each(self._variants(cells, chosen)))
         list(each(measured(cells, chosen, plan.MORE_SEEDS)))
 

@@ -75,6 +75,7 @@ def _train(options: argparse.Namespace) -> None:
             tcm=margins,
             seed=seed,
             loss_lr=loss_lr if options.base in WITH_WEIGHTS else None,
+            scale=options.scale if options.base == "arcface" else None,
             device=device,
             mirror=options.dataset != "glyphs" if options.mirror is None else options.mirror,
             **{name: getattr(options, name) for name in _SAME_NAME},
@@ -121,6 +122,7 @@ _OF_TCM = ("margin_plus", "margin_minus", "lambda_plus", "lambda_minus", "bank",
 _WHOSE = {
     **dict.fromkeys(_OF_TABLE, "--table"),
     **dict.fromkeys(_OF_TCM, "--tcm"),
+    "scale": "--base arcface",
     "far": "--margins-from",
     "frr": "--margins-from",
     "loss_lr": f"base losses with class weights, {' and '.join(WITH_WEIGHTS)}",
@@ -134,6 +136,8 @@ def _heeded(options: argparse.Namespace) -> set[str]:
     left_out = {"table", *_OF_TABLE, *(() if options.tcm else _OF_TCM)}
     if options.base and options.base not in WITH_WEIGHTS:
         left_out.add("loss_lr")
+    if options.base and options.base != "arcface":
+        left_out.add("scale")
     if options.margins_from is None:
         left_out |= {"far", "frr"}
     return vars(options).keys() - left_out
@@ -226,6 +230,7 @@ def _parser() -> Parser:
         metavar="X",
         help="of class weights in proxyanchor and arcface (default: 100 x --lr)",
     )
+    _number(group, "--scale", 64.0, "ArcFace's", least=1)
     _number(group, "--weight-decay", 1e-4, "of AdamW")
     _number(group, "--warmup", 0.05, "share of the steps", most=1)
     _count(group, "--size", 32, "pixels of a side that the network sees", least=16)

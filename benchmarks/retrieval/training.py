@@ -73,6 +73,7 @@ class Settings:
     batch_images: int
     lr: float
     loss_lr: float | None  # None where the base loss has no weights
+    scale: float | None  # ArcFace's
     weight_decay: float
     warmup: float  # share of the steps
     size: int
@@ -172,7 +173,7 @@ class Run:
         self.network = make_network(s.backbone, s.pretrained, s.dim, s.layer_norm, s.size, s.batch_norm).to(self.device)
         # Convolutions take half the time; mypy knows no module that is moved to a format alone.
         self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.base = make_base(s.base, len(self.split.train.classes), s.dim).to(self.device)
+        self.base = make_base(s.base, len(self.split.train.classes), s.dim, s.scale or 64.0).to(self.device)
         self.tcm = s.tcm.make() if s.tcm else None
         groups = [{"params": list(self.network.parameters()), "lr": s.lr}]
         if weights := list(self.base.parameters()):
