@@ -9,7 +9,7 @@ from pathlib import Path
 
 from benchmarks.digits.training import positive
 from benchmarks.glyphs import plan, report
-from benchmarks.glyphs.runs import Comparison, utility_models
+from benchmarks.glyphs.runs import Comparison, Part, utility_models
 from benchmarks.retrieval import glyphs
 from tcm_fused.thresholds.outputs import check_folder, write_whole
 from tcm_fused.thresholds.terminal import Parser, printable, run
@@ -42,12 +42,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         metavar="DIR",
         help="for glyphs.json, glyphs.md and pictures (default: benchmarks/results)",
     )
+    for name, known in (("networks", plan.NETWORKS), ("bases", plan.BASES)):
+        parser.add_argument(
+            f"--{name}", nargs="+", choices=known, default=known, help="train only these; the tables are of all runs"
+        )
+    parser.add_argument("--seeds", type=int, nargs="+", default=plan.SEEDS, metavar="SEED", help="likewise")
     parser.add_argument(
-        "--networks",
-        nargs="+",
-        choices=plan.NETWORKS,
-        default=plan.NETWORKS,
-        help="only these (default: all); the rest of the table is of runs that are there",
+        "--variants",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="with runs that have one thing changed, and more seeds",
     )
     parser.add_argument("--finished", action="store_true", help="train nothing; write what is finished")
     options = parser.parse_args(arguments)
@@ -60,7 +64,8 @@ def _work(options: argparse.Namespace) -> None:
     if not (options.root / "glyphs.npz").exists():
         glyphs.render(options.root)
     if not options.finished:
-        Comparison(options.root, options.out, options.processes, options.networks).go()
+        part = Part(options.networks, options.bases, options.seeds, options.variants)
+        Comparison(options.root, options.out, options.processes, part).go()
     results = report.collect(options.out)
     if not report.cells(results):
         raise ValueError(f"under {options.out} no run is finished both without TCM and with; run it without --finished")

@@ -68,11 +68,20 @@ def train(root: Path, out: Path, job: Job) -> Result:
         return job.make(root, out).go()
 
 
-class Comparison:
-    """All runs, in the order of what they tell."""
+class Part(NamedTuple):
+    """Of the plan: for several machines, or for what tells most."""
 
-    def __init__(self, root: Path, out: Path, processes: int, networks: Sequence[str] = plan.NETWORKS) -> None:
-        self.root, self.out, self.processes, self.networks = root, out, processes, networks
+    networks: Sequence[str] = plan.NETWORKS
+    bases: Sequence[str] = plan.BASES
+    seeds: Sequence[int] = plan.SEEDS
+    variants: bool = True
+
+
+class Comparison:
+    """All runs, in the order of what they tell; `part` says which of them."""
+
+    def __init__(self, root: Path, out: Path, processes: int, part: Part) -> None:
+        self.root, self.out, self.processes, self.part = root, out, processes, part
 
     def go(self) -> None:
         """Train what is not finished yet."""
@@ -85,17 +94,14 @@ class Comparison:
 
     def all(self, each: Callable[[Iterable[Job]], Iterator[Result]]) -> None:
         """Every job, a stage at a time, by `each`, which gives their results."""
-        choices: dict[str, list[Choice]] = {}
-        for network in self.networks:
-            cells = [Cell(network, base) for base in plan.BASES]
-            choices[network] = self._choose(cells, each)
-            list(each(measured(cells, choices[network], plan.SEEDS)))
-        cells = [Cell(plan.NETWORKS[0], base) for base in plan.BASES]
-        chosen = choices.get(plan.NETWORKS[0])
-        if chosen is None:
-            return
-        list(each(self._variants(cells, chosen)))
-        list(each(measured(cells, chosen, plan.MORE_SEEDS)))
+        chosen: dict[str, tuple[list[Cell], list[Choice]]] = {}
+        for network in self.part.networks:
+            cells = [Cell(network, base) for base in self.part.bases]
+            chosen[network] = cells, self._choose(cells, each)
+            list(each(measured(*chosen[network], self.part.seeds)))
+        if self.part.variants and plan.VARIED in chosen:
+            list(each(self._variants(*chosen[plan.VARIED])))
+            list(each(measured(*chosen[plan.VARIED], plan.MORE_SEEDS)))
 
     def _choose(self, cells: Sequence[Cell], each: Callable[[Iterable[Job]], Iterator[Result]]) -> list[Choice]:
         """By the rule, which looks at the classes held out."""
@@ -133,11 +139,11 @@ class Comparison:
         for seed in plan.VARIANT_SEEDS:
             for cell, (lr, tcm) in pairs:
                 weight = tcm.lambda_plus
+                defaults = plan.with_weight(plan.DEFAULTS, weight)
+                yield Job("default margins", cell.settings(seed, lr, defaults))
                 for far, frr in plan.OTHER_SHARES:
                     other = plan.with_weight(self.suggested(cell, lr, (far, frr)), weight)
                     yield Job(f"far {far:g} frr {frr:g}", cell.settings(seed, lr, other))
-                defaults = plan.with_weight(plan.DEFAULTS, weight)
-                yield Job("default margins", cell.settings(seed, lr, defaults))
             for cell, (lr, tcm) in pairs:
                 for weight in set(plan.WEIGHTS) - {tcm.lambda_plus}:
                     other = plan.with_weight((tcm.margin_plus, tcm.margin_minus), weight)

@@ -127,7 +127,7 @@ class Recorder:
 def test_every_run_has_its_other_half(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runs.Comparison, "suggested", lambda self, cell, lr, shares: (0.8, shares[0]))
     record = Recorder()
-    runs.Comparison(tmp_path, tmp_path, 1).all(record)
+    runs.Comparison(tmp_path, tmp_path, 1, runs.Part()).all(record)
     measured = [job.settings for job in record.jobs if job.variant == "measured"]
     cells = {(s.backbone, s.base) for s in measured}
     assert cells == {(network, base) for network in plan.NETWORKS for base in plan.BASES}
