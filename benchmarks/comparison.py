@@ -96,7 +96,7 @@ def compare(experiment: Experiment, measure: Measure) -> Change:
         [measure.factor * getattr(side[seed], measure.field) for seed in seeds]
         for side in (experiment.without, experiment.with_tcm)
     ]
-    found = change_of(*sides, measure)
+    found = change_of(sides[0], sides[1], measure)
     if len(seeds) < CLEAR_FROM or not abs(found.mean) > found.bar:
         return found
     return found._replace(clear=(found.mean > 0) == measure.higher_is_better)

@@ -88,8 +88,8 @@ def _comparable(without: Result, with_tcm: Result) -> bool:
 def change(found: Sequence[Pair], measure: Measure) -> Change:
     """Of a measure, seed by seed."""
     where = "scores" if measure.field in ("opis", "eps_opis", "recall_at_1") else "more"
-    sides = ([measure.factor * result[where][measure.field] for result in side] for side in zip(*found, strict=True))
-    return change_of(*sides, measure)
+    before, after = ([measure.factor * pair[side][where][measure.field] for pair in found] for side in (0, 1))
+    return change_of(before, after, measure)
 
 
 def markdown(results: Sequence[Result], fonts: dict[str, Any]) -> str:
