@@ -79,6 +79,13 @@ class Change(NamedTuple):
         return float(student_t.ppf(0.975, n - 1)) * statistics.stdev(self.change) / math.sqrt(n)
 
 
+def change_of(without: list[float], with_tcm: list[float], measure: Measure) -> Change:
+    """Both sides by seed and their difference, whose clearness is not judged."""
+    change = [after - before for before, after in zip(without, with_tcm, strict=True)]
+    better = sum((value > 0) == measure.higher_is_better and value != 0 for value in change)
+    return Change(without, with_tcm, change, better, None)
+
+
 def compare(experiment: Experiment, measure: Measure) -> Change:
     """A change is clear if the 95 % interval of its mean leaves out 0, over at least `CLEAR_FROM` seeds.
 
@@ -89,9 +96,7 @@ def compare(experiment: Experiment, measure: Measure) -> Change:
         [measure.factor * getattr(side[seed], measure.field) for seed in seeds]
         for side in (experiment.without, experiment.with_tcm)
     ]
-    change = [after - before for before, after in zip(*sides, strict=True)]
-    better = sum((value > 0) == measure.higher_is_better and value != 0 for value in change)
-    found = Change(sides[0], sides[1], change, better, None)
+    found = change_of(sides[0], sides[1], measure)
     if len(seeds) < CLEAR_FROM or not abs(found.mean) > found.bar:
         return found
     return found._replace(clear=(found.mean > 0) == measure.higher_is_better)

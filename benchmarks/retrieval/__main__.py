@@ -13,18 +13,27 @@ from benchmarks import comparison
 from benchmarks.retrieval import table
 from benchmarks.retrieval.datasets import DATASETS, TEST_SETS, load
 from benchmarks.retrieval.losses import BASES, WITH_WEIGHTS
-from benchmarks.retrieval.networks import SMALL, import_timm
+from benchmarks.retrieval.networks import FROM_SCRATCH, SMALL, import_timm
 from benchmarks.retrieval.training import Margins, Run, Settings
+from tcm_fused import suggest_margins
+from tcm_fused.thresholds import files
 from tcm_fused.thresholds.outputs import check_folder, check_outputs, check_picture, write_whole
 from tcm_fused.thresholds.terminal import Parser, printable, printable_lines, run
 
 _EXAMPLES = """examples:
   try it, on images that are drawn (a minute each):
-    python -m benchmarks.retrieval.drawn out/glyphs
-    python -m benchmarks.retrieval --dataset folder --root out/glyphs --base smoothap --min-crop 0.6 --seeds 0 1 2
-    python -m benchmarks.retrieval --dataset folder --root out/glyphs --base smoothap --min-crop 0.6 --seeds 0 1 2 \\
+    python -m benchmarks.retrieval.drawn out/drawn
+    python -m benchmarks.retrieval --dataset folder --root out/drawn --base smoothap --min-crop 0.6 --seeds 0 1 2
+    python -m benchmarks.retrieval --dataset folder --root out/drawn --base smoothap --min-crop 0.6 --seeds 0 1 2 \\
       --tcm --lambda-plus 0.1 --lambda-minus 0.1
     python -m benchmarks.retrieval --table out/retrieval --picture out/retrieval.png
+  on characters in many typefaces, with margins that classes held out suggest:
+    python -m benchmarks.retrieval.glyphs out/glyphs
+    python -m benchmarks.retrieval --dataset glyphs --root out/glyphs --base arcface --min-crop 0.7 --epochs 4 \\
+      --batch-classes 64 --held-out 200
+    python -m benchmarks.retrieval --dataset glyphs --root out/glyphs --base arcface --min-crop 0.7 --epochs 4 \\
+      --batch-classes 64 --held-out 200 --tcm --margins-from out/retrieval/glyphs-small-arcface-seed0/held_out.npz \\
+      --far 0.1 --frr 0.5
   an experiment of the paper, on a GPU with timm's weights:
     python -m benchmarks.retrieval --dataset inaturalist2018 --root DIR --backbone resnet50 --pretrained \\
       --base smoothap --size 224 --dim 512 --batch-classes 96 --amp bf16 --tcm
@@ -44,32 +53,35 @@ def _train(options: argparse.Namespace) -> None:
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: this torch sees no GPU; use --device cpu")
-    if options.backbone != SMALL:
+    if options.backbone not in FROM_SCRATCH:
         import_timm(options.backbone)  # before the files are read: it is the likelier to fail
     test_set = options.test_set or "small" if options.dataset == "vehicleid" else ""
     if options.test_set and options.dataset != "vehicleid":
         raise ValueError(f"--test-set is of vehicleid; {options.dataset} has one test set")
     check_folder(options.out)
-    split = load(options.dataset, options.root, test_set)
+    margins = _margins(options) if options.tcm else None
+    split = load(options.dataset, options.root, test_set).hold_out(options.held_out)
     train, test = split.train, split.test
     print(
-        f"{options.dataset}: {len(train.paths):,} images of {len(train.classes):,} classes to train on, "
-        f"{len(test.paths):,} of {len(test.classes):,} other classes to test"
+        f"{options.dataset}: {len(train.labels):,} images of {len(train.classes):,} classes to train on, "
+        f"{len(test.labels):,} of {len(test.classes):,} other classes to test"
     )
     if split.warning:
         print(f"warning: {printable(split.warning)}", file=sys.stderr)
-    margins = Margins(options.margin_plus, options.margin_minus, options.lambda_plus, options.lambda_minus)
     loss_lr = 100 * options.lr if options.loss_lr is None else options.loss_lr
     for seed in dict.fromkeys(options.seeds):
         settings = Settings(
             test_set=test_set,
-            tcm=margins if options.tcm else None,
+            tcm=margins,
             seed=seed,
             loss_lr=loss_lr if options.base in WITH_WEIGHTS else None,
+            scale=options.scale if options.base == "arcface" else None,
             device=device,
+            mirror=options.dataset != "glyphs" if options.mirror is None else options.mirror,
             **{name: getattr(options, name) for name in _SAME_NAME},
         )
-        result = Run(settings, split, options.out, options.workers, options.checkpoint_every).go()
+        run_of = Run(settings, split, options.out, options.workers, options.checkpoint_every, options.score_every)
+        result = run_of.go()
         scores = result["scores"]
         print(
             f"{printable(settings.name)}: recall@1 {100 * scores['recall_at_1']:.2f} %, OPIS {scores['opis']:.4g}, "
@@ -79,16 +91,40 @@ def _train(options: argparse.Namespace) -> None:
 
 # Settings that come from options of their name.
 _SAME_NAME = (
-    *("dataset", "backbone", "base", "pretrained", "dim", "layer_norm", "epochs", "batch_classes", "batch_images"),
-    *("lr", "weight_decay", "warmup", "size", "min_crop", "amp"),
+    *(
+        "dataset",
+        "backbone",
+        "base",
+        "pretrained",
+        "dim",
+        "layer_norm",
+        "batch_norm",
+        "epochs",
+        "batch_classes",
+        "batch_images",
+    ),
+    *("lr", "weight_decay", "warmup", "size", "min_crop", "held_out", "amp"),
 )
 
 
+def _margins(options: argparse.Namespace) -> Margins:
+    plus, minus = options.margin_plus, options.margin_minus
+    if options.margins_from is not None:
+        held_out = files.load(options.margins_from, None)
+        found = suggest_margins(held_out.embeddings, held_out.labels, far=options.far, frr=options.frr)
+        plus, minus = found.margin_plus, found.margin_minus
+        print(f"margins that {printable(options.margins_from)} suggests: m+ {plus!r}, m- {minus!r}")
+    return Margins(plus, minus, options.lambda_plus, options.lambda_minus, options.bank)
+
+
 _OF_TABLE = ("markdown", "caption", "picture", "json")
-_OF_TCM = ("margin_plus", "margin_minus", "lambda_plus", "lambda_minus")
+_OF_TCM = ("margin_plus", "margin_minus", "lambda_plus", "lambda_minus", "bank", "margins_from", "far", "frr")
 _WHOSE = {
     **dict.fromkeys(_OF_TABLE, "--table"),
     **dict.fromkeys(_OF_TCM, "--tcm"),
+    "scale": "--base arcface",
+    "far": "--margins-from",
+    "frr": "--margins-from",
     "loss_lr": f"base losses with class weights, {' and '.join(WITH_WEIGHTS)}",
 }
 
@@ -100,6 +136,10 @@ def _heeded(options: argparse.Namespace) -> set[str]:
     left_out = {"table", *_OF_TABLE, *(() if options.tcm else _OF_TCM)}
     if options.base and options.base not in WITH_WEIGHTS:
         left_out.add("loss_lr")
+    if options.base and options.base != "arcface":
+        left_out.add("scale")
+    if options.margins_from is None:
+        left_out |= {"far", "frr"}
     return vars(options).keys() - left_out
 
 
@@ -155,15 +195,26 @@ def _parser() -> Parser:
     ):
         _number(group, f"--margin-{name}", value, text, least=-1, most=1)
         _number(group, f"--lambda-{name}", 1.0, f"weight of the {'positives' if name == 'plus' else 'negatives'}")
+    _count(group, "--bank", 0, "past embeddings that TCM looks at as well", least=0)
+    group.add_argument(
+        "--margins-from",
+        type=Path,
+        metavar="NPZ",
+        help="suggest both margins from this, the held_out.npz of a run without TCM that held classes out",
+    )
+    _number(group, "--far", 0.1, "share of its negatives that are to be hard", most=1)
+    _number(group, "--frr", 0.5, "of its positives", most=1)
     group.add_argument(
         "--backbone",
         default=SMALL,
         metavar="NAME",
-        help=f"'{SMALL}', a small convolutional network (default), or a model of timm, such as resnet50",
+        help=f"'{SMALL}', a small convolutional network (default), 'small-vit', a small vision transformer, or a "
+        "model of timm, such as resnet50",
     )
     group.add_argument("--pretrained", action="store_true", help="start from timm's weights, which it downloads")
     _count(group, "--dim", 128, "columns of the embeddings")
     group.add_argument("--layer-norm", action="store_true", help="layer norm before the last, linear layer")
+    group.add_argument("--batch-norm", action="store_true", help="batch norm after it")
 
     group = parser.add_argument_group("how")
     group.add_argument(
@@ -179,10 +230,20 @@ def _parser() -> Parser:
         metavar="X",
         help="of class weights in proxyanchor and arcface (default: 100 x --lr)",
     )
+    _number(group, "--scale", 64.0, "ArcFace's", least=1)
     _number(group, "--weight-decay", 1e-4, "of AdamW")
     _number(group, "--warmup", 0.05, "share of the steps", most=1)
     _count(group, "--size", 32, "pixels of a side that the network sees", least=16)
     _number(group, "--min-crop", 0.2, "least share of an image's area in a random crop", least=0.01, most=1)
+    group.add_argument(
+        "--mirror",
+        action=argparse.BooleanOptionalAction,
+        help="mirror half of the images (default: all data sets but glyphs)",
+    )
+    _count(group, "--held-out", 0, "of the classes to train on, held out to choose margins and weights by", least=0)
+    _count(
+        group, "--score-every", 0, "steps between scores on the way, of the classes held out and the test's", least=0
+    )
     group.add_argument("--amp", choices=("off", "bf16", "fp16"), default="off", help="autocast to it (default: off)")
     group.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
     _count(group, "--workers", 0, "processes that read images", least=0)

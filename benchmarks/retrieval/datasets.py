@@ -11,6 +11,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+
+from benchmarks.retrieval import glyphs
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 TEST_SETS = {"small": 800, "medium": 1600, "large": 2400}  # VehicleID's, by their number of vehicles
@@ -24,10 +27,31 @@ class Images(NamedTuple):
     paths: list[Path]
     labels: NDArray[np.int64]  # [N], 0 to C - 1
     classes: list[str]  # [C] names, in the order of the labels
+    pixels: NDArray[np.uint8] | None = None  # [N, height, width] in grey, in place of the files, which are none then
 
     def counts(self) -> list[int]:
         """[number of images, number of classes]."""
-        return [len(self.paths), len(self.classes)]
+        return [len(self.labels), len(self.classes)]
+
+    def read(self, index: int) -> Image.Image:
+        """An image, a file as RGB and pixels as grey; ValueError, with its path, if it cannot be read."""
+        if self.pixels is not None:
+            return Image.fromarray(self.pixels[index])
+        path = self.paths[index]
+        try:
+            with Image.open(path) as image:
+                return image.convert("RGB")
+        except (OSError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError) as error:
+            raise ValueError(f"cannot read image {path}: {error}") from error
+
+    def of_classes(self, chosen: NDArray[np.int64]) -> "Images":
+        """Those of some classes, numbered anew in this order."""
+        number = np.full(len(self.classes), -1)
+        number[chosen] = np.arange(len(chosen))
+        rows = np.flatnonzero(number[self.labels] >= 0)
+        paths = [] if self.pixels is not None else [self.paths[k] for k in rows]
+        pixels = None if self.pixels is None else self.pixels[rows]
+        return Images(paths, number[self.labels[rows]], [self.classes[c] for c in chosen], pixels)
 
 
 class Split(NamedTuple):
@@ -37,12 +61,24 @@ class Split(NamedTuple):
     test: Images
     fingerprint: str  # of all file names, file sizes and labels: two runs of one split have the same
     warning: str | None  # where the numbers are not the published ones
+    held_out: Images | None = None  # of further classes, to choose by
+
+    def hold_out(self, classes: int) -> "Split":
+        """With so many of the classes to train on, drawn at random, held out. ValueError: too few would be left."""
+        if classes == 0:
+            return self
+        total = len(self.train.classes)
+        if not 2 <= classes <= total - 2:
+            raise ValueError(f"--held-out {classes}: of {total} classes to train on, 2 to {total - 2} can be held out")
+        order = np.random.default_rng(0).permutation(total)
+        held_out, train = (self.train.of_classes(np.sort(part)) for part in (order[:classes], order[classes:]))
+        return self._replace(train=train, held_out=held_out)
 
 
 class Dataset(NamedTuple):
     """How a data set is read."""
 
-    read: Callable[[Path, str], tuple[list[Entry], list[Entry]]]  # root and test set to train and test
+    read: Callable[[Path, str], tuple[list[Entry], list[Entry]]] | None  # root and test set to train and test
     folders: tuple[str, ...]  # its files may lie in one of these under the root, or in the root
     layout: str
     source: str
@@ -69,6 +105,8 @@ def load(dataset: str, root: Path, test_set: str = "") -> Split:
     try:
         if not base.is_dir():
             raise Missing(f"there is no folder {base}")
+        if about.read is None:
+            return _glyphs(base)
         parts = about.read(base, test_set)
         shared = {name for _, name in parts[0]} & {name for _, name in parts[1]}
         if shared:
@@ -92,6 +130,20 @@ def load(dataset: str, root: Path, test_set: str = "") -> Split:
         ]
         warning = f"{words[0]}; published are {words[1]}"
     return Split(train, test, fingerprint, warning)
+
+
+def _glyphs(base: Path) -> Split:
+    try:
+        found = glyphs.read(base)
+    except OSError as error:
+        raise Missing(f"there is no {base / 'glyphs.npz'} ({error.strerror})") from error
+    except (ValueError, LookupError, TypeError) as error:
+        raise Missing(f"{base / 'glyphs.npz'} is damaged ({error!r})") from error
+    everything = Images([], found.labels, found.characters.tolist(), found.pixels)
+    classes = np.arange(len(found.characters))
+    train, test = (everything.of_classes(part) for part in (classes[: found.train], classes[found.train :]))
+    fingerprint = hashlib.sha256(found.pixels.tobytes() + found.labels.tobytes()).hexdigest()[:16]
+    return Split(train, test, fingerprint, None)
 
 
 def _images(entries: list[Entry], part: str) -> Images:
@@ -284,6 +336,13 @@ or
         "PKU VehicleID, www.pkuml.org/resources/pku-vehicleid.html, by e-mail to its authors (Liu et al., CVPR 2016)",
         {},
     ),
+    "glyphs": Dataset(
+        None,
+        (),
+        """  glyphs.npz   1,400 characters in 36 typefaces; the first 800 are to train on""",
+        "python -m benchmarks.retrieval.glyphs DIR renders them in the fonts that are installed",
+        {},
+    ),
     "folder": Dataset(
         _folder,
         (),
@@ -300,7 +359,7 @@ def describe(images: Images) -> dict[str, Any]:
     """Numbers of a part, for the result."""
     sizes = np.bincount(images.labels)
     return {
-        "images": len(images.paths),
+        "images": len(images.labels),
         "classes": len(images.classes),
         "images_per_class": [int(sizes.min()), float(np.median(sizes)), int(sizes.max())],
     }

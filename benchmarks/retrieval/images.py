@@ -1,12 +1,10 @@
 """Images to tensors, and which of them make a batch. Everything random is drawn from (seed, epoch) alone, so that an
 epoch can be taken up at any step and gives the same batches, pixel for pixel."""
 
-from pathlib import Path
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from benchmarks.retrieval.datasets import Images
@@ -17,13 +15,14 @@ Draw = tuple[int, int]  # an image's index, and the seed of its crop and flip
 class TrainImages(torch.utils.data.Dataset[tuple[Tensor, int]]):
     """`images[index, seed]`: a random crop of image `index`, perhaps mirrored, [3, size, size], and its label."""
 
-    def __init__(self, images: Images, size: int, min_crop: float) -> None:
-        self.images, self.size, self.min_crop = images, size, min_crop
+    def __init__(self, images: Images, size: int, min_crop: float, mirror: bool) -> None:
+        self.images, self.size, self.min_crop, self.mirror = images, size, min_crop, mirror
 
     def __getitem__(self, draw: Draw) -> tuple[Tensor, int]:
         index, seed = draw
-        image = read_image(self.images.paths[index])
-        return random_crop(image, self.size, self.min_crop, np.random.default_rng(seed)), int(self.images.labels[index])
+        rng = np.random.default_rng(seed)
+        pixels = random_crop(self.images.read(index), self.size, self.min_crop, self.mirror, rng)
+        return pixels, int(self.images.labels[index])
 
 
 class CentreImages(torch.utils.data.Dataset[Tensor]):
@@ -33,23 +32,14 @@ class CentreImages(torch.utils.data.Dataset[Tensor]):
         self.images, self.size = images, size
 
     def __len__(self) -> int:
-        return len(self.images.paths)
+        return len(self.images.labels)
 
     def __getitem__(self, index: int) -> Tensor:
-        return centre_crop(read_image(self.images.paths[index]), self.size)
+        return centre_crop(self.images.read(index), self.size)
 
 
-def read_image(path: Path) -> Image.Image:
-    """The image as RGB; ValueError, with its path, if it cannot be read."""
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError) as error:
-        raise ValueError(f"cannot read image {path}: {error}") from error
-
-
-def random_crop(image: Image.Image, size: int, min_crop: float, rng: np.random.Generator) -> Tensor:
-    """A crop of `min_crop` to 1 of the area, width to height 3:4 to 4:3, resized; mirrored half of the time."""
+def random_crop(image: Image.Image, size: int, min_crop: float, mirror: bool, rng: np.random.Generator) -> Tensor:
+    """A crop of `min_crop` to 1 of the area, width to height 3:4 to 4:3, resized; half of them mirrored, if asked."""
     width, height = image.size
     for _ in range(10):
         area = width * height * rng.uniform(min_crop, 1)
@@ -61,7 +51,7 @@ def random_crop(image: Image.Image, size: int, min_crop: float, rng: np.random.G
         w = h = float(min(width, height))
     left, top = rng.uniform(0, width - w), rng.uniform(0, height - h)
     pixels = _resize(image, size, (left, top, left + w, top + h))
-    return pixels.flip(2) if rng.random() < 0.5 else pixels
+    return pixels.flip(2) if mirror and rng.random() < 0.5 else pixels
 
 
 def centre_crop(image: Image.Image, size: int) -> Tensor:
@@ -74,8 +64,8 @@ def centre_crop(image: Image.Image, size: int) -> Tensor:
 
 def _resize(image: Image.Image, size: int, box: tuple[float, float, float, float]) -> Tensor:
     """[3, size, size] in [0, 1]."""
-    pixels = np.array(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
-    return torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
+    pixels = torch.from_numpy(np.array(image.resize((size, size), Image.Resampling.BICUBIC, box=box))).float() / 255
+    return pixels.expand(3, -1, -1) if image.mode == "L" else pixels.permute(2, 0, 1)
 
 
 class BalancedBatches:

@@ -97,8 +97,8 @@ BASES = ("smoothap", "proxyanchor", "arcface", "multisimilarity", "recallatk")
 WITH_WEIGHTS = ("proxyanchor", "arcface")  # of them, those that learn a weight for each class
 
 
-def make_base(name: str, classes: int, dim: int) -> nn.Module:
-    """The base loss `name` with the settings of its paper; some have weights to learn."""
+def make_base(name: str, classes: int, dim: int, scale: float = 64.0) -> nn.Module:
+    """The base loss `name` with the settings of its paper, but for ArcFace's scale; some have weights to learn."""
     if name == "smoothap":
         return SmoothAP()
     if name == "recallatk":
@@ -106,7 +106,7 @@ def make_base(name: str, classes: int, dim: int) -> nn.Module:
     if name == "proxyanchor":
         return ProxyAnchorLoss(classes, dim)
     if name == "arcface":
-        return ArcFace(classes, dim)
+        return ArcFace(classes, dim, scale=scale)
     if name == "multisimilarity":
         return MultiSimilarityLoss()
     raise ValueError(f"base={name!r} is not known; choose one of {', '.join(map(repr, BASES))}")

@@ -1,4 +1,4 @@
-"""The networks: a small one from scratch, or any of timm's by name, with a linear head to the embedding."""
+"""The networks: two small ones from scratch, or any of timm's by name, with a linear head to the embedding."""
 
 from typing import Any
 
@@ -6,37 +6,50 @@ import torch
 from torch import Tensor, nn
 
 SMALL = "small"
+SMALL_VIT = "small-vit"
+FROM_SCRATCH = (SMALL, SMALL_VIT)
 
 
 class Embedder(nn.Module):
-    """Images [N, 3, H, W] in [0, 1] to embeddings [N, dim]: features, layer norm if asked, linear."""
+    """Images [N, 3, H, W] in [0, 1] to embeddings [N, dim]: features, layer norm if asked, linear, batch norm if asked.
+
+    A batch norm at the end is ArcFace's way (Deng et al., CVPR 2019, section 3.1): without it, features that are never
+    negative leave all embeddings in a narrow cone for long.
+    """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, features: nn.Module, width: int, dim: int, layer_norm: bool, mean: Any, std: Any) -> None:
+    def __init__(
+        self, features: nn.Module, width: int, dim: int, layer_norm: bool, batch_norm: bool, mean: Any, std: Any
+    ) -> None:
         super().__init__()
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(3, 1, 1), persistent=False)
         self.features = features
         self.head = nn.Sequential(nn.LayerNorm(width) if layer_norm else nn.Identity(), nn.Linear(width, dim))
+        if batch_norm:
+            self.head.append(nn.BatchNorm1d(dim))
 
     def forward(self, images: Tensor) -> Tensor:
         """Images [N, 3, H, W] to embeddings [N, dim], of any length."""
         return self.head(self.features((images - self.mean) / self.std))
 
 
-def make_network(backbone: str, pretrained: bool, dim: int, layer_norm: bool, size: int) -> Embedder:
-    """`backbone`: "small", or the name of a timm model, for images of `size` pixels a side.
+def make_network(
+    backbone: str, pretrained: bool, dim: int, layer_norm: bool, size: int, batch_norm: bool = False
+) -> Embedder:
+    """`backbone`: one of `FROM_SCRATCH`, or the name of a timm model, for images of `size` pixels a side.
 
     Raises:
         ValueError: there is no such model, or no weights for it, or it does not take images of this size.
         ImportError: timm is missing or does not load.
     """
-    if backbone == SMALL:
+    if backbone in FROM_SCRATCH:
         if pretrained:
-            raise ValueError("there are no weights for the small network; leave --pretrained out")
-        return Embedder(_small(), 128, dim, layer_norm, [0.5] * 3, [0.25] * 3)
+            raise ValueError("there are no weights for the small networks; leave --pretrained out")
+        features, width = (_small(), 128) if backbone == SMALL else (_SmallViT(size), 64)
+        return Embedder(features, width, dim, layer_norm, batch_norm, [0.5] * 3, [0.25] * 3)
     timm = import_timm(backbone)
     try:
         features = timm.create_model(backbone, pretrained=pretrained, num_classes=0)
@@ -44,7 +57,9 @@ def make_network(backbone: str, pretrained: bool, dim: int, layer_norm: bool, si
         known = f"; 'small' or one of timm's models, such as {', '.join(timm.list_models('resnet50*')[:3])}"
         raise ValueError(f"timm has no model for --backbone {backbone}: {error}{known}") from error
     config = features.pretrained_cfg
-    return Embedder(features, _width(features, backbone, size), dim, layer_norm, config["mean"], config["std"])
+    return Embedder(
+        features, _width(features, backbone, size), dim, layer_norm, batch_norm, config["mean"], config["std"]
+    )
 
 
 def _width(features: nn.Module, backbone: str, size: int) -> int:
@@ -90,3 +105,33 @@ def _small() -> nn.Sequential:
             nn.MaxPool2d(2),
         ]
     return nn.Sequential(*layers[:-1], nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+class _SmallViT(nn.Module):
+    """A vision transformer to 64 features: patches of 8 x 8 pixels by three convolutions, then four blocks."""
+
+    def __init__(self, size: int, width: int = 64, depth: int = 4, heads: int = 4) -> None:
+        super().__init__()
+        self.patches = nn.Sequential(
+            nn.Conv2d(3, width // 4, 3, stride=2, padding=1),
+            nn.GELU(),
+            nn.Conv2d(width // 4, width // 2, 3, stride=2, padding=1),
+            nn.GELU(),
+            nn.Conv2d(width // 2, width, 3, stride=2, padding=1),
+        )
+        side = -(-size // 8)
+        self.positions = nn.Parameter(0.02 * torch.randn(side * side, width))
+        self.blocks = nn.ModuleList(
+            nn.TransformerEncoderLayer(
+                width, heads, 2 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+            )
+            for _ in range(depth)
+        )
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images [N, 3, size, size] to features [N, 64]."""
+        x = self.patches(images).flatten(2).transpose(1, 2) + self.positions
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x).mean(dim=1)

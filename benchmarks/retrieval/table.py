@@ -76,7 +76,7 @@ def make_experiments(results: Sequence[Result]) -> list[Experiment]:
     differing = _differing(list(settings.values()))
     for key, about in settings.items():
         name = " ".join(filter(None, (about["dataset"], about["test_set"], about["backbone"], about["base"])))
-        extra = [f"{k} {about[k]}" for k in differing if about[k] is not None]
+        extra = [f"{k} {about[k]}" for k in differing if about.get(k) is not None]
         variants = tcms.get(key, {"null": {}})
         for tcm, side in variants.items():
             margins = json.loads(tcm)
@@ -93,7 +93,7 @@ def _differing(settings: list[dict[str, Any]]) -> list[str]:
     for about in settings:
         groups.setdefault(tuple(about[k] for k in named), []).append(about)
     names = [k for k in settings[0] if k not in named] if settings else []
-    return [k for k in names if any(len({json.dumps(a[k]) for a in group}) > 1 for group in groups.values())]
+    return [k for k in names if any(len({json.dumps(a.get(k)) for a in group}) > 1 for group in groups.values())]
 
 
 def markdown(experiments: Sequence[Experiment], results: Sequence[Result], caption: str = "") -> str:

@@ -10,14 +10,14 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -25,21 +25,33 @@ from benchmarks.retrieval.datasets import Images, Split, describe
 from benchmarks.retrieval.images import BalancedBatches, CentreImages, TrainImages
 from benchmarks.retrieval.losses import make_base
 from benchmarks.retrieval.networks import make_network
-from tcm_fused import TCMLoss, __version__, opis
+from tcm_fused import CrossBatchMemory, TCMLoss, __version__, opis
 from tcm_fused.thresholds.outputs import write_whole
 from tcm_fused.thresholds.terminal import printable
 
+HELD_OUT = "held_out.npz"  # embeddings and labels of the classes held out
 _REPORT = 20  # steps between looks at the loss: each waits for the device
 
 
 @dataclasses.dataclass(frozen=True)
 class Margins:
-    """Those of TCM, as `tcm_fused.TCMLoss` has them."""
+    """Those of TCM, as `tcm_fused.TCMLoss` has them, and how many past embeddings it looks at."""
 
     margin_plus: float
     margin_minus: float
     lambda_plus: float
     lambda_minus: float
+    bank: int = 0
+
+    def make(self) -> nn.Module:
+        """The loss."""
+        loss = TCMLoss(
+            margin_plus=self.margin_plus,
+            margin_minus=self.margin_minus,
+            lambda_plus=self.lambda_plus,
+            lambda_minus=self.lambda_minus,
+        )
+        return CrossBatchMemory(loss, size=self.bank) if self.bank else loss
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,15 +67,19 @@ class Settings:
     pretrained: bool
     dim: int
     layer_norm: bool
+    batch_norm: bool
     epochs: int
     batch_classes: int
     batch_images: int
     lr: float
     loss_lr: float | None  # None where the base loss has no weights
+    scale: float | None  # ArcFace's
     weight_decay: float
     warmup: float  # share of the steps
     size: int
     min_crop: float
+    mirror: bool
+    held_out: int  # classes
     amp: Literal["off", "bf16", "fp16"]
     device: str
 
@@ -74,11 +90,35 @@ class Settings:
         return "-".join(filter(None, (*parts, f"seed{self.seed}")))
 
 
-class Run:
-    """A run in its folder `out / settings.name`."""
+Score = Callable[[Tensor, Tensor], dict[str, float]]  # of embeddings and labels
 
-    def __init__(self, settings: Settings, split: Split, out: Path, workers: int, checkpoint_every: int) -> None:
+
+def score(embeddings: Tensor, labels: Tensor) -> dict[str, float]:
+    """Recall@1, OPIS and 10%-OPIS."""
+    found = opis(embeddings, labels)
+    return {"recall_at_1": found.recall_at_1, "opis": found.opis, "eps_opis": found.eps_opis}
+
+
+class Run:
+    """A run in its folder `out / settings.name`.
+
+    Every `score_every` steps, if it is not 0, the classes held out and those of the test are scored on the way. `more`
+    scores that are wanted of the test at the end beside `score`'s.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        split: Split,
+        out: Path,
+        workers: int = 0,
+        checkpoint_every: int = 500,
+        score_every: int = 0,
+        more: Score | None = None,
+    ) -> None:
         self.settings, self.split, self.workers, self.checkpoint_every = settings, split, workers, checkpoint_every
+        self.score_every, self.more = score_every, more
+        self.course: list[dict[str, Any]] = []  # scores on the way
         self.folder = out / settings.name
         self.device = torch.device(settings.device)
         self.batches = BalancedBatches(
@@ -130,11 +170,11 @@ class Run:
         """Network, losses and optimizer, as the seed starts them; with TCM they start as without."""
         s = self.settings
         torch.manual_seed(s.seed)
-        self.network = make_network(s.backbone, s.pretrained, s.dim, s.layer_norm, s.size).to(self.device)
+        self.network = make_network(s.backbone, s.pretrained, s.dim, s.layer_norm, s.size, s.batch_norm).to(self.device)
         # Convolutions take half the time; mypy knows no module that is moved to a format alone.
         self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.base = make_base(s.base, len(self.split.train.classes), s.dim).to(self.device)
-        self.tcm = TCMLoss(**dataclasses.asdict(s.tcm)) if s.tcm else None
+        self.base = make_base(s.base, len(self.split.train.classes), s.dim, s.scale or 64.0).to(self.device)
+        self.tcm = s.tcm.make() if s.tcm else None
         groups = [{"params": list(self.network.parameters()), "lr": s.lr}]
         if weights := list(self.base.parameters()):
             groups.append({"params": weights, "lr": s.loss_lr})
@@ -148,6 +188,8 @@ class Run:
             "scheduler": self.scheduler,
             "scaler": self.scaler,
         }
+        if s.tcm and s.tcm.bank:
+            self.parts["tcm"] = self.tcm
 
     def _rate(self, step: int) -> float:
         """Share of the learning rate: a linear rise, then half a cosine down to 0."""
@@ -159,7 +201,7 @@ class Run:
     def _train(self) -> None:
         self.network.train()
         begin = time.perf_counter() - self.seconds
-        images = TrainImages(self.split.train, self.settings.size, self.settings.min_crop)
+        images = TrainImages(self.split.train, self.settings.size, self.settings.min_crop, self.settings.mirror)
         bar = tqdm(total=self.steps, initial=self.step, desc=self.settings.name, unit="step", disable=None)
         with bar:
             while self.step < self.steps:
@@ -175,6 +217,8 @@ class Run:
                     loss = self._train_step(self._images(x), y.to(self.device, non_blocking=True))
                     self.step += 1
                     bar.update()
+                    if self.score_every and self.step % self.score_every == 0 and self.step < self.steps:
+                        begin += self._look()
                     save = self.step % self.checkpoint_every == 0 or self.step == self.steps
                     if save or self.step % _REPORT == 0:
                         self._report(loss, bar)  # which raises where the loss is not finite, so none such is saved
@@ -212,20 +256,48 @@ class Run:
         dtype = torch.float16 if amp == "fp16" else torch.bfloat16
         return torch.autocast(self.device.type, dtype=dtype, enabled=amp != "off")
 
-    def _score(self) -> dict[str, Any]:
-        """Recall@1, OPIS and 10%-OPIS of the test images."""
-        images = CentreImages(self.split.test, self.settings.size)
+    def test_embeddings(self) -> tuple[Tensor, Tensor]:
+        """Embeddings [N, dim] of the test images by the network of the last checkpoint, and their labels."""
+        self._build()
+        self._restore()
+        return self._embed(self.split.test)
+
+    def _look(self) -> float:
+        """Score on the way; returns the seconds that it took, which are not of the training."""
+        begin = time.perf_counter()
+        parts = {"held_out": self.split.held_out, "test": self.split.test}
+        scores = {name: score(*self._embed(images)) for name, images in parts.items() if images is not None}
+        self.course.append({"step": self.step, **scores})
+        self.network.train()
+        return time.perf_counter() - begin
+
+    def _embed(self, images: Images) -> tuple[Tensor, Tensor]:
+        """Embeddings [N, dim] of the middle of images, and their labels."""
         rows = []
-        loader: Any = DataLoader(images, batch_size=128, num_workers=self.workers, generator=torch.Generator())
+        crops = CentreImages(images, self.settings.size)
+        loader: Any = DataLoader(crops, batch_size=128, num_workers=self.workers, generator=torch.Generator())
         self.network.eval()
         with torch.inference_mode():
-            for x in tqdm(loader, desc="test images", unit="batch", disable=None, leave=False):
+            for x in tqdm(loader, desc="images", unit="batch", disable=None, leave=False):
                 with self._autocast():
                     rows.append(self.network(self._images(x)).float().cpu())
-        found = opis(torch.cat(rows), torch.from_numpy(self.split.test.labels))
+        return torch.cat(rows), torch.from_numpy(images.labels)
+
+    def _score(self) -> dict[str, Any]:
+        """Scores of the test images and of those held out, whose embeddings are written too."""
+        x, y = self._embed(self.split.test)
+        found = opis(x, y)
+        held_out = None
+        if self.split.held_out is not None:
+            embeddings, labels = self._embed(self.split.held_out)
+            held_out = {**describe(self.split.held_out), "scores": score(embeddings, labels)}
+            write_whole(self.folder / HELD_OUT, lambda part: _save_embeddings(part, embeddings, labels))
         return {
             "identity": self.identity,
             "scores": {"recall_at_1": found.recall_at_1, "opis": found.opis, "eps_opis": found.eps_opis},
+            "more": {} if self.more is None else self.more(x, y),
+            "held_out": held_out,
+            "course": self.course,
             "thresholds": [float(found.similarity.min()), float(found.similarity.max())],
             "train": describe(self.split.train),
             "test": describe(self.split.test),
@@ -247,6 +319,7 @@ class Run:
             "step": self.step,
             "seconds": self.seconds,
             "last_loss": self.last_loss,
+            "course": self.course,
             "random": torch.get_rng_state(),
             "random_cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
             **{name: part.state_dict() for name, part in self.parts.items()},
@@ -267,6 +340,7 @@ class Run:
         with _naming_damage(path):
             self.step = int(state["step"])
             self.seconds, self.last_loss = float(state["seconds"]), float(state["last_loss"])
+            self.course = list(state["course"])
             if not 0 <= self.step <= self.steps:
                 raise ValueError(f"step {self.step} of {self.steps}")
             for name, part in self.parts.items():
@@ -298,6 +372,11 @@ class Run:
             yield
         finally:
             os.close(handle)
+
+
+def _save_embeddings(path: Path, embeddings: Tensor, labels: Tensor) -> None:
+    with path.open("wb") as file:  # by its name, numpy would add .npz to it
+        np.savez(file, embeddings=embeddings.numpy(), labels=labels.numpy())
 
 
 def _check_pairs(images: Images) -> None:

@@ -74,21 +74,24 @@ def extent(pixels: Tensor) -> tuple[float, float, bool]:
 
 def test_random_crops() -> None:
     picture = coordinates(240, 200)
-    crops = [random_crop(picture, 32, 0.3, np.random.default_rng(k)) for k in range(300)]
+    crops = [random_crop(picture, 32, 0.3, True, np.random.default_rng(k)) for k in range(300)]
     assert crops[0].shape == (3, 32, 32) and crops[0].dtype == torch.float32
-    assert torch.equal(crops[5], random_crop(picture, 32, 0.3, np.random.default_rng(5)))
+    assert torch.equal(crops[5], random_crop(picture, 32, 0.3, True, np.random.default_rng(5)))
     extents = [extent(crop) for crop in crops]
     areas = np.array([w * h for w, h, _ in extents]) / (240 * 200)
     ratios = np.array([w / h for w, h, _ in extents])
     assert 0.28 < areas.min() < 0.36 and 0.85 < areas.max() < 1.02
     assert 0.72 < ratios.min() < 0.8 and 1.25 < ratios.max() < 1.37
     assert 110 < sum(mirrored for *_, mirrored in extents) < 190  # 300 tosses, 4.6 standard deviations
+    upright = [random_crop(picture, 32, 0.3, False, np.random.default_rng(k)) for k in range(300)]
+    for crop, other in zip(crops, upright, strict=True):  # the same crops, none of them mirrored
+        assert torch.equal(other, crop.flip(2) if extent(crop)[2] else crop)
     assert min(crop.min() for crop in crops) >= 0 and max(crop.max() for crop in crops) <= 1
 
 
 def test_random_crop_of_a_long_image() -> None:
     """No crop of the shapes allowed fits; a square of its short side is taken."""
-    width, height, _ = extent(random_crop(coordinates(250, 120), 32, 1.0, np.random.default_rng(0)))
+    width, height, _ = extent(random_crop(coordinates(250, 120), 32, 1.0, False, np.random.default_rng(0)))
     assert width == pytest.approx(120, rel=0.02)
     assert height == pytest.approx(120, rel=0.02)
 
@@ -114,12 +117,33 @@ def test_images_of_other_kinds(tmp_path: Path, mode: str) -> None:
 def test_unreadable_image_is_named(tmp_path: Path) -> None:
     for content in (b"nothing", (PNG + b"\r\n\x1a\n" + bytes(40))):
         (tmp_path / "a.png").write_bytes(content)
-        images = TrainImages(Images([tmp_path / "a.png"], np.zeros(1, np.int64), ["a"]), 16, 0.5)
+        images = TrainImages(Images([tmp_path / "a.png"], np.zeros(1, np.int64), ["a"]), 16, 0.5, False)
         with pytest.raises(ValueError, match=r"cannot read image .*a\.png"):
             images[0, 1]
 
 
+def test_pixels_are_read_as_files_are(tmp_path: Path) -> None:
+    grey = np.asarray(coordinates(40, 36).convert("L"))
+    Image.fromarray(grey).save(tmp_path / "a.png")
+    label = np.zeros(1, np.int64)
+    of_file = Images([tmp_path / "a.png"], label, ["a"])
+    of_pixels = Images([], label, ["a"], grey[None])
+    assert torch.equal(CentreImages(of_pixels, 16)[0], CentreImages(of_file, 16)[0])
+    for seed in range(4):
+        crops = [TrainImages(images, 16, 0.5, True)[0, seed] for images in (of_pixels, of_file)]
+        assert torch.equal(crops[0][0], crops[1][0])
+        assert crops[0][1] == crops[1][1] == 0
+
+
 # The networks.
+
+
+def test_small_transformer() -> None:
+    network = networks.make_network("small-vit", False, 24, True, 32)
+    images = torch.rand(3, 3, 32, 32)
+    assert network(images).shape == (3, 24)
+    assert torch.allclose(network(images[:1]), network(images)[:1], atol=1e-6)  # images do not see each other
+    assert not torch.allclose(network(images.flip(3)), network(images), atol=1e-3)  # places matter
 
 
 def test_small_network() -> None:

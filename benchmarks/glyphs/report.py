@@ -1,0 +1,316 @@
+"""Tables and pictures of the runs that are finished."""
+
+import itertools
+import json
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, NullFormatter
+
+from benchmarks.comparison import MEASURES, Change, Measure, change_of
+from benchmarks.glyphs import plan
+from benchmarks.glyphs.plan import Result
+from benchmarks.speed.figures import GREY, LOOK
+from tcm_fused import OPISResult
+
+MORE = (
+    Measure("tar_at_far_1e-3", "TAR at FAR 1e-3, %", 100, ".1f", True),
+    Measure("opis_frr", "OPIS over FRR 5 to 30 %, x 1000", 1000, ".2f", False),
+    Measure("worst_frr_at_far_1e-2", "FRR of the worst class at FAR 1e-2, %", 100, ".1f", False),
+)
+NETWORK = {"small": "CNN", "small-vit": "ViT"}
+BASE = {"smoothap": "Smooth-AP", "arcface": "ArcFace"}
+COLOUR = {("small", "smoothap"): "#0072B2", ("small", "arcface"): "#D55E00"} | {
+    ("small-vit", "smoothap"): "#56B4E9",
+    ("small-vit", "arcface"): "#E69F00",
+}
+
+Pair = tuple[Result, Result]  # one seed without TCM and with
+
+
+class Point(NamedTuple):
+    """Where a run stands at some step."""
+
+    held_out_recall: float
+    error: float  # of the test, 1 - recall@1
+    opis: float
+
+
+def collect(out: Path) -> list[Result]:
+    """All finished runs under a folder; each says its variant, which is the folder it lies in."""
+    found = []
+    for path in sorted(out.glob("*/*/result.json")):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        found.append({"variant": path.parent.parent.name, **result})
+    return found
+
+
+def cells(results: Iterable[Result]) -> list[tuple[str, str]]:
+    """Networks and base losses of which a pair was measured."""
+    return [
+        (network, base) for network in plan.NETWORKS for base in plan.BASES if pairs(results, "measured", network, base)
+    ]
+
+
+def pairs(results: Iterable[Result], variant: str, network: str, base: str) -> list[Pair]:
+    """By seed, those finished without TCM and with. Variants that change TCM alone stand against the measured runs."""
+    sides: dict[str, dict[int, Result]] = {"without": {}, "with": {}}
+    for result in results:
+        about = result["identity"]
+        if (about["backbone"], about["base"]) != (network, base):
+            continue
+        if about["tcm"] is not None and result["variant"] == variant:
+            sides["with"][about["seed"]] = result
+        own = result["variant"] == variant
+        if about["tcm"] is None and (
+            own or (result["variant"] == "measured" and about["seed"] not in sides["without"])
+        ):
+            sides["without"][about["seed"]] = result
+    seeds = sorted(sides["with"].keys() & sides["without"].keys())
+    found = [(sides["without"][seed], sides["with"][seed]) for seed in seeds]
+    return [pair for pair in found if _comparable(*pair)]
+
+
+def _comparable(without: Result, with_tcm: Result) -> bool:
+    """They differ in nothing but TCM."""
+    a, b = ({k: v for k, v in result["identity"].items() if k != "tcm"} for result in (without, with_tcm))
+    return a == b
+
+
+def change(found: Sequence[Pair], measure: Measure) -> Change:
+    """Of a measure, seed by seed."""
+    where = "scores" if measure.field in ("opis", "eps_opis", "recall_at_1") else "more"
+    before, after = ([measure.factor * pair[side][where][measure.field] for pair in found] for side in (0, 1))
+    return change_of(before, after, measure)
+
+
+def markdown(results: Sequence[Result], fonts: dict[str, Any]) -> str:
+    """The page of results."""
+    there = cells(results)
+    parts = [
+        "# Characters in many typefaces\n",
+        _counts(results, fonts),
+        "## Unseen characters, without TCM and with\n",
+        _table(results, there, MEASURES_HERE),
+        "Mean over seeds, and the 95 % interval of the mean paired change by Student's t. Bold: it leaves out 0.\n",
+        "## Other measures of the same runs\n",
+        _table(results, there, MORE),
+        "## At equal recall of the held-out characters\n",
+        _equal_recall(results, there),
+        "## What was chosen\n",
+        _choices(results),
+        "## One thing changed\n",
+        _variants(results, there),
+    ]
+    return "\n".join(parts)
+
+
+MEASURES_HERE = tuple(measure._replace(form=".2f") for measure in MEASURES)
+
+
+def _counts(results: Sequence[Result], fonts: dict[str, Any]) -> str:
+    one = next(result for result in results if result["held_out"] is not None)
+    lines = [
+        f"{len(fonts['typefaces'])} typefaces, the most different of {fonts['found']}. Characters and their images: "
+        f"{one['train']['classes']} ({one['train']['images']:,}) to train on, {one['held_out']['classes']} "
+        f"({one['held_out']['images']:,}) held out to choose by, {one['test']['classes']} "
+        f"({one['test']['images']:,}) unseen.",
+        "",
+        f"{len(results)} runs, of these "
+        + ", ".join(f"{sum(r['variant'] == v for r in results)} {v}" for v in sorted({r["variant"] for r in results}))
+        + ".\n",
+    ]
+    return "\n".join(lines)
+
+
+def _table(results: Sequence[Result], there: Sequence[tuple[str, str]], measures: Sequence[Measure]) -> str:
+    head = "| network, base loss | seeds |" + "".join(f" {m.title}: without | with TCM | change |" for m in measures)
+    lines = [head, "|---|--:|" + "--:|--:|--:|" * len(measures)]
+    for network, base in there:
+        found = pairs(results, "measured", network, base)
+        cells_ = [cell for measure in measures for cell in _cells(change(found, measure), measure)]
+        lines.append(f"| {NETWORK[network]}, {BASE[base]} | {len(found)} | {' | '.join(cells_)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _cells(found: Change, measure: Measure) -> list[str]:
+    without, with_tcm = (statistics.mean(side) for side in (found.without, found.with_tcm))
+    arrow = "=" if found.mean == 0 else "↑" if found.mean > 0 else "↓"
+    interval = "" if math.isnan(found.bar) else f" ± {found.bar:{measure.form}}"
+    text = f"{found.mean:+{measure.form}}{interval}"
+    clear = not math.isnan(found.bar) and abs(found.mean) > found.bar
+    return [
+        f"{without:{measure.form}}",
+        f"{with_tcm:{measure.form}}",
+        f"{arrow} {f'**{text}**' if clear else text}, better in {found.better}",
+    ]
+
+
+def points(result: Result) -> list[Point]:
+    """The run on its way, and at its end."""
+    looks = [*result["course"], {"held_out": result["held_out"]["scores"], "test": result["scores"]}]
+    return [
+        Point(look["held_out"]["recall_at_1"], 1 - look["test"]["recall_at_1"], look["test"]["opis"]) for look in looks
+    ]
+
+
+def at_recall(result: Result, level: float) -> Point | None:
+    """Where held-out recall@1 first reaches a level: between two looks, in proportion; OPIS by its logarithm."""
+    way = points(result)
+    for before, after in itertools.pairwise(way):
+        if before.held_out_recall <= level <= after.held_out_recall:
+            span = after.held_out_recall - before.held_out_recall
+            part = (level - before.held_out_recall) / span if span else 1.0
+            mix = np.array([1 - part, part])
+            return Point(
+                level,
+                float(mix @ [before.error, after.error]),
+                math.exp(float(mix @ np.log([before.opis, after.opis]))),
+            )
+    return None
+
+
+def _equal_recall(results: Sequence[Result], there: Sequence[tuple[str, str]]) -> str:
+    lines = [
+        "| network, base loss | seeds | held-out recall@1, % | OPIS x 1000: without | with TCM | change "
+        "| recall@1, %: without | with TCM | change |",
+        "|---|" + "--:|" * 8,
+    ]
+    for network, base in there:
+        levels, rows = [], []
+        for pair in pairs(results, "measured", network, base):
+            level = min(points(result)[-1].held_out_recall for result in pair)
+            both = [at_recall(result, level) for result in pair]
+            if both[0] is not None and both[1] is not None:
+                levels.append(level)
+                rows.append((both[0], both[1]))
+        if not rows:
+            continue
+        opis_, recall = MEASURES_HERE[0], MEASURES_HERE[2]
+        of_opis = change_of([1000 * a.opis for a, _ in rows], [1000 * b.opis for _, b in rows], opis_)
+        of_recall = change_of([100 * (1 - a.error) for a, _ in rows], [100 * (1 - b.error) for _, b in rows], recall)
+        cells_ = [*_cells(of_opis, opis_), *_cells(of_recall, recall)]
+        lines.append(
+            f"| {NETWORK[network]}, {BASE[base]} | {len(rows)} | {100 * statistics.mean(levels):.2f} "
+            f"| {' | '.join(cells_)} |"
+        )
+    text = (
+        "Each pair at the recall@1 of the held-out characters that the worse of the two ends with; the better passes "
+        "it on the way, between two looks, and stands there in proportion.\n"
+    )
+    return "\n".join([*lines, "", text])
+
+
+def _choices(results: Sequence[Result]) -> str:
+    lines = [
+        "| network, base loss | run | learning rate | m+ | m- | weight | held-out OPIS x 1000 | held-out recall@1, % |",
+        "|---|---|" + "--:|" * 6,
+    ]
+    for result in results:
+        if not result["variant"].startswith(("rate", "weight")):
+            continue
+        about, scores = result["identity"], result["held_out"]["scores"]
+        tcm = about["tcm"]
+        margins = ["", "", ""] if tcm is None else [f"{tcm[k]:.3f}" for k in ("margin_plus", "margin_minus")]
+        if tcm is not None:
+            margins.append(f"{tcm['lambda_plus']:g}")
+        lines.append(
+            f"| {NETWORK[about['backbone']]}, {BASE[about['base']]} | {'TCM' if tcm else 'without'} | {about['lr']:g} "
+            f"| {' | '.join(margins)} | {1000 * scores['opis']:.3f} | {100 * scores['recall_at_1']:.2f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _variants(results: Sequence[Result], there: Sequence[tuple[str, str]]) -> str:
+    lines = [
+        "| network, base loss | changed | m+ | m- | weight | seeds | OPIS x 1000: without | with TCM | change "
+        "| recall@1, %: without | with TCM | change |",
+        "|---|---|" + "--:|" * 10,
+    ]
+    names = [name for name in dict.fromkeys(r["variant"] for r in results) if name != "measured"]
+    for network, base in there:
+        for name in ("measured", *names):
+            found = pairs(results, name, network, base)
+            if name == "measured":
+                found = [pair for pair in found if pair[0]["identity"]["seed"] in plan.VARIANT_SEEDS]
+            if not found:
+                continue
+            tcm = found[0][1]["identity"]["tcm"]
+            cells_ = [c for k in (0, 2) for c in _cells(change(found, MEASURES_HERE[k]), MEASURES_HERE[k])]
+            lines.append(
+                f"| {NETWORK[network]}, {BASE[base]} | {'nothing' if name == 'measured' else name} "
+                f"| {tcm['margin_plus']:.3f} | {tcm['margin_minus']:.3f} | {tcm['lambda_plus']:g} | {len(found)} "
+                f"| {' | '.join(cells_)} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def draw_pareto(results: Sequence[Result]) -> Figure:
+    """OPIS against recognition error of every run: at its end, and on the way smaller."""
+    with rc_context(LOOK):
+        figure = Figure(figsize=(8.5, 6), layout="constrained")
+        axes = figure.subplots()
+        drawn: dict[tuple[str, str], None] = {}
+        for result in results:
+            if result["variant"].startswith(("rate", "weight")):
+                continue
+            about = result["identity"]
+            key = about["backbone"], about["base"]
+            drawn[key] = None
+            way = points(result)
+            filled = about["tcm"] is not None
+            for k, point in enumerate(way):
+                last = k == len(way) - 1
+                axes.plot(
+                    100 * point.error,
+                    1000 * point.opis,
+                    marker="o" if filled else "s",
+                    markersize=7 if last else 4,
+                    color=COLOUR[key],
+                    markerfacecolor=COLOUR[key] if filled else "white",
+                    alpha=0.9 if last else 0.5,
+                    linestyle="",
+                )
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_minor_formatter(NullFormatter())
+        axes.set(xscale="log", yscale="log", xlabel="recognition error, % (1 - recall@1)", ylabel="OPIS x 1000")
+        _plain_ticks(axes)
+        axes.grid(alpha=0.3, which="both")
+        axes.set_title("Unseen characters: OPIS against recognition error, every run")
+        marks = [
+            Line2D([], [], color=COLOUR[key], marker="o", linestyle="", label=f"{NETWORK[key[0]]}, {BASE[key[1]]}")
+            for key in drawn
+        ]
+        marks += [
+            Line2D([], [], color=GREY, marker="s", markerfacecolor="white", linestyle="", label="without TCM"),
+            Line2D([], [], color=GREY, marker="o", linestyle="", label="with TCM"),
+            Line2D([], [], color=GREY, marker="o", markersize=4, alpha=0.5, linestyle="", label="small: on the way"),
+        ]
+        axes.legend(handles=marks, loc="upper left")
+    return figure
+
+
+def _plain_ticks(axes: Axes) -> None:
+    plain = FuncFormatter(lambda value, _: f"{value:g}")
+    for axis, low, high in ((axes.xaxis, *axes.get_xlim()), (axes.yaxis, *axes.get_ylim())):
+        steps = [b * 10.0**e for e in range(-3, 4) for b in (1, 2, 3, 5)]
+        axis.set_ticks([step for step in steps if low <= step <= high])
+        axis.set_major_formatter(plain)
+
+
+def draw_utility(found: Sequence[tuple[str, OPISResult]]) -> Figure:
+    """The utility of every class over the threshold, a panel for each model."""
+    with rc_context(LOOK):
+        figure = Figure(figsize=(12, 4.8), layout="constrained")
+        for axes, (name, result) in zip(figure.subplots(1, len(found), sharey=True), found, strict=True):
+            result.plot(axes)
+            axes.set_title(f"{name}: OPIS x 1000 = {1000 * result.opis:.2f}")
+    return figure
