@@ -24,9 +24,10 @@ constexpr int64_t kMostWidth = 1 << 16;  // 255 * 127 * width < 2^31
 constexpr float kCodeSlack = 2e-6f;
 
 struct Codes {
-  // Of the columns of one panel: the largest and smallest scale, the largest error.
+  // Of the rows of one panel: the largest and smallest scale, the largest error, the sum of |x^|^2.
   struct Panel {
     float most_scale = 0, least_scale = std::numeric_limits<float>::infinity(), error = 0;
+    double squares = 0;
   };
 
   int64_t width = 0;
@@ -35,6 +36,7 @@ struct Codes {
   Array<float> scale;    // [panels * tile] a
   Array<float> error;    // [panels * tile] e
   Array<int32_t> shift;  // [panels * tile] 128 times the sum of q: how much too large a product with `left` is
+  Array<double> sum;     // [panels, d] of x^ over each panel
   std::vector<Panel> panel;
 
   template <class real>
@@ -42,19 +44,22 @@ struct Codes {
     int64_t rows = e.panels * e.tile;
     width = (e.d + kCodeBlock - 1) / kCodeBlock * kCodeBlock;
     left.allocate(rows * width), right.allocate(rows * width);
-    scale.allocate(rows), error.allocate(rows), shift.allocate(rows), panel.resize(e.panels);
+    scale.allocate(rows), error.allocate(rows), shift.allocate(rows);
+    sum.allocate(e.panels * e.d), panel.resize(e.panels);
   }
 
-  void reset() { left.reset(), right.reset(), scale.reset(), error.reset(), shift.reset(); }
+  void reset() { left.reset(), right.reset(), scale.reset(), error.reset(), shift.reset(), sum.reset(); }
 
-  // Encodes the rows of panel `p`.
+  // Encodes and sums the rows of panel `p`.
   template <class real>
   void load(const PairLoops<real>& loops, const Embeddings<real>& e, int64_t p) {
     int64_t begin = e.begin(p);
     std::memset(left.get() + begin * width, 128, e.tile * width);
     for (int64_t k = begin; k < begin + e.rows(p); ++k) {
-      if (std::isnan(e.inverse[k])) continue;
-      double rest = loops.encode(e.unit.get() + k * e.d, e.d, left.get() + k * width, &scale.get()[k], &shift.get()[k]);
+      const real* unit = e.unit.get() + k * e.d;
+      for (int64_t c = 0; c < e.d; ++c) sum.get()[p * e.d + c] += unit[c];
+      panel[p].squares += loops.squares(unit, e.d);
+      double rest = loops.encode(unit, e.d, left.get() + k * width, &scale.get()[k], &shift.get()[k]);
       error.get()[k] = std::nextafter(static_cast<float>(rest * (1 + 1e-6)), std::numeric_limits<float>::infinity());
       panel[p].most_scale = std::max(panel[p].most_scale, scale.get()[k]);
       panel[p].least_scale = std::min(panel[p].least_scale, scale.get()[k]);

@@ -62,6 +62,14 @@ class Array {
     if (!memory_) throw OutOfMemory(bytes_, kPurpose);
     data_ = reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(memory_) + kLine - 1) / kLine * kLine);
   }
+  // The same without zeros, from blocks that were freed before: where everything is written, new pages cost more.
+  void allocate_used(int64_t size) {
+    reset();
+    bytes_ = 0;
+    memory_ = std::malloc(size * sizeof(T) + kLine);
+    if (!memory_) throw OutOfMemory(size * sizeof(T), kPurpose);
+    data_ = reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(memory_) + kLine - 1) / kLine * kLine);
+  }
   void reset() {
 #ifdef __linux__
     if (memory_ && bytes_ >= kHugePage) munmap(memory_, bytes_ + kHugePage), memory_ = nullptr;
@@ -129,7 +137,8 @@ struct Embeddings {
     std::sort(order.begin(), order.end(), [y](int64_t a, int64_t b) { return y[a] != y[b] ? y[a] < y[b] : a < b; });
     size = order.size(), d = width, tile = tile_rows, panels = (size + tile - 1) / tile;
     label.resize(size), inverse.resize(size);
-    unit.allocate(panels * tile * d);
+    unit.allocate_used(panels * tile * d);
+    std::fill_n(unit.get() + size * d, (panels * tile - size) * d, real{0});
     if (transpose) transposed_.allocate(panels * tile * d), is_transposed_.reset(new std::once_flag[panels]);
   }
 

@@ -1,6 +1,8 @@
 // The loops over pairs and rows that take time, compiled for several instruction sets.
 #pragma once
 
+#include <algorithm>
+#include <cmath>
 #include <cstdint>
 
 namespace tcm::cpu {
@@ -8,9 +10,17 @@ namespace tcm::cpu {
 constexpr int kTile = 256;          // rows and columns of the largest tile
 constexpr int kWords = kTile / 64;  // 64-bit words in one row of a tile's mask of hard pairs
 
+// Hard pairs and the sum of their penalties, with what its roundings lost (Neumaier, 1974): a batch has billions of pairs.
 struct Penalty {
   int64_t count = 0;
-  double sum = 0;
+  double sum = 0, lost = 0;
+
+  void add(const Penalty& part) {
+    double both = sum + part.sum;
+    lost += part.lost + (std::abs(sum) >= std::abs(part.sum) ? sum - both + part.sum : part.sum - both + sum);
+    count += part.count, sum = both;
+  }
+  double total() const { return std::isfinite(lost) ? sum + lost : sum; }
 };
 
 // The terms of one row of the gradient: masked sums [d] over hard positives and negatives, its own and shared ones.
@@ -82,6 +92,25 @@ const char* name(Isa isa);
 
 template <class real>
 const PairLoops<real>& pair_loops(Isa isa);
+
+// Sets bits [from, to) of a row of a mask.
+inline void range_mask(int from, int to, uint64_t* bits) {
+  for (int word = 0; word < kWords; ++word) {
+    int a = std::clamp(from - 64 * word, 0, 64), b = std::clamp(to - 64 * word, 0, 64);
+    uint64_t below_b = b == 64 ? ~uint64_t{0} : (uint64_t{1} << b) - 1;
+    uint64_t below_a = a == 64 ? ~uint64_t{0} : (uint64_t{1} << a) - 1;
+    bits[word] = below_b & ~below_a;
+  }
+}
+
+// body(row, column) for each bit of `bits` [m, kWords].
+template <class Body>
+void for_bits(const uint64_t* bits, int m, const Body& body) {
+  for (int row = 0; row < m; ++row)
+    for (int word = 0; word < kWords; ++word)
+      for (uint64_t rest = bits[row * kWords + word]; rest; rest &= rest - 1)
+        body(row, 64 * word + __builtin_ctzll(rest));
+}
 
 // The first 64 words rows and columns of out [kTile, kWords] = those of bits [kTile, kWords] transposed.
 void transpose_mask(const uint64_t* bits, int words, uint64_t* out);

@@ -12,6 +12,7 @@ from tcm_fused.backends.numerics import (
     product,
     project,
     unit_and_norms,
+    weighted,
     wide_dtype,
 )
 from tcm_fused.backends.problem import Problem, Result
@@ -40,7 +41,7 @@ def run(problem: Problem) -> Result:
             # Not weights / n: weights on the CPU would have to be copied to the device, and that waits for it.
             weight = torch.stack([weights[0] / n_plus, weights[1] / n_minus])
             weight = torch.where(sums.finite & torch.isfinite(weights).all(), weight, torch.nan)
-            loss = (weight * sums.penalty).sum().to(none.dtype)
+            loss = weighted(weight, sums.penalty).sum().to(none.dtype)
         return Result(
             loss,
             sums.rows.gradient(weight) if problem.grad_x else none,

@@ -137,6 +137,11 @@ def unit_and_norms(x: Tensor, takes_part: Tensor) -> tuple[Tensor, Norms]:
     return norms.divide(x), norms
 
 
+def weighted(weight: Tensor, value: Tensor) -> Tensor:
+    """weight * value, and 0 where the weight is 0: the value of a side that does not count may be infinite."""
+    return torch.where(weight == 0, 0, weight * value)
+
+
 def project(weight: Tensor, g: list[Tensor], x_hat: Tensor, norms: Norms) -> Tensor:
     """dL/dx = (g - (g . x^) x^) / max(|x|, EPS) with g = w- G- - w+ G+; 0 for a zero row.
 
@@ -144,7 +149,7 @@ def project(weight: Tensor, g: list[Tensor], x_hat: Tensor, norms: Norms) -> Ten
     is not finite, so are all rows that take part, a zero row too; those that do not have 0.
     """
     g_plus, g_minus = g
-    total = weight[1].to(x_hat.dtype) * g_minus - weight[0].to(x_hat.dtype) * g_plus
+    total = weighted(weight[1].to(x_hat.dtype), g_minus) - weighted(weight[0].to(x_hat.dtype), g_plus)
     along = (total * x_hat).sum(dim=1, keepdim=True)
     total -= torch.where(norms.is_tiny, 0, along) * x_hat
     total *= norms.length != 0

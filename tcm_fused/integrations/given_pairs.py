@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from tcm_fused.arguments import Options, check_differentiation
-from tcm_fused.backends.numerics import loss_dtype, project, unit_and_norms, wide_dtype
+from tcm_fused.backends.numerics import loss_dtype, project, unit_and_norms, weighted, wide_dtype
 from tcm_fused.backends.operators import wants_gradient, with_gradient
 from tcm_fused.loss import TCMStats, stats_of
 
@@ -101,7 +101,7 @@ def _loss_and_gradients(
         project(weight, g_rows, x_hat, norms) if g_rows else None,
         project(weight, g_columns, ref_hat, ref_norms) if g_columns else None,
     ]
-    return (weight * penalty).sum().to(dtype), grads, penalty, count
+    return weighted(weight, penalty).sum().to(dtype), grads, penalty, count
 
 
 def _in_pairs(x: Tensor, *indices: Tensor) -> Tensor:

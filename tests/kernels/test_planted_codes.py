@@ -13,6 +13,7 @@ as it is:
 
 import os
 import subprocess
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,58 +39,54 @@ class Fault:
         return f"(planted_fault == {number} ? ({self.replacement}) : ({rest}))"
 
 
-def loss(text: str, replacement: str) -> Fault:
-    return Fault("loss.cpp", text, replacement)
+def in_file(name: str) -> Callable[[str, str], Fault]:
+    return lambda text, replacement: Fault(name, text, replacement)
 
 
-def codes(text: str, replacement: str) -> Fault:
-    return Fault("codes.h", text, replacement)
-
-
-def loops(text: str, replacement: str) -> Fault:
-    return Fault("pair_loops.cpp", text, replacement)
-
-
+loss, pairs, decide, codes, loops = map(in_file, ("loss.cpp", "pairs.h", "decide.h", "codes.h", "pair_loops.cpp"))
 ROW_ERROR, COLUMN_ERROR = "sign * (error + kCodeSlack)", "sign * (1 + error)"
 BOUND = "error + (1.0 + error) * panel.error + kCodeSlack"
-HALF = "(sum - rows_.norm[t.i]) / 2"
-IS_HARD = "violation_of(side, s) >= 0"
+HALF = "(sum - row_codes_.panel[t.i].squares) / 2"
+COLUMNS = "columns_.add_masked(t.j, rows_, t.i, side, most, listed, "
+IS_HARD = "pairs_.violation_of(side, s) >= 0"
 FAULTS = {
     # The bound, pair by pair.
-    "pair: no e_i": loss(ROW_ERROR, "sign * kCodeSlack"),
-    "pair: no slack": loss(ROW_ERROR, "sign * error"),
-    "pair: no e_j": loss(COLUMN_ERROR, "0.0f"),
-    "pair: no e_i e_j": loss(COLUMN_ERROR, "sign"),
-    "pair: error of another row": loss("a.error.get()[i]", "a.error.get()[rows_.begin(t.i)]"),
-    "pair: sure negatives by the upper bound": loss(
+    "pair: no e_i": decide(ROW_ERROR, "sign * kCodeSlack"),
+    "pair: no slack": decide(ROW_ERROR, "sign * error"),
+    "pair: no e_j": decide(COLUMN_ERROR, "0.0f"),
+    "pair: no e_i e_j": decide(COLUMN_ERROR, "sign"),
+    "pair: error of another row": decide("a.error.get()[i]", "a.error.get()[pairs_.rows.begin(t.i)]"),
+    "pair: sure negatives by the upper bound": decide(
         "reach(kMinus, -1, must[kMinus])", "reach(kMinus, 1, must[kMinus])"
     ),
-    "pair: possible negatives by the lower bound": loss(
+    "pair: possible negatives by the lower bound": decide(
         "reach(kMinus, 1, may[kMinus])", "reach(kMinus, -1, may[kMinus])"
     ),
-    "pair: sure positives by the lower bound": loss("reach(kPlus, 1, must[kPlus])", "reach(kPlus, -1, must[kPlus])"),
-    "pair: possible positives by the upper bound": loss("reach(kPlus, -1, may[kPlus])", "reach(kPlus, 1, may[kPlus])"),
+    "pair: sure positives by the lower bound": decide("reach(kPlus, 1, must[kPlus])", "reach(kPlus, -1, must[kPlus])"),
+    "pair: possible positives by the upper bound": decide(
+        "reach(kPlus, -1, may[kPlus])", "reach(kPlus, 1, may[kPlus])"
+    ),
     # The bound of a whole row.
-    "row: no e_i": loss(BOUND, "(1.0 + error) * panel.error + kCodeSlack"),
-    "row: no e_j": loss(BOUND, "error + kCodeSlack"),
-    "row: scales exchanged above": loss(
+    "row: no e_i": decide(BOUND, "(1.0 + error) * panel.error + kCodeSlack"),
+    "row: no e_j": decide(BOUND, "error + kCodeSlack"),
+    "row: scales exchanged above": decide(
         "(most > 0 ? panel.most_scale : panel.least_scale)", "(most > 0 ? panel.least_scale : panel.most_scale)"
     ),
-    "row: scales exchanged below": loss(
+    "row: scales exchanged below": decide(
         "(least > 0 ? panel.least_scale : panel.most_scale)", "(least > 0 ? panel.most_scale : panel.least_scale)"
     ),
-    "row: surely hard by the upper bound": loss("low - bound >= m", "low + bound >= m"),
-    "row: left out with its positives": loss("high + bound < m && first == last", "high + bound < m"),
+    "row: surely hard by the upper bound": decide("low - bound >= m", "low + bound >= m"),
+    "row: left out with its positives": decide("high + bound < m && first == last", "high + bound < m"),
     # Which pairs there are.
-    "pairs: a row with itself": loss("~(uint64_t{1} << own % 64)", "~uint64_t{0}"),
-    "pairs: positives among possible negatives": loss(
+    "pairs: a row with itself": decide("~(uint64_t{1} << own % 64)", "~uint64_t{0}"),
+    "pairs: positives among possible negatives": decide(
         "may[kMinus][word] &= all[word] & ~positive[word]", "may[kMinus][word] &= all[word]"
     ),
-    "pairs: positives among sure negatives": loss(
+    "pairs: positives among sure negatives": decide(
         "must[kMinus][word] &= all[word] & ~positive[word]", "must[kMinus][word] &= all[word]"
     ),
-    "pairs: no products below the first block": loss(
-        "diagonal ? j + kCodeBlock : rows_.tile", "diagonal ? kCodeBlock : rows_.tile"
+    "pairs: no products below the first block": decide(
+        "pairs_.is_diagonal(t) ? j + kCodeBlock : tile", "pairs_.is_diagonal(t) ? kCodeBlock : tile"
     ),
     # Codes and their products.
     "codes: error of 99 %": codes("rest * (1 + 1e-6)", "rest * 0.99"),
@@ -101,32 +98,29 @@ FAULTS = {
     "codes: no shift of a pair": loops("static_cast<float>(p[j] - shift[j])", "static_cast<float>(p[j])"),
     "codes: no shift of a row": loops("product[j] - shift[j]", "product[j]"),
     # Decisions near a margin.
-    "near: product not settled": loss("std::abs(s[j] - m) <= near_", "false"),
-    "near: similarity not settled": loss("std::abs(s - margin(side)) > near_", "true"),
+    "near: product not settled": loss("std::abs(s[j] - m) <= pairs_.near", "false"),
+    "near: similarity not settled": pairs("std::abs(s - margin(side)) > near", "true"),
     "near: settled in float32": loops("static_cast<double>(x[k]) * y[k]", "static_cast<double>(x[k] * y[k])"),
     # Sums where most are surely hard.
-    "sure: others not subtracted": loss("sum -= s;", ""),
-    "sure: hard ones subtracted": loss(
+    "sure: others not subtracted": decide("sum -= s;", ""),
+    "sure: hard ones subtracted": decide(
         "hard[row * kWords + column / 64] |= bit, ++count;",
         "hard[row * kWords + column / 64] |= bit, ++count, sum -= s;",
     ),
-    "sure: others never hard": loss(IS_HARD, "false"),
-    "sure: others always hard": loss(IS_HARD, "true"),
-    "sure: pairs of the diagonal": loss(HALF, "sum / 2"),
-    "sure: both halves of the diagonal": loss(HALF, "sum - rows_.norm[t.i]"),
-    "sure: sides exchanged": loss(
+    "sure: others never hard": decide(IS_HARD, "false"),
+    "sure: others always hard": decide(IS_HARD, "true"),
+    "sure: pairs of the diagonal": decide(HALF, "sum / 2"),
+    "sure: both halves of the diagonal": decide(HALF, "sum - row_codes_.panel[t.i].squares"),
+    "sure: sides exchanged": decide(
         "side == kPlus ? m * count - sum : sum - m * count", "side == kMinus ? m * count - sum : sum - m * count"
     ),
-    "sure: squared penalties": loss("(p_.squared || pairs - sure[side] > most)", "pairs - sure[side] > most"),
+    "sure: squared penalties": decide("(pairs_.p.squared || all - sure[side] > most)", "all - sure[side] > most"),
     # Pairs that are decided one by one.
-    "possible: mask of another tile": loss("std::fill_n(hard, rows_.tile * kWords, 0);", ""),
-    "possible: no similarity for weights": loss("t.s[row * t.stride + column] = s;", ""),
-    "possible: all of them": loss("!(violation >= 0)", "false"),
-    "possible: never squared": loss("p_.squared ? violation * violation : violation", "violation"),
-    "gradient: mask not transposed": loss(
-        "add_masked(columns(), t.j, rows_, t.i, side, most, listed, scratch.transposed, scratch);",
-        "add_masked(columns(), t.j, rows_, t.i, side, most, listed, scratch.mask, scratch);",
-    ),
+    "possible: mask of another tile": decide("std::fill_n(hard, pairs_.rows.tile * kWords, 0);", ""),
+    "possible: no similarity for weights": decide("t.s[row * t.stride + column] = s;", ""),
+    "possible: all of them": decide("!(violation >= 0)", "false"),
+    "possible: never squared": decide("pairs_.p.squared ? violation * violation : violation", "violation"),
+    "gradient: mask not transposed": loss(f"{COLUMNS}scratch.transposed);", f"{COLUMNS}scratch.mask);"),
 }
 
 

@@ -3,6 +3,7 @@ that is made of them."""
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 import torch
 from pytorch_metric_learning.utils import loss_and_miner_utils as miners
 from support.batches import KINDS, embeddings
-from support.oracle import Result, as_array, compare, oracle_of, run
+from support.oracle import Result, as_array, assert_same_bits, compare, oracle_of, run
 from torch import Tensor
 
 from tcm_fused import CrossBatchMemory, TCMLoss, opis, tcm_loss
@@ -231,6 +232,20 @@ def test_gradients_beside_a_row_that_is_not_finite(form: str, dtype: torch.dtype
             assert leaf.grad is not None
             assert leaf.grad[y >= 0].isnan().all()
             assert not leaf.grad[y < 0].any()
+
+
+@pytest.mark.parametrize("side", ["plus", "minus"])
+@pytest.mark.parametrize("form", ["cpu", "torch"])
+def test_a_side_of_weight_0_may_be_infinite(form: str, side: str) -> None:
+    """Squared violations of 1e30 are too large for float32; with weight 0 nothing depends on them."""
+    x, y = scaled("classes", "all", 0, torch.float32)
+    other = scaled("random", "all", 0, torch.float32)
+    for sets in ((x, y), (x, y, *other)):
+        options: dict[str, Any] = {**MARGINS, f"lambda_{side}": 0.0, "penalty": "squared"}
+        far: dict[str, Any] = {f"margin_{side}": 1e30 if side == "plus" else -1e30}
+        results = [run(form, *sets, **{**options, **margins}) for margins in (far, {})]
+        infinite, wanted = (replace(r, count=r.count[:0], violation=r.violation[:0]) for r in results)
+        assert_same_bits(infinite, wanted)
 
 
 def test_pairs_of_a_miner_beside_a_row_that_is_not_finite() -> None:

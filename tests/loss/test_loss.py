@@ -127,6 +127,14 @@ def test_densities_of_squares(backend: str, dtype: torch.dtype, n: int, d: int, 
     check(backend, x, labels, x[: n // 3], labels[: n // 3], row_offset=None, reduction="all", **call)
 
 
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_sums_of_equal_violations(backend: str) -> None:
+    """Roundings of equal terms all go one way: nine million of them leave the mean as exact as one."""
+    x = torch.ones(3000, 1, dtype=torch.float64)
+    violation = run(backend, x, torch.zeros(3000, dtype=torch.int64), margin_plus=1.1).violation[0]
+    np.testing.assert_allclose(violation, 1.1 - 1.0, rtol=4e-16)
+
+
 @pytest.mark.parametrize("penalty", ["hinge", "squared"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("n", "d", "classes"), [(2100, 16, 30), (3000, 5, 1500)])
