@@ -180,9 +180,8 @@ def launch(config: Config, processors: int, problem: Problem) -> Result:
     self_pairs = prologue.DIAGONAL if symmetric else prologue.NO_SELF if row_offset is None else prologue.TABLE
     numbers = *on_device_or_bits(margins, x.device), *on_device_or_bits(weights, x.device)
     normalise(config, rows, parts, state, numbers)
-    position = None
+    position = None if row_offset is None or symmetric else new(len(columns.order), dtype=torch.int32)
     if not symmetric:
-        position = new(len(columns.order) if row_offset is not None else 0, dtype=torch.int32)
         normalise(config, columns, parts, state, numbers)
         tile_sums(config, columns, parts, columns, None, position, 0, self_pairs)
     positives = new((3, len(rows.order)), dtype=torch.int32)
