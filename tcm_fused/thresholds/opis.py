@@ -199,7 +199,6 @@ def opis(
         beta: weight of sensitivity against specificity, above 0.
         epsilon: share of the classes that are "worst", between 0 and 1.
         backend: "auto", "cpu" or "cuda" (the kernels; on a GPU for all but float64) or "torch" (any device, slower).
-            Two sets, and pairs across groups, are counted by "torch".
         progress: show a bar; needs tqdm.
 
     Raises:

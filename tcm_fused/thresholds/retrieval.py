@@ -101,8 +101,9 @@ def retrieval(
     """Rank the rows by similarity to each query, and tell where its positives are; exactly, without a sort.
 
     In a tile of similarities only the negatives that come before a query's last positive are looked at: each is counted
-    at its place among the positives. It takes O((N + M) D) memory and a little longer than the product. In a tie, but
-    for rounding, the negative comes first, as in `recall_at_1` elsewhere.
+    at its place among the positives. It takes O((N + M) D) memory, and the time of the product and of these negatives:
+    the worse the model, the longer. In a tie, but for rounding, the negative comes first, as in `recall_at_1`
+    elsewhere.
 
     Args:
         embeddings, labels, ref_emb, ref_labels, groups, ref_groups, group_pairs, progress: as in `opis`. Without

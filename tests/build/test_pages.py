@@ -222,9 +222,10 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
     labels = np.arange(120) % 6
     x = rng.normal(size=(6, 8))[labels] + rng.normal(size=(120, 8))
-    for name in ("held_out", "test", "base", "with_tcm"):
+    for name in ("held_out", "test", "base", "with_tcm", "queries", "gallery"):
         np.savez(f"{name}.npz", embeddings=x, labels=labels)
     tcm_fused.Threshold(0.3).save("threshold.json")
+    tcm_fused.match_probability(x, labels).save("probability.json")
     np.save("test_emb.npy", x)
     np.save("test_labels.npy", labels)
 
