@@ -13,7 +13,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from benchmarks.comparison import MEASURES, Change, Measure, change_of
 from benchmarks.glyphs import plan
@@ -92,8 +92,11 @@ def change(found: Sequence[Pair], measure: Measure) -> Change:
     return change_of(before, after, measure)
 
 
-def markdown(results: Sequence[Result], fonts: dict[str, Any]) -> str:
-    """The page of results."""
+UTILITY_OF = "CNN, Smooth-AP, seed 0"
+
+
+def markdown(results: Sequence[Result], fonts: dict[str, Any], models: Sequence[tuple[str, OPISResult]] = ()) -> str:
+    """The page of results; `models` are those that are looked at more closely."""
     there = cells(results)
     parts = [
         "# Characters in many typefaces\n",
@@ -105,6 +108,8 @@ def markdown(results: Sequence[Result], fonts: dict[str, Any]) -> str:
         _table(results, there, MORE),
         "## At equal recall of the held-out characters\n",
         _equal_recall(results, there),
+        "## What OPIS is made of\n",
+        _made_of(models),
         "## What was chosen\n",
         _choices(results),
         "## One thing changed\n",
@@ -163,8 +168,13 @@ def points(result: Result) -> list[Point]:
 
 
 def at_recall(result: Result, level: float) -> Point | None:
-    """Where held-out recall@1 first reaches a level: between two looks, in proportion; OPIS by its logarithm."""
+    """Where held-out recall@1 first reaches a level: between two looks, in proportion; OPIS by its logarithm.
+
+    The first look, where it is past the level already; None where the level is not reached.
+    """
     way = points(result)
+    if way[0].held_out_recall >= level:
+        return way[0]
     for before, after in itertools.pairwise(way):
         if before.held_out_recall <= level <= after.held_out_recall:
             span = after.held_out_recall - before.held_out_recall
@@ -204,9 +214,24 @@ def _equal_recall(results: Sequence[Result], there: Sequence[tuple[str, str]]) -
         )
     text = (
         "Each pair at the recall@1 of the held-out characters that the worse of the two ends with; the better passes "
-        "it on the way, between two looks, and stands there in proportion.\n"
+        "it on the way, and stands there in proportion between two looks, or at the first look if it is past it by then.\n"
     )
     return "\n".join([*lines, "", text])
+
+
+def _made_of(models: Sequence[tuple[str, OPISResult]]) -> str:
+    lines = [
+        f"| {UTILITY_OF} | OPIS x 1000 | variance of the sensitivity x 1000 | of the specificity x 1000 "
+        "| share of OPIS of the tenth of classes that differ most, % |",
+        "|---|" + "--:|" * 4,
+    ]
+    for name, found in models:
+        off = np.sort(((found.utility - found.utility.mean(axis=0)) ** 2).mean(axis=1))[::-1]
+        worst = off[: math.ceil(len(off) / 10)].sum() / off.sum()
+        spreads = (1000 * float(rate.var(axis=0).mean()) for rate in (found.sensitivity, found.specificity))
+        cells_ = " | ".join(f"{value:.2f}" for value in spreads)
+        lines.append(f"| {name} | {1000 * found.opis:.2f} | {cells_} | {100 * worst:.0f} |")
+    return "\n".join([*lines, "", "Variance over classes, mean over the thresholds of the range.\n"])
 
 
 def _choices(results: Sequence[Result]) -> str:
@@ -260,13 +285,18 @@ def draw_pareto(results: Sequence[Result]) -> Figure:
         axes = figure.subplots()
         drawn: dict[tuple[str, str], None] = {}
         for result in results:
-            if result["variant"].startswith(("rate", "weight")):
-                continue
             about = result["identity"]
             key = about["backbone"], about["base"]
             drawn[key] = None
             way = points(result)
             filled = about["tcm"] is not None
+            axes.plot(
+                [100 * point.error for point in way],
+                [1000 * point.opis for point in way],
+                color=COLOUR[key],
+                linewidth=0.8,
+                alpha=0.4,
+            )
             for k, point in enumerate(way):
                 last = k == len(way) - 1
                 axes.plot(
@@ -279,8 +309,6 @@ def draw_pareto(results: Sequence[Result]) -> Figure:
                     alpha=0.9 if last else 0.5,
                     linestyle="",
                 )
-        for axis in (axes.xaxis, axes.yaxis):
-            axis.set_minor_formatter(NullFormatter())
         axes.set(xscale="log", yscale="log", xlabel="recognition error, % (1 - recall@1)", ylabel="OPIS x 1000")
         _plain_ticks(axes)
         axes.grid(alpha=0.3, which="both")
@@ -292,7 +320,16 @@ def draw_pareto(results: Sequence[Result]) -> Figure:
         marks += [
             Line2D([], [], color=GREY, marker="s", markerfacecolor="white", linestyle="", label="without TCM"),
             Line2D([], [], color=GREY, marker="o", linestyle="", label="with TCM"),
-            Line2D([], [], color=GREY, marker="o", markersize=4, alpha=0.5, linestyle="", label="small: on the way"),
+            Line2D(
+                [],
+                [],
+                color=GREY,
+                marker="o",
+                markersize=4,
+                alpha=0.5,
+                linestyle="",
+                label="small: at two thirds of the training",
+            ),
         ]
         axes.legend(handles=marks, loc="upper left")
     return figure
@@ -301,8 +338,10 @@ def draw_pareto(results: Sequence[Result]) -> Figure:
 def _plain_ticks(axes: Axes) -> None:
     plain = FuncFormatter(lambda value, _: f"{value:g}")
     for axis, low, high in ((axes.xaxis, *axes.get_xlim()), (axes.yaxis, *axes.get_ylim())):
-        steps = [b * 10.0**e for e in range(-3, 4) for b in (1, 2, 3, 5)]
-        axis.set_ticks([step for step in steps if low <= step <= high])
+        few = (1, 2, 3, 5) if high > 8 * low else (1, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9)
+        ticks = [b * 10.0**e for e in range(-3, 4) for b in few]
+        axis.set_major_locator(FixedLocator([tick for tick in ticks if low <= tick <= high]))
+        axis.set_minor_locator(NullLocator())
         axis.set_major_formatter(plain)
 
 
@@ -313,4 +352,5 @@ def draw_utility(found: Sequence[tuple[str, OPISResult]]) -> Figure:
         for axes, (name, result) in zip(figure.subplots(1, len(found), sharey=True), found, strict=True):
             result.plot(axes)
             axes.set_title(f"{name}: OPIS x 1000 = {1000 * result.opis:.2f}")
+        figure.suptitle(f"Unseen characters, {UTILITY_OF}", x=0.008, ha="left", fontsize=13)
     return figure
