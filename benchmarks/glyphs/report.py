@@ -213,8 +213,8 @@ def _equal_recall(results: Sequence[Result], there: Sequence[tuple[str, str]]) -
             f"| {' | '.join(cells_)} |"
         )
     text = (
-        "Each pair at the recall@1 of the held-out characters that the worse of the two ends with. The better passes it "
-        "on the way, and stands there in proportion between two looks, or at the first if it is past it by then.\n"
+        "Each pair at the recall@1 of the held-out characters that the worse of the two ends with. The better passes "
+        "it on the way, and stands there in proportion between two looks, or at the first if it is past it by then.\n"
     )
     return "\n".join([*lines, "", text])
 
