@@ -70,8 +70,8 @@ def _work(options: argparse.Namespace) -> None:
     if not report.cells(results):
         raise ValueError(f"under {options.out} no run is finished both without TCM and with; run it without --finished")
     fonts = json.loads((options.root / "fonts.json").read_text(encoding="utf-8"))
-    text = report.markdown(results, fonts)
     models = utility_models(options.root, options.out)
+    text = report.markdown(results, fonts, models)
     pictures = {"utility": report.draw_utility(models), "pareto": report.draw_pareto(results)}
     options.results.mkdir(parents=True, exist_ok=True)
     content = json.dumps({"fonts": fonts, "runs": results}, indent=1, ensure_ascii=False) + "\n"

@@ -13,7 +13,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from benchmarks.comparison import MEASURES, Change, Measure, change_of
 from benchmarks.glyphs import plan
@@ -28,10 +28,7 @@ MORE = (
 )
 NETWORK = {"small": "CNN", "small-vit": "ViT"}
 BASE = {"smoothap": "Smooth-AP", "arcface": "ArcFace"}
-COLOUR = {("small", "smoothap"): "#0072B2", ("small", "arcface"): "#D55E00"} | {
-    ("small-vit", "smoothap"): "#56B4E9",
-    ("small-vit", "arcface"): "#E69F00",
-}
+COLOUR = {"smoothap": "#0072B2", "arcface": "#D55E00"}
 
 Pair = tuple[Result, Result]  # one seed without TCM and with
 
@@ -61,28 +58,22 @@ def cells(results: Iterable[Result]) -> list[tuple[str, str]]:
 
 
 def pairs(results: Iterable[Result], variant: str, network: str, base: str) -> list[Pair]:
-    """By seed, those finished without TCM and with. Variants that change TCM alone stand against the measured runs."""
-    sides: dict[str, dict[int, Result]] = {"without": {}, "with": {}}
-    for result in results:
-        about = result["identity"]
-        if (about["backbone"], about["base"]) != (network, base):
-            continue
-        if about["tcm"] is not None and result["variant"] == variant:
-            sides["with"][about["seed"]] = result
-        own = result["variant"] == variant
-        if about["tcm"] is None and (
-            own or (result["variant"] == "measured" and about["seed"] not in sides["without"])
-        ):
-            sides["without"][about["seed"]] = result
-    seeds = sorted(sides["with"].keys() & sides["without"].keys())
-    found = [(sides["without"][seed], sides["with"][seed]) for seed in seeds]
-    return [pair for pair in found if _comparable(*pair)]
+    """By seed, the runs of a variant with TCM, each beside the one without that differs from it in nothing else."""
+    results = list(results)
+    without = {_but_tcm(result): result for result in results if result["identity"]["tcm"] is None}
+    found = [
+        (without[_but_tcm(result)], result)
+        for result in results
+        if result["variant"] == variant
+        and result["identity"]["tcm"] is not None
+        and (result["identity"]["backbone"], result["identity"]["base"]) == (network, base)
+        and _but_tcm(result) in without
+    ]
+    return sorted(found, key=lambda pair: pair[0]["identity"]["seed"])
 
 
-def _comparable(without: Result, with_tcm: Result) -> bool:
-    """They differ in nothing but TCM."""
-    a, b = ({k: v for k, v in result["identity"].items() if k != "tcm"} for result in (without, with_tcm))
-    return a == b
+def _but_tcm(result: Result) -> str:
+    return json.dumps({k: v for k, v in result["identity"].items() if k != "tcm" and v is not None}, sort_keys=True)
 
 
 def change(found: Sequence[Pair], measure: Measure) -> Change:
@@ -92,8 +83,11 @@ def change(found: Sequence[Pair], measure: Measure) -> Change:
     return change_of(before, after, measure)
 
 
-def markdown(results: Sequence[Result], fonts: dict[str, Any]) -> str:
-    """The page of results."""
+UTILITY_OF = "CNN, Smooth-AP, seed 0"
+
+
+def markdown(results: Sequence[Result], fonts: dict[str, Any], models: Sequence[tuple[str, OPISResult]] = ()) -> str:
+    """The page of results; `models` are those that are looked at more closely."""
     there = cells(results)
     parts = [
         "# Characters in many typefaces\n",
@@ -105,6 +99,8 @@ def markdown(results: Sequence[Result], fonts: dict[str, Any]) -> str:
         _table(results, there, MORE),
         "## At equal recall of the held-out characters\n",
         _equal_recall(results, there),
+        "## What OPIS is made of\n",
+        _made_of(models),
         "## What was chosen\n",
         _choices(results),
         "## One thing changed\n",
@@ -163,8 +159,13 @@ def points(result: Result) -> list[Point]:
 
 
 def at_recall(result: Result, level: float) -> Point | None:
-    """Where held-out recall@1 first reaches a level: between two looks, in proportion; OPIS by its logarithm."""
+    """Where held-out recall@1 first reaches a level: between two looks, in proportion; OPIS by its logarithm.
+
+    The first look, where it is past the level already; None where the level is not reached.
+    """
     way = points(result)
+    if way[0].held_out_recall >= level:
+        return way[0]
     for before, after in itertools.pairwise(way):
         if before.held_out_recall <= level <= after.held_out_recall:
             span = after.held_out_recall - before.held_out_recall
@@ -203,10 +204,25 @@ def _equal_recall(results: Sequence[Result], there: Sequence[tuple[str, str]]) -
             f"| {' | '.join(cells_)} |"
         )
     text = (
-        "Each pair at the recall@1 of the held-out characters that the worse of the two ends with; the better passes "
-        "it on the way, between two looks, and stands there in proportion.\n"
+        "Each pair at the recall@1 of the held-out characters that the worse of the two ends with. The better passes "
+        "it on the way, and stands there in proportion between two looks, or at the first if it is past it by then.\n"
     )
     return "\n".join([*lines, "", text])
+
+
+def _made_of(models: Sequence[tuple[str, OPISResult]]) -> str:
+    lines = [
+        f"| {UTILITY_OF} | OPIS x 1000 | variance of the sensitivity x 1000 | of the specificity x 1000 "
+        "| share of OPIS of the tenth of classes that differ most, % |",
+        "|---|" + "--:|" * 4,
+    ]
+    for name, found in models:
+        off = np.sort(((found.utility - found.utility.mean(axis=0)) ** 2).mean(axis=1))[::-1]
+        worst = off[: math.ceil(len(off) / 10)].sum() / off.sum()
+        spreads = (1000 * float(rate.var(axis=0).mean()) for rate in (found.sensitivity, found.specificity))
+        cells_ = " | ".join(f"{value:.2f}" for value in spreads)
+        lines.append(f"| {name} | {1000 * found.opis:.2f} | {cells_} | {100 * worst:.0f} |")
+    return "\n".join([*lines, "", "Variance over classes, mean over the thresholds of the range.\n"])
 
 
 def _choices(results: Sequence[Result]) -> str:
@@ -231,78 +247,71 @@ def _choices(results: Sequence[Result]) -> str:
 
 def _variants(results: Sequence[Result], there: Sequence[tuple[str, str]]) -> str:
     lines = [
-        "| network, base loss | changed | m+ | m- | weight | seeds | OPIS x 1000: without | with TCM | change "
+        "| network, base loss | changed | m+ | m- | weight | seeds (which) | OPIS x 1000: without | with TCM | change "
         "| recall@1, %: without | with TCM | change |",
         "|---|---|" + "--:|" * 10,
     ]
     names = [name for name in dict.fromkeys(r["variant"] for r in results) if name != "measured"]
     for network, base in there:
-        for name in ("measured", *names):
-            found = pairs(results, name, network, base)
-            if name == "measured":
-                found = [pair for pair in found if pair[0]["identity"]["seed"] in plan.VARIANT_SEEDS]
+        others = {name: pairs(results, name, network, base) for name in names}
+        seeds = {pair[0]["identity"]["seed"] for found in others.values() for pair in found}
+        same = [p for p in pairs(results, "measured", network, base) if p[0]["identity"]["seed"] in seeds]
+        for name, found in {"nothing": same, **others}.items():
             if not found:
                 continue
             tcm = found[0][1]["identity"]["tcm"]
             cells_ = [c for k in (0, 2) for c in _cells(change(found, MEASURES_HERE[k]), MEASURES_HERE[k])]
             lines.append(
-                f"| {NETWORK[network]}, {BASE[base]} | {'nothing' if name == 'measured' else name} "
-                f"| {tcm['margin_plus']:.3f} | {tcm['margin_minus']:.3f} | {tcm['lambda_plus']:g} | {len(found)} "
+                f"| {NETWORK[network]}, {BASE[base]} | {name} "
+                f"| {tcm['margin_plus']:.3f} | {tcm['margin_minus']:.3f} | {tcm['lambda_plus']:g} "
+                f"| {len(found)} ({', '.join(str(pair[0]['identity']['seed']) for pair in found)}) "
                 f"| {' | '.join(cells_)} |"
             )
     return "\n".join(lines) + "\n"
 
 
 def draw_pareto(results: Sequence[Result]) -> Figure:
-    """OPIS against recognition error of every run: at its end, and on the way smaller."""
+    """OPIS against recognition error of every run, at its end and, smaller, on the way; a panel for each network."""
+    networks = [n for n in plan.NETWORKS if any(r["identity"]["backbone"] == n for r in results)]
     with rc_context(LOOK):
-        figure = Figure(figsize=(8.5, 6), layout="constrained")
-        axes = figure.subplots()
-        drawn: dict[tuple[str, str], None] = {}
-        for result in results:
-            if result["variant"].startswith(("rate", "weight")):
-                continue
-            about = result["identity"]
-            key = about["backbone"], about["base"]
-            drawn[key] = None
-            way = points(result)
-            filled = about["tcm"] is not None
-            for k, point in enumerate(way):
-                last = k == len(way) - 1
-                axes.plot(
-                    100 * point.error,
-                    1000 * point.opis,
-                    marker="o" if filled else "s",
-                    markersize=7 if last else 4,
-                    color=COLOUR[key],
-                    markerfacecolor=COLOUR[key] if filled else "white",
-                    alpha=0.9 if last else 0.5,
-                    linestyle="",
-                )
-        for axis in (axes.xaxis, axes.yaxis):
-            axis.set_minor_formatter(NullFormatter())
-        axes.set(xscale="log", yscale="log", xlabel="recognition error, % (1 - recall@1)", ylabel="OPIS x 1000")
-        _plain_ticks(axes)
-        axes.grid(alpha=0.3, which="both")
-        axes.set_title("Unseen characters: OPIS against recognition error, every run")
-        marks = [
-            Line2D([], [], color=COLOUR[key], marker="o", linestyle="", label=f"{NETWORK[key[0]]}, {BASE[key[1]]}")
-            for key in drawn
-        ]
+        figure = Figure(figsize=(5.8 * len(networks), 5), layout="constrained")
+        for axes, network in zip(figure.subplots(1, len(networks), squeeze=False)[0], networks, strict=True):
+            for result in results:
+                if result["identity"]["backbone"] == network:
+                    _draw_run(axes, result)
+            axes.set(xscale="log", yscale="log", xlabel="recognition error, % (1 - recall@1)", ylabel="OPIS x 1000")
+            axes.set_title(NETWORK[network])
+            _plain_ticks(axes)
+            axes.grid(alpha=0.3)
+        figure.suptitle("Unseen characters, every run", x=0.008, ha="left", fontsize=13)
+        marks = [Line2D([], [], color=COLOUR[base], marker="o", linestyle="", label=BASE[base]) for base in plan.BASES]
         marks += [
             Line2D([], [], color=GREY, marker="s", markerfacecolor="white", linestyle="", label="without TCM"),
             Line2D([], [], color=GREY, marker="o", linestyle="", label="with TCM"),
-            Line2D([], [], color=GREY, marker="o", markersize=4, alpha=0.5, linestyle="", label="small: on the way"),
+            Line2D([], [], color=GREY, marker="o", markersize=4, linestyle="", label="small: two thirds through"),
         ]
-        axes.legend(handles=marks, loc="upper left")
+        figure.legend(handles=marks, loc="outside lower center", ncols=5)
     return figure
+
+
+def _draw_run(axes: Axes, result: Result) -> None:
+    way = points(result)
+    colour, filled = COLOUR[result["identity"]["base"]], result["identity"]["tcm"] is not None
+    x, y = [100 * point.error for point in way], [1000 * point.opis for point in way]
+    axes.plot(x, y, color=colour, linewidth=0.8, alpha=0.4)
+    style = {"color": colour, "markerfacecolor": colour if filled else "white", "linestyle": ""}
+    marker = "o" if filled else "s"
+    axes.plot(x[:-1], y[:-1], marker=marker, markersize=4, alpha=0.5, **style)
+    axes.plot(x[-1:], y[-1:], marker=marker, markersize=7, alpha=0.9, **style)
 
 
 def _plain_ticks(axes: Axes) -> None:
     plain = FuncFormatter(lambda value, _: f"{value:g}")
     for axis, low, high in ((axes.xaxis, *axes.get_xlim()), (axes.yaxis, *axes.get_ylim())):
-        steps = [b * 10.0**e for e in range(-3, 4) for b in (1, 2, 3, 5)]
-        axis.set_ticks([step for step in steps if low <= step <= high])
+        few = (1, 2, 3, 5) if high > 8 * low else (1, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9)
+        ticks = [b * 10.0**e for e in range(-3, 4) for b in few]
+        axis.set_major_locator(FixedLocator([tick for tick in ticks if low <= tick <= high]))
+        axis.set_minor_locator(NullLocator())
         axis.set_major_formatter(plain)
 
 
@@ -313,4 +322,5 @@ def draw_utility(found: Sequence[tuple[str, OPISResult]]) -> Figure:
         for axes, (name, result) in zip(figure.subplots(1, len(found), sharey=True), found, strict=True):
             result.plot(axes)
             axes.set_title(f"{name}: OPIS x 1000 = {1000 * result.opis:.2f}")
+        figure.suptitle(f"Unseen characters, {UTILITY_OF}", x=0.008, ha="left", fontsize=13)
     return figure
