@@ -243,6 +243,8 @@ def plot_recall(result: Retrieval, axes: Axes | None = None, most: int = 1000) -
     recall = np.searchsorted(np.sort(result.first_rank), k, side="right") / len(result.first_rank)
     axes.plot(k, recall, color=BLUE, linewidth=2, drawstyle="steps-post", label=f"recall@1 {_percent(recall[0])}")
     axes.set_xscale("log")
+    axes.minorticks_off()
+    axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.set(xlim=(1, k[-1]), ylim=(min(0.98 * float(recall[0]), 0.9), 1.0))
     axes.set_xlabel("nearest rows that are looked at, k")
     axes.set_ylabel("share of queries with a match among them")

@@ -191,7 +191,8 @@ def test_result_in_every_form() -> None:
     assert content["far_interval"] == {"low": found.far_interval.low, "high": found.far_interval.high}
     assert pickle.loads(pickle.dumps(found)).far == found.far
     table = found.to_frame()
-    assert list(table) == ["class", "samples", "far", "frr", "positive_pairs", "negative_pairs"]
+    ends = ["far_low", "far_high", "frr_low", "frr_high"]
+    assert list(table) == ["class", "samples", "far", "frr", "positive_pairs", "negative_pairs", *ends]
     assert table["frr"].tolist() == found.class_frr.tolist()
     assert found.to_markdown().startswith("| rate | value | low | high |")
     text = str(found)
