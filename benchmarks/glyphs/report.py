@@ -6,7 +6,7 @@ import math
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from matplotlib import rc_context
@@ -97,7 +97,7 @@ def markdown(results: Sequence[Result], fonts: dict[str, Any], models: Sequence[
         "Mean over seeds, and the 95 % interval of the mean paired change by Student's t. Bold: it leaves out 0.\n",
         "## Other measures of the same runs\n",
         _table(results, there, MORE),
-        "## At equal recall of the held-out characters\n",
+        "## At equal recall\n",
         _equal_recall(results, there),
         "## What OPIS is made of\n",
         _made_of(models),
@@ -158,41 +158,45 @@ def points(result: Result) -> list[Point]:
     ]
 
 
-def at_recall(result: Result, level: float) -> Point | None:
-    """Where held-out recall@1 first reaches a level: between two looks, in proportion; OPIS by its logarithm.
+def at_recall(result: Result, level: float, part: Literal["held_out", "test"] = "held_out") -> Point | None:
+    """Where recall@1 of a part first reaches a level: between two looks, in proportion; OPIS by its logarithm.
 
     The first look, where it is past the level already; None where the level is not reached.
     """
     way = points(result)
-    if way[0].held_out_recall >= level:
+    recall = [_recall(point, part) for point in way]
+    if recall[0] >= level:
         return way[0]
-    for before, after in itertools.pairwise(way):
-        if before.held_out_recall <= level <= after.held_out_recall:
-            span = after.held_out_recall - before.held_out_recall
-            part = (level - before.held_out_recall) / span if span else 1.0
-            mix = np.array([1 - part, part])
-            return Point(
-                level,
-                float(mix @ [before.error, after.error]),
-                math.exp(float(mix @ np.log([before.opis, after.opis]))),
-            )
+    for k in range(1, len(way)):
+        if recall[k - 1] <= level <= recall[k]:
+            share = (level - recall[k - 1]) / (recall[k] - recall[k - 1]) if recall[k] > recall[k - 1] else 1.0
+            mix = np.array([1 - share, share])
+            held_out, error, log_opis = mix @ [
+                (p.held_out_recall, p.error, math.log(p.opis)) for p in way[k - 1 : k + 1]
+            ]
+            return Point(float(held_out), float(error), math.exp(log_opis))
     return None
+
+
+def _recall(point: Point, part: Literal["held_out", "test"]) -> float:
+    return point.held_out_recall if part == "held_out" else 1 - point.error
 
 
 def _equal_recall(results: Sequence[Result], there: Sequence[tuple[str, str]]) -> str:
     lines = [
-        "| network, base loss | seeds | held-out recall@1, % | OPIS x 1000: without | with TCM | change "
-        "| recall@1, %: without | with TCM | change |",
-        "|---|" + "--:|" * 8,
+        "| network, base loss | equal recall of | seeds | its level, % | OPIS x 1000: without | with TCM | change "
+        "| recall@1 of the unseen, %: without | with TCM | change |",
+        "|---|---|" + "--:|" * 8,
     ]
-    for network, base in there:
+    parts: tuple[tuple[Literal["held_out", "test"], str], ...] = (("held_out", "held out"), ("test", "unseen"))
+    for (network, base), (part, words) in itertools.product(there, parts):
         levels, rows = [], []
         for pair in pairs(results, "measured", network, base):
-            level = min(points(result)[-1].held_out_recall for result in pair)
-            both = [at_recall(result, level) for result in pair]
-            if both[0] is not None and both[1] is not None:
+            level = min(_recall(points(result)[-1], part) for result in pair)
+            without, with_tcm = (at_recall(result, level, part) for result in pair)
+            if without is not None and with_tcm is not None:
                 levels.append(level)
-                rows.append((both[0], both[1]))
+                rows.append((without, with_tcm))
         if not rows:
             continue
         opis_, recall = MEASURES_HERE[0], MEASURES_HERE[2]
@@ -200,12 +204,13 @@ def _equal_recall(results: Sequence[Result], there: Sequence[tuple[str, str]]) -
         of_recall = change_of([100 * (1 - a.error) for a, _ in rows], [100 * (1 - b.error) for _, b in rows], recall)
         cells_ = [*_cells(of_opis, opis_), *_cells(of_recall, recall)]
         lines.append(
-            f"| {NETWORK[network]}, {BASE[base]} | {len(rows)} | {100 * statistics.mean(levels):.2f} "
+            f"| {NETWORK[network]}, {BASE[base]} | {words} | {len(rows)} | {100 * statistics.mean(levels):.2f} "
             f"| {' | '.join(cells_)} |"
         )
     text = (
-        "Each pair at the recall@1 of the held-out characters that the worse of the two ends with. The better passes "
-        "it on the way, and stands there in proportion between two looks, or at the first if it is past it by then.\n"
+        "Each pair at the recall@1, of the characters held out or of the unseen, that the worse of the two ends with. "
+        "The better passes it on the way, before its learning rate has fallen to 0, and stands there in proportion "
+        "between two looks, or at the first if it is past it by then.\n"
     )
     return "\n".join([*lines, "", text])
 
@@ -299,7 +304,7 @@ def _draw_run(axes: Axes, result: Result) -> None:
     colour, filled = COLOUR[result["identity"]["base"]], result["identity"]["tcm"] is not None
     x, y = [100 * point.error for point in way], [1000 * point.opis for point in way]
     axes.plot(x, y, color=colour, linewidth=0.8, alpha=0.4)
-    style = {"color": colour, "markerfacecolor": colour if filled else "white", "linestyle": ""}
+    style: dict[str, Any] = {"color": colour, "markerfacecolor": colour if filled else "white", "linestyle": ""}
     marker = "o" if filled else "s"
     axes.plot(x[:-1], y[:-1], marker=marker, markersize=4, alpha=0.5, **style)
     axes.plot(x[-1:], y[-1:], marker=marker, markersize=7, alpha=0.9, **style)

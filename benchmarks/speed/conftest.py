@@ -27,7 +27,7 @@ def right_before_fast() -> None:
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
     """What a reader needs to place the figures, instead of the host's name and every CPU flag."""
     cpu = machine_info["cpu"].get("brand_raw", platform.machine())
-    build = choice.build_info()
+    build = choice.build_info() or {}
     codes = "AMX" if "amx_int8" in machine_info["cpu"].get("flags", ()) else "VNNI"
     machine_info.clear()
     machine_info.update(
