@@ -20,7 +20,6 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 
 from tcm_fused.thresholds.pairing import NothingToMeasure
 from tcm_fused.thresholds.sets import Array
@@ -171,9 +170,11 @@ def _logistic(z: Array) -> Array:
     return np.asarray(np.where(z > 0, 1, small) / (1 + small))
 
 
+_log_gamma = np.vectorize(math.lgamma, otypes=[np.float64])
+
+
 def _log_beta(a: Array, b: Array) -> Array:
-    log_gamma = [torch.lgamma(torch.from_numpy(np.array(v, dtype=np.float64))).numpy() for v in (a, b, a + b)]
-    return np.asarray(log_gamma[0] + log_gamma[1] - log_gamma[2])
+    return np.asarray(_log_gamma(a) + _log_gamma(b) - _log_gamma(a + b))
 
 
 def incomplete_beta(a: Any, b: Any, x: Any) -> Array:
