@@ -62,7 +62,7 @@ def add_commands(commands: Any) -> None:
         "margins of the loss that bind for given shares of the pairs",
         "Suggests margin_plus and margin_minus of TCMLoss from held-out embeddings: the share --frr of the positive "
         "pairs lies below margin_plus, the share --far of the negative pairs reaches margin_minus.",
-        "example: python -m tcm_fused margins held_out.npz --far 0.01 --frr 0.1",
+        "example: python -m tcm_fused margins held_out.npz --far 0.1 --frr 0.5",
     )
     add_set(command)
     command.add_argument("--far", type=float, metavar="SHARE", required=True, help="of negatives to mine, 0 to 1")
