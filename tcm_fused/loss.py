@@ -131,10 +131,10 @@ def tcm_loss(
             On a CPU and with backend="torch" 16-bit input is always worked in float32, and float64 in float64.
         backend: "auto", "cpu", "cuda", "triton" or "torch". One asked for by name runs or raises.
         hardest_negatives: k: of each row only the k hard negatives with the largest similarity count, so that H- has at
-            most k N pairs, and n- is their number; of equal similarities the lower column is taken, of those equal but
-            for rounding either. It is each row's own choice: without a reference set (i, j) may be among the hardest of
-            i and not of j. None: all hard negatives. With backend="torch" only, which "auto" then takes: all products
-            twice, O((N + M) D + k) memory.
+            most k N pairs, and n- is their number; of equal similarities the lower column is taken (of two that
+            differ by rounding alone, either). It is each row's own choice: without a reference set (i, j) may be among
+            the hardest of i and not of j. None: all hard negatives. With backend="torch" only, which "auto" then takes:
+            all products twice, O((N + M) D + k) memory.
         return_stats: also return a `TCMStats`.
 
     Margins and weights that change from call to call may be numbers or tensors. Under torch.compile tensors make one

@@ -1,5 +1,6 @@
 """`TCMSchedule`: margins and weights of a loss that change from step to step."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -20,10 +21,10 @@ class TCMSchedule:
     As it stands this is a warm-up: both weights grow from 0, and the margins stay as they are.
 
     Used as a scheduler of torch.optim: made once, `step()` after each step of the optimizer, `state_dict()` into the
-    checkpoint. It sets 0-d tensors, so torch.compile makes one graph for the whole schedule, on every backend. Of an
-    attribute of the loss that is a 0-d tensor already, the value is changed in place: give tensors on the GPU where a
-    captured CUDA graph is to follow. A number is replaced by a tensor of float64 on the CPU. Two schedules of one loss,
-    say of its weights and of a margin, must have different names.
+    checkpoint. The loss gets 0-d tensors of the schedule's own, so torch.compile makes one graph for the whole
+    schedule, on every backend: on the GPU where the loss had a tensor there (a CUDA graph captured from then on follows
+    it), else of float64 on the CPU. A loss that has had a schedule before keeps the ends of that one. Two schedules at
+    a time, say of its weights and of a margin, must have different names.
 
     Args:
         loss: a `TCMLoss` or `DistributedTCMLoss`, or an adapter's loss; of a `CrossBatchMemory` its `loss`. Under
@@ -73,8 +74,10 @@ class TCMSchedule:
             raise ValueError("all four start values are None, so nothing would change; give that of a margin or weight")
         Options.of(loss)._replace(**start).check()
         self.start = {name: float(value) for name, value in start.items()}
-        self.end = {name: float(getattr(loss, name)) for name in self.start}
-        self.tensors = {name: _as_tensor(getattr(loss, name)) for name in self.start}
+        self.end = {name: _end(loss, name) for name in self.start}
+        self.tensors = {name: _tensor_like(getattr(loss, name)) for name in self.start}
+        ends = {name: (self.tensors[name], end) for name, end in self.end.items()}
+        loss.scheduled = getattr(loss, "scheduled", {}) | ends
         self.count = 0  # calls of `step`
         self._set()
 
@@ -95,8 +98,9 @@ class TCMSchedule:
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Go on from a saved number of steps; ValueError if it has none."""
-        if set(state_dict) != {"count"}:
-            raise ValueError(f"state_dict must hold 'count' alone, got {sorted(state_dict)}")
+        if not isinstance(state_dict, Mapping) or set(state_dict) != {"count"}:
+            got = list(state_dict) if isinstance(state_dict, Mapping) else type(state_dict).__name__
+            raise ValueError(f"state_dict must be a dict that holds 'count' alone, got {got}")
         self.count = check_whole("count", state_dict["count"], 0)
         self._set()
 
@@ -111,7 +115,17 @@ class TCMSchedule:
         return f"TCMSchedule(steps={self.steps}, delay={self.delay}{starts}, count={self.count})"
 
 
-def _as_tensor(value: float | Tensor) -> Tensor:
-    if isinstance(value, Tensor) and value.is_floating_point():
-        return value
-    return torch.tensor(float(value), dtype=torch.float64, device="cpu")
+def _end(loss: Any, name: str) -> float:
+    """The value that the loss was made with; of a loss that has had a schedule before, that schedule's end."""
+    value = getattr(loss, name)
+    tensor, end = getattr(loss, "scheduled", {}).get(name, (None, 0.0))
+    return end if value is tensor else float(value)
+
+
+def _tensor_like(value: float | Tensor) -> Tensor:
+    """A new tensor, since another loss may have the same; one that can be written to whatever the mode is now."""
+    dtype, device = torch.float64, torch.device("cpu")
+    if isinstance(value, Tensor):
+        dtype, device = value.dtype if value.is_floating_point() else dtype, value.device
+    with torch.inference_mode(False):
+        return torch.zeros((), dtype=dtype, device=device)

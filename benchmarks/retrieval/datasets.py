@@ -340,7 +340,7 @@ or
         None,
         (),
         """  glyphs.npz   1,400 characters in 36 typefaces; the first 800 are to train on""",
-        "python -m benchmarks.retrieval.glyphs DIR renders them in the fonts that are installed",
+        "rendered in the fonts that are installed (python -m benchmarks.retrieval.glyphs DIR)",
         {},
     ),
     "folder": Dataset(

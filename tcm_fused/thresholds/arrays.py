@@ -38,6 +38,7 @@ def read_npz(path: Path, name: str) -> Array:
     Raises:
         ValueError, OSError: there is none, it is damaged or pickled, or would take more memory than there is.
     """
+    path.stat()  # FileNotFoundError: is_zipfile only says no
     if not zipfile.is_zipfile(path):
         raise ValueError("it is no .npz archive but damaged or pickled")
     with zipfile.ZipFile(path) as archive:

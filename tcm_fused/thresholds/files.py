@@ -104,6 +104,8 @@ def _naming(path: Path, name: str) -> Iterator[None]:
         yield
     except ImportError:
         raise
+    except FileNotFoundError as error:
+        raise ValueError(f"cannot read {name} from {path}: {error}") from error
     except Exception as error:  # a damaged file may raise anything: zlib.error, struct.error, MemoryError, ...
         if "pickle" in str(error) or "Python objects" in str(error):
             raise ValueError(f"{path} is no plain array but damaged or pickled; pickles are not read") from error

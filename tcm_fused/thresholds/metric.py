@@ -99,7 +99,9 @@ class OPIS(Metric):
             raise TypeError(f"details must be True or False, got {type(details).__name__}")
         self.details = details
         self.threshold = None if threshold is None else as_threshold(threshold)
-        self.recall_at = check_ranks(recall_at)
+        self.recall_at = check_ranks(recall_at, "recall_at")
+        if self.recall_at and not details:
+            raise ValueError("recall_at is told beside the score; give details=True, or leave it out")
         self.options = own
         self.result: OPISResult | None = None
         self.warned = False  # of a score that is NaN

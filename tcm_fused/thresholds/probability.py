@@ -257,8 +257,13 @@ def _platt(cells: _Cells) -> tuple[Array, Array]:
     there = weight > 0
     # Newton's method: the gradient is small far from the optimum where the prior is, and others stop there.
     rarer = min(cells.positives.sum(), cells.negatives.sum()) / weight.sum()  # the penalty is to be small beside it
-    model = LogisticRegression(C=1e6 / rarer, solver="newton-cholesky", tol=1e-10, max_iter=1000)
+    model = LogisticRegression(C=1e6 / max(rarer, 1e-12), solver="newton-cholesky", tol=1e-10, max_iter=1000)
     model.fit(x[there], y[there], sample_weight=weight[there])
+    if model.coef_[0, 0] < 0:
+        raise ValueError(
+            "by method='platt' a match becomes less probable the more similar its rows are: the positives are the less "
+            "similar pairs here; look at the labels, or use method='isotonic'"
+        )
     similarity = np.linspace(-1, 1, 2049)  # near enough for straight lines between
     return similarity, model.predict_proba(similarity[:, None])[:, 1]
 

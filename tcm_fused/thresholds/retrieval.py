@@ -1,7 +1,7 @@
 """Where the positives of each query are ranked among all rows: recall at k, mean average precision and others."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tcm_fused.arguments import check_whole
 from tcm_fused.backends.numerics import as_precise_as_asked, product, unit_and_norms, wide_dtype
 from tcm_fused.thresholds.frames import frame, markdown
 from tcm_fused.thresholds.pairing import NothingToMeasure, Side, check_finite, number_classes, read_sides
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _ROWS, _COLUMNS = 512, 4096  # of one similarity tile: 8 MiB in float32
+_POSITIVES = 1 << 19  # of a block of queries, held several times over
 _CHUNK = 1 << 18  # components that are normalised together
 
 SCORES = ("mean_average_precision", "mean_average_precision_at_r", "r_precision", "mean_reciprocal_rank")
@@ -43,7 +45,7 @@ class Retrieval:
 
     def recall_at(self, k: int) -> float:
         """Share of the queries with a positive among their k nearest rows: recall@k, or the hit rate."""
-        return float((self.first_rank <= _check_rank(k)).mean())
+        return float((self.first_rank <= check_whole("k", k, 1)).mean())
 
     def __repr__(self) -> str:
         return self.report()
@@ -102,8 +104,8 @@ def retrieval(
 
     In a tile of similarities only the negatives that come before a query's last positive are looked at: each is counted
     at its place among the positives. It takes O((N + M) D) memory, and the time of the product and of these negatives:
-    the worse the model, the longer. In a tie, but for rounding, the negative comes first, as in `recall_at_1`
-    elsewhere.
+    the worse the model and the fewer the classes, the longer; with two classes, more than sorting would take. In a tie,
+    but for rounding, the negative comes first, as in `recall_at_1` elsewhere.
 
     Args:
         embeddings, labels, ref_emb, ref_labels, groups, ref_groups, group_pairs, progress: as in `opis`. Without
@@ -129,11 +131,14 @@ def retrieval(
     with as_precise_as_asked(own.x.device.type, False):
         queries = _Rows(own, dtype)
         others = queries if reference is None else _Rows(reference, dtype)
-        starts = range(0, len(queries.label), _ROWS)
+        # So few rows at a time that their positives take no more memory than a tile.
+        largest = int(others.label.unique_consecutive(return_counts=True)[1].max()) if len(others.label) else 0
+        rows = min(max(_POSITIVES // (largest + 1), 1), _ROWS)
+        starts = range(0, len(queries.label), rows)
         found = []
         with progress_bar(progress, len(starts)) as bar:
             for start in starts:
-                block = _Block(queries, others, slice(start, start + _ROWS), group_pairs == "within")
+                block = _Block(queries, others, slice(start, start + rows), group_pairs == "within")
                 found.append(block.scores())
                 bar.advance()
     return _result(torch.cat(found, 1).cpu().numpy(), queries.order.cpu().numpy(), ranks)
@@ -152,18 +157,11 @@ def no_scores(k: Sequence[int]) -> dict[str, float]:
     return dict.fromkeys((*(f"recall_at_{rank}" for rank in k), *SCORES), math.nan)
 
 
-def check_ranks(k: Any) -> list[int]:
+def check_ranks(k: Any, name: str = "k") -> list[int]:
     """One rank or several, 1 or above, each once and ascending."""
-    several = list(k) if isinstance(k, Sequence) and not isinstance(k, str) else [k]
-    return sorted({_check_rank(one) for one in several})
-
-
-def _check_rank(k: Any) -> int:
-    if isinstance(k, bool) or not isinstance(k, (int, np.integer)):
-        raise TypeError(f"k must be a whole number, got {type(k).__name__}")
-    if k < 1:
-        raise ValueError(f"k must be at least 1, got {k}")
-    return int(k)
+    given = k.tolist() if isinstance(k, (np.ndarray, Tensor)) else k
+    several = given if isinstance(given, Collection) and not isinstance(given, str) else [given]
+    return sorted({check_whole(name, one, 1) for one in several})
 
 
 def _result(scores: Array, order: Array, ranks: Sequence[int]) -> Retrieval:
@@ -230,10 +228,7 @@ class _Block:
         rank = place + before[:, :width].cumsum(1)
         r, there = self.number[:, None], place <= self.number[:, None]
         wide = wide_dtype(before.device)
-        precision, reached = (
-            place.to(wide) / rank,
-            there & (rank <= r),
-        )
+        precision, reached = place.to(wide) / rank, there & (rank <= r)
         share = self.number.clamp_min(1).to(wide)
         of_all, at_r = ((precision * taken).sum(1) / share for taken in (there, reached))
         nearest = rank[:, 0] if width > 0 else torch.zeros_like(self.number)

@@ -46,13 +46,13 @@ def load(path: str | os.PathLike[str], kind: Kind, make: Callable[[dict[str, Any
         raise ValueError(f"{path} is no {kind.name}, since it is no JSON: {error}") from error
     if not isinstance(content, dict) or content.get("format") != kind.format:
         raise ValueError(f"{path} is no {kind.name}: {kind.writers} write them")
-    if content.get("version") != _VERSION:
+    if type(content.get("version")) is not int or content["version"] != _VERSION:
         raise ValueError(f"{path} has version {content.get('version')!r}, this program reads {_VERSION}")
     try:
         return make(content)
     except KeyError as error:
         raise ValueError(f"{path} is damaged: it has no {error}") from error
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
 
 

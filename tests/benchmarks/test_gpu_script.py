@@ -184,7 +184,7 @@ def figures(product_ms: float) -> dict[str, Any]:
         return {"n": n, "d": d, "flops": FLOPS, "ms": times}
 
     found = {"hard none": one(65536, 512), "hard all": one(65536, 512), "hard half": one(65536, 512, 3)}
-    found |= {"hard 1e-4": one(65536, 512, 1.2), "hard 1e-3": one(65536, 512, 1.8), "fp32": one(65536, 512, 3)}
+    found |= {"hard 1e-4": one(65536, 512, 1.2), "hard 1e-3": one(65536, 512, 1.8), "fp32": one(65536, 512, 1.1)}
     found["OPIS"] = {"ms": {"tcm_fused": 130 * product_ms}}
     found["peers"] = one(32768, 512, eager=16, **{"torch.compile": 5.5})
     found["peers"]["peak_bytes"] = {"tcm_fused": 90, "eager": 10_000}
@@ -202,7 +202,7 @@ def test_goals_missed() -> None:
     """Each, by figures that are just too slow or too large."""
     slow = figures(5.0)  # 1.67 times the floor
     slow["hard 1e-4"]["ms"]["tcm_fused"] = slow["hard 1e-3"]["ms"]["tcm_fused"] = 10.5
-    slow["fp32"]["ms"]["tcm_fused"] = 16.5
+    slow["fp32"]["ms"]["tcm_fused"] = 6.5
     slow["peers"]["ms"] = {"tcm_fused": 1.0, "eager": 14.0, "torch.compile": 4.0}
     slow["peers"]["peak_bytes"]["tcm_fused"] = 110
     slow["million"]["ms"]["tcm_fused"] = 1001.0

@@ -129,7 +129,7 @@ def public_calls(backend: str) -> dict[str, Callable[[], list[Any]]]:
         "adapter": lambda: _loss(pml.ThresholdConsistentMarginLoss(backend=backend)),
         "opis": lambda: _opis(backend),
         "calibrate": lambda: _calibrate(backend),
-        "two sets": lambda: _two_sets("auto"),
+        "two sets": lambda: _two_sets(backend),
         "match_probability": lambda: _probability(backend),
         "suggest_margins": lambda: _suggest(backend),
         "OPIS": lambda: _metric(backend),

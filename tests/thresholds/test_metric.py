@@ -365,7 +365,6 @@ def test_ranks() -> None:
         assert {name: values[name] for name in expected} == pytest.approx(expected)
         assert "opis" in values
     assert "recall_at_7" not in OPIS(**OPTIONS, details=True)(x, y)
-    assert OPIS(**OPTIONS, recall_at=3)(x, y).ndim == 0, "a scalar by default"
 
 
 def test_ranks_that_are_not_there() -> None:
@@ -377,5 +376,10 @@ def test_ranks_that_are_not_there() -> None:
     assert all(value.isnan() for value in found.values())
     for k, error in ((0, ValueError), ("5", TypeError), ([1, 2.0], TypeError)):
         bad: Any = k
-        with pytest.raises(error, match="k must be"):
+        with pytest.raises(error, match="recall_at must be"):
             OPIS(recall_at=bad)
+
+
+def test_ranks_need_details() -> None:
+    with pytest.raises(ValueError, match="recall_at is told beside the score; give details=True"):
+        OPIS(recall_at=(1, 5))

@@ -177,3 +177,11 @@ def test_bad_input(monkeypatch: pytest.MonkeyPatch) -> None:
     for method in ("isotonic", "platt"):
         with pytest.raises(ImportError, match="pip install scikit-learn"):
             match_probability(x, y, method=method)
+
+
+def test_positives_that_are_the_less_similar() -> None:
+    """Platt's curve would fall: the remedy is named. Isotonic regression is flat."""
+    x, y = np.array([[1, 0], [-1, 0]] * 6, float), np.arange(12) // 2 % 2
+    with pytest.raises(ValueError, match="look at the labels, or use method='isotonic'"):
+        match_probability(x, y, method="platt")
+    assert len(set(match_probability(x, y).probability)) == 1

@@ -20,6 +20,7 @@ import benchmarks.demo
 import benchmarks.digits.__main__
 import benchmarks.retrieval.__main__
 import benchmarks.retrieval.drawn
+import benchmarks.retrieval.glyphs
 import benchmarks.speed.report
 from tcm_fused import calibrate, opis, suggest_margins
 from tcm_fused.__main__ import main
@@ -157,6 +158,7 @@ PROGRAMS: dict[str, Callable[[Sequence[str]], Any]] = {
     "benchmarks.speed.report": benchmarks.speed.report.main,
     "benchmarks.retrieval": benchmarks.retrieval.__main__.main,
     "benchmarks.retrieval.drawn": benchmarks.retrieval.drawn.main,
+    "benchmarks.retrieval.glyphs": benchmarks.retrieval.glyphs.main,
 }
 PAGES = [*((name, []) for name in PROGRAMS), *(("tcm_fused", [c]) for c in ("opis", "calibrate", "margins", "compare"))]
 
@@ -174,7 +176,8 @@ def test_examples_of_the_help_are_calls(
     calls = re.findall(r"(?:^|\s)python -m (\S+) (.*)", page[page.index("options:") :].replace("\\\n", " "))
     assert calls or not command
     ran: list[Any] = []
-    for module in ("tcm_fused.__main__", "benchmarks.retrieval.__main__", "benchmarks.retrieval.drawn"):
+    retrieval = [f"benchmarks.retrieval.{name}" for name in ("__main__", "drawn", "glyphs")]
+    for module in ("tcm_fused.__main__", *retrieval):
         monkeypatch.setattr(f"{module}.run", lambda *given: ran.append(given))
     for name, rest in calls:
         PROGRAMS[name](shlex.split(rest.split(")")[0]))
@@ -186,7 +189,7 @@ def test_the_folded_example_is_whole(capsys: pytest.CaptureFixture[str]) -> None
         benchmarks.retrieval.__main__.main(["--help"])
     lines = capsys.readouterr().out.splitlines()
     following = [b for a, b in itertools.pairwise(lines) if a.endswith(" \\")]
-    assert [line.split()[0] for line in following] == ["--tcm", "--base"]
+    assert [line.split()[0] for line in following] == ["--tcm", "--batch-classes", "--batch-classes", "--far", "--base"]
 
 
 # Numbers that somebody types again.
