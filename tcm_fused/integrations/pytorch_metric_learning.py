@@ -50,8 +50,9 @@ class ThresholdConsistentMarginLoss(losses.BaseMetricLossFunction):
       are but those of a row with itself, as from `DistributedLossWrapper(efficient=True)`, the pass is the fused one.
 
     Args:
-        lambda_plus, lambda_minus, margin_plus, margin_minus, penalty, reduction, precision, backend,
-            hardest_negatives: as of `tcm_fused.tcm_loss`; the last not with a miner.
+        lambda_plus, lambda_minus, margin_plus, margin_minus, penalty, reduction, precision, backend: as of
+            `tcm_fused.tcm_loss`.
+        hardest_negatives: likewise, but not with a miner.
         kwargs: those of the library's losses: `reducer` (there is one value to reduce, so any gives it back),
             `embedding_regularizer`, `embedding_reg_weight`, `collect_stats`. `distance` must be `CosineSimilarity()`.
 
