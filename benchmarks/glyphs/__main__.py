@@ -23,24 +23,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="A run that is finished is not run twice: the same command goes on. " + (plan.__doc__ or ""),
     )
-    folder = Path("out/glyphs")
-    parser.add_argument("--root", type=Path, default=folder, metavar="DIR", help=f"of the images (default: {folder})")
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path("out/glyphs_runs"),
-        metavar="DIR",
-        help="of all runs (default: out/glyphs_runs)",
-    )
+    for name, folder, what in (
+        ("root", "out/glyphs", "of the images"),
+        ("out", "out/glyphs_runs", "of all runs"),
+        ("results", "benchmarks/results", "for glyphs.json, glyphs.md and pictures"),
+    ):
+        text = f"{what} (default: {folder})"
+        parser.add_argument(f"--{name}", type=Path, default=Path(folder), metavar="DIR", help=text)
     parser.add_argument(
         "--processes", type=positive, default=os.cpu_count() or 1, metavar="N", help="of one thread (default: all CPUs)"
-    )
-    parser.add_argument(
-        "--results",
-        type=Path,
-        default=Path("benchmarks/results"),
-        metavar="DIR",
-        help="for glyphs.json, glyphs.md and pictures (default: benchmarks/results)",
     )
     for name, known in (("networks", plan.NETWORKS), ("bases", plan.BASES)):
         parser.add_argument(

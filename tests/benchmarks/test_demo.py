@@ -87,7 +87,7 @@ def test_densities_have_area_one_and_stand_where_the_images_are() -> None:
     area = torch.trapezoid(curves, ROUND, dim=1)
     torch.testing.assert_close(area, torch.ones(10, dtype=torch.float64), rtol=1e-6, atol=0)
     peaks = ROUND[curves.argmax(dim=1)].rad2deg()
-    torch.testing.assert_close(peaks % 360, 36.0 * torch.arange(10, dtype=torch.float64), rtol=0, atol=0.25)
+    torch.testing.assert_close(peaks % 360, 36.0 * torch.arange(10, dtype=torch.float64), rtol=0, atol=1e-9)
     assert densities(planted(10)).max() < 0.8 * curves.max(), "compact classes stand higher"
 
 

@@ -15,6 +15,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from tcm_fused import CrossBatchMemory, TCMLoss, tcm_loss
 from tcm_fused.backends import blocked
+from tcm_fused.integrations.pytorch_metric_learning import ThresholdConsistentMarginLoss
 from tcm_fused.reference import tcm_reference
 
 NAMES = ("embeddings", "labels", "ref_emb", "ref_labels")
@@ -251,9 +252,8 @@ def test_wrong_values(value: Any, error: type[Exception], message: str) -> None:
 
 def test_adapters() -> None:
     """All pairs as the loss has them; not those of a miner."""
-    library = pytest.importorskip("tcm_fused.integrations.pytorch_metric_learning", reason="an optional library")
     x, y = batch(20, 4, 3)
-    loss = library.ThresholdConsistentMarginLoss(margin_minus=0.0, hardest_negatives=2)
+    loss = ThresholdConsistentMarginLoss(margin_minus=0.0, hardest_negatives=2)
     assert torch.equal(loss(x, y), tcm_loss(x, y, margin_minus=0.0, hardest_negatives=2))
     pairs = tuple(torch.tensor([index]) for index in (0, 3, 0, 1))
     with pytest.raises(ValueError, match="hardest_negatives=2 chooses among all pairs, but a miner gave its own"):

@@ -11,6 +11,7 @@ from support.parts import Pools, refused
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from tcm_fused import CrossBatchMemory, DistributedTCMLoss, TCMLoss, TCMSchedule
+from tcm_fused.integrations.pytorch_metric_learning import ThresholdConsistentMarginLoss
 from tcm_fused.schedule import NAMES
 
 FULL: dict[str, Any] = {"margin_plus": 0.8, "margin_minus": 0.2, "lambda_plus": 2.0, "lambda_minus": 0.5}
@@ -147,13 +148,12 @@ def test_a_memory_follows(backend: str) -> None:
 
 
 def test_adapters_follow() -> None:
-    library = pytest.importorskip("tcm_fused.integrations.pytorch_metric_learning", reason="an optional library")
     x, y = batch(40, 5, 4)
-    loss = library.ThresholdConsistentMarginLoss(**FULL)
+    loss = ThresholdConsistentMarginLoss(**FULL)
     schedule = TCMSchedule(loss, steps=1)
     assert loss(x, y) == 0
     schedule.step()
-    assert torch.equal(loss(x, y), library.ThresholdConsistentMarginLoss(**FULL)(x, y))
+    assert torch.equal(loss(x, y), ThresholdConsistentMarginLoss(**FULL)(x, y))
 
 
 WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {

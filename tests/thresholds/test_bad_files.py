@@ -123,3 +123,10 @@ def test_lines_longer_than_a_block(tmp_path: Path) -> None:
     np.save(tmp_path / "y.npy", [0, 0, 1])
     np.savetxt(tmp_path / "x.csv", x, delimiter=",", fmt="%.240f")
     assert np.array_equal(load(tmp_path / "x.csv", tmp_path / "y.npy").embeddings, x)
+
+
+@pytest.mark.parametrize("name", ["none.npy", "none.npz", "none.csv", "none.parquet"])
+def test_a_file_that_is_not_there(tmp_path: Path, name: str) -> None:
+    """Called missing, not damaged, whatever its kind."""
+    with pytest.raises(ValueError, match="No such file"):
+        load(tmp_path / name, None if name.endswith(".npz") else tmp_path / "none_y.npy")

@@ -131,6 +131,8 @@ def test_report() -> None:
     [
         ({"format": "tcm_fused.threshold"}, "is no match probability: probability --save and"),
         ({"version": 7}, "has version 7, this program reads 1"),
+        ({"version": True}, "has version True, this program reads 1"),
+        ({"prior": 10**400}, "is damaged: "),
         ({"method": "beta"}, "is damaged: method='beta' is not known"),
         ({"prior": 1.5}, "is damaged: prior must lie between 0 and 1"),
         ({"similarity": [0.2, 0.1]}, "is damaged: similarity and probability must be alike in length"),
