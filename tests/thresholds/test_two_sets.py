@@ -107,8 +107,8 @@ def test_kernel_and_blocked_form_agree(dtype: torch.dtype) -> None:
         moved = (ours.cumsum(-1) - theirs.cumsum(-1)).abs().max()
         assert moved <= (1100 * 1900 * 2e-6 if dtype == torch.float32 else 0)
     assert torch.equal(kernel[0].sum(1), blocked[0].sum(1))
-    # Sums of 24 products in another order: either may be off by sqrt(24) / 2 eps in one deviation, and largest values of
-    # 1900 rows are compared: 2 deviations of the two.
+    # Sums of 24 products in another order: either may be off by sqrt(24) / 2 eps in one deviation, and largest values
+    # of 1900 rows are compared: 2 deviations of the two.
     for ours, theirs in zip(kernel[2:], blocked[2:], strict=True):
         assert torch.allclose(ours, theirs, rtol=0, atol=8 * torch.finfo(dtype).eps)
 
