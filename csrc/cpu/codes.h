@@ -57,9 +57,8 @@ struct Codes {
     std::memset(left.get() + begin * width, 128, e.tile * width);
     for (int64_t k = begin; k < begin + e.rows(p); ++k) {
       const real* unit = e.unit.get() + k * e.d;
-      for (int64_t c = 0; c < e.d; ++c) sum.get()[p * e.d + c] += unit[c];
-      panel[p].squares += loops.squares(unit, e.d);
-      double rest = loops.encode(unit, e.d, left.get() + k * width, &scale.get()[k], &shift.get()[k]);
+      double rest = loops.encode(unit, e.d, left.get() + k * width, &scale.get()[k], &shift.get()[k],
+                                 sum.get() + p * e.d, &panel[p].squares);
       error.get()[k] = std::nextafter(static_cast<float>(rest * (1 + 1e-6)), std::numeric_limits<float>::infinity());
       panel[p].most_scale = std::max(panel[p].most_scale, scale.get()[k]);
       panel[p].least_scale = std::min(panel[p].least_scale, scale.get()[k]);

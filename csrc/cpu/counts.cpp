@@ -22,8 +22,8 @@
 namespace tcm::cpu {
 namespace {
 
-constexpr int kCountTile = 512;  // rows and columns of the largest tile
-constexpr int kRun = 4;          // tiles in a row that one thread takes at once: they share their rows' tables
+constexpr int kCountTile = 256;  // rows and columns of the largest tile
+constexpr int kRun = 8;          // tiles in a row that one thread takes at once: they share their rows' tables
 constexpr int kClassLock = 64;   // classes behind one lock
 
 // Rows or columns, with the classes that there are among them.
@@ -86,9 +86,12 @@ class CountWalk {
     std::vector<uint32_t> count;  // a run has less than 2^32 pairs
   };
 
+  using Low = uint8_t;  // small, so that the cells in use stay in the cache
+
   struct Scratch {            // of one thread
     Array<real> s;            // [row tile, column tile]
-    Array<int64_t> count[2];  // [cells]
+    Array<Low> low[2];        // [cells] counts, of which what is carried over goes to `high`
+    Array<int64_t> high[2];   // [cells]
     Array<real> best[2];      // [rows] by sorted row
     Array<real> ref_best[2];  // [columns] by sorted column; not allocated where these are the rows
     Table row_table[2], column_table;
@@ -123,6 +126,8 @@ class CountWalk {
     first_cell_ = 2 * half_ + 1;
     if (p_.thresholds == 0) return;
     start_.resize(p_.cells());
+    threshold_.assign(p_.threshold, p_.threshold + p_.thresholds);
+    threshold_.push_back(std::numeric_limits<real>::infinity());
     int32_t t = 0;
     for (int64_t k = 0; k < p_.cells(); ++k) {
       real low = k == 0 ? -std::numeric_limits<real>::infinity() : static_cast<real>(k - half_) / half_;
@@ -174,7 +179,7 @@ class CountWalk {
   void allocate(Scratch& w) {
     w.s.allocate(int64_t{rows_.tile} * columns_.tile);
     for (int side : {kPlus, kMinus}) {
-      w.count[side].allocate(p_.cells()), w.best[side].allocate(rows_.size);
+      w.low[side].allocate(p_.cells()), w.high[side].allocate(p_.cells()), w.best[side].allocate(rows_.size);
       if (!p_.symmetric) w.ref_best[side].allocate(columns_.size);
       w.row_table[side].set = &rows_, w.row_table[side].count.reserve(rows_.longest * p_.thresholds);
     }
@@ -207,14 +212,15 @@ class CountWalk {
   int64_t offset(const Table& table, int64_t k) const { return (table.set->place[k] - table.first) * p_.thresholds; }
 
   void flush(const Table& table, int side) {
-    const int64_t* id = table.set->classes.data() + table.first;
+    const int64_t *id = table.set->classes.data() + table.first, size = p_.thresholds;
     const uint32_t* count = table.count.data();
     for (int64_t c = 0; c < table.size;) {
       int64_t lock = id[c] / kClassLock;
       std::lock_guard guard(locks_[lock]);
-      for (; c < table.size && id[c] / kClassLock == lock; ++c) {
-        int64_t* total = result_.class_count[side] + id[c] * p_.thresholds;
-        for (int64_t t = 0; t < p_.thresholds; ++t) total[t] += *count++;
+      for (; c < table.size && id[c] / kClassLock == lock; ++c, count += size) {
+        int64_t* total = result_.class_count[side] + id[c] * size;
+#pragma omp simd
+        for (int64_t t = 0; t < size; ++t) total[t] += count[t];
       }
     }
   }
@@ -248,13 +254,14 @@ class CountWalk {
     if (from >= to) return;
     const real* s = row_of(w, row);
     real *best = w.best[kPlus].get(), *other = column_best(w, kPlus) + columns_.begin(j);
-    int64_t* count = w.count[kPlus].get();
     real top = loops_.cell_row(s + from, to - from, half_, w.cell + from, other + from);
     best[k] = std::max(best[k], top);
     uint32_t* table = w.row_table[kPlus].count.data() + offset(w.row_table[kPlus], k);
+    Low* low = w.low[kPlus].get();
+    int64_t* high = w.high[kPlus].get();
     for (int column = from; column < to; ++column) {
       int32_t cell = w.cell[column];
-      ++count[cell];
+      count(cell, low, high);
       if (cell < first_cell_) continue;
       if (int t = threshold_of(cell, s[column]); t >= 0) ++table[t], w.row_table_used[kPlus] = true;
     }
@@ -266,11 +273,12 @@ class CountWalk {
     real *best = w.best[kMinus].get(), *other = column_best(w, kMinus) + columns_.begin(j);
     real top = loops_.cell_row(s + from, to - from, half_, w.cell + from, other + from);
     best[k] = std::max(best[k], top);
-    int64_t* count = w.count[kMinus].get();
+    Low* low = w.low[kMinus].get();
+    int64_t* high = w.high[kMinus].get();
     int listed = 0;
     for (int column = from; column < to; ++column) {
       int32_t cell = w.cell[column];
-      ++count[cell];
+      count(cell, low, high);
       w.listed[listed] = column;
       listed += cell >= first_cell_;
     }
@@ -283,16 +291,21 @@ class CountWalk {
     return listed > 0;
   }
 
+  static void count(int32_t cell, Low* low, int64_t* high) {
+    if (++low[cell] == 0) high[cell] += int64_t{std::numeric_limits<Low>::max()} + 1;
+  }
+
   // The last threshold that is at most s, which lies in cell `cell`; -1 if none is.
   int threshold_of(int32_t cell, real s) const {
     int t = start_[cell];
-    while (t < p_.thresholds && p_.threshold[t] <= s) ++t;
+    t += threshold_[t] <= s;  // mostly all: a jump that is not foreseen costs more
+    while (threshold_[t] <= s) ++t;
     return t - 1;
   }
 
   void merge(const Scratch& w) {
     for (int side : {kPlus, kMinus}) {
-      for (int64_t k = 0; k < p_.cells(); ++k) result_.count[side][k] += w.count[side].get()[k];
+      for (int64_t k = 0; k < p_.cells(); ++k) result_.count[side][k] += w.high[side].get()[k] + w.low[side].get()[k];
       raise(rows_, w.best[side].get(), result_.best[side]);
       if (!p_.symmetric) raise(columns_, w.ref_best[side].get(), result_.ref_best[side]);
     }
@@ -311,6 +324,7 @@ class CountWalk {
   const Set& columns_;
   std::vector<int64_t> first_, last_;  // [rows] the columns of row k's class
   std::vector<int32_t> start_;         // [cells] see make_starts()
+  std::vector<real> threshold_;        // [thresholds + 1] the last is infinite
   std::vector<std::mutex> locks_;
 };
 

@@ -156,36 +156,43 @@ TCM_INLINE void weighted_sum(const real* weight, int m, int n, const real* x, in
 
 // A masked sum over 4 rows of x has 16 possible values: with these in a table, each row of the mask
 // costs one addition for 4 pairs and no multiplication, whatever the density (the method of four
-// Russians: Arlazarov et al., 1970). The tables of kTables x 4 rows of x, 16 KiB, fit into half of the first-level cache.
+// Russians: Arlazarov et al., 1970). The tables of kTables x 4 rows of x, 8 KiB, and the sums of a cache line of
+// columns, 16 KiB, fit into the first-level cache together; the rows of g themselves would compete for few of its sets.
 template <class real, int kWidth>
 TCM_INLINE void dense_sum(const uint64_t* bits, int m, int n, const real* x, int64_t d, real weight, real* g) {
-  using C = Chunk<real, kWidth, 128 / kWidth>;
+  using C = Chunk<real, kWidth, 64 / kWidth>;
   constexpr int kTables = 8;
-  C table[kTables][16];
+  C table[kTables][16], sums[kTile];
   for (int64_t c = 0; c < d; c += C::kSize) {
     int size = static_cast<int>(std::min<int64_t>(C::kSize, d - c));
+    for (int i = 0; i < m; ++i) sums[i] = C{};
     for (int j = 0; j < n; j += 4 * kTables) {
+      for (int k = j; k < std::min(j + 4 * kTables, n); ++k) __builtin_prefetch(x + k * d + c + C::kSize, 0, 2);
+      for (int k = j; k < std::min(j + 4 * kTables, m); ++k) __builtin_prefetch(g + k * d + c, 0, 2);
       for (int t = 0; t < kTables; ++t) {
-        table[t][0] = C{};
-        for (int k = 0; k < 4; ++k) {
+        auto row = [&](int k) __attribute__((always_inline)) {
           int column = j + 4 * t + k;
-          C row = column < n ? load<C>(x + column * d + c, size) : C{};
-          for (int e = 0; e < 1 << k; ++e) {
-            C sum = table[t][e];
-            add(sum, row);
-            table[t][(1 << k) + e] = sum;
-          }
-        }
+          return column < n ? load<C>(x + column * d + c, size) : C{};
+        };
+        C low[4] = {{}, row(0), row(1), {}}, high[4] = {{}, row(2), row(3), {}};
+        low[3] = low[1], add(low[3], low[2]), high[3] = high[1], add(high[3], high[2]);
+#pragma GCC unroll 16
+        for (int e = 0; e < 16; ++e) table[t][e] = low[e % 4], add(table[t][e], high[e / 4]);
       }
       for (int i = 0; i < m; ++i) {
-        uint32_t hard = static_cast<uint32_t>(bits[i * kWords + j / 64] >> (j % 64));
+        uint64_t hard = static_cast<uint32_t>(bits[i * kWords + j / 64] >> (j % 64));
         if (hard == 0) continue;
-        C sum = table[0][hard & 15];
+        hard *= sizeof(C);  // so that each four bits, in their place, are the distance of an entry of a table
+        C sum = sums[i];
 #pragma GCC unroll 8
-        for (int t = 1; t < kTables; ++t) add(sum, table[t][hard >> (4 * t) & 15]);
-        add_to(g + i * d + c, size, weight, sum);
+        for (int t = 0; t < kTables; ++t) {
+          const char* entry = reinterpret_cast<const char*>(table[t]) + (hard >> (4 * t) & 15 * sizeof(C));
+          add(sum, *reinterpret_cast<const C*>(entry));
+        }
+        sums[i] = sum;
       }
     }
+    for (int i = 0; i < m; ++i) add_to(g + i * d + c, size, weight, sums[i]);
   }
 }
 
@@ -238,22 +245,24 @@ TCM_INLINE bool any_near(const real* s, int n, real margin, real window) {
 }
 
 template <class real>
-TCM_INLINE double encoded(const real* x, int64_t d, uint8_t* code, float* scale, int32_t* shift) {
+TCM_INLINE double encoded(const real* x, int64_t d, uint8_t* code, float* scale, int32_t* shift, double* sum,
+                          double* squares) {
   real peak = 0;
 #pragma omp simd reduction(max : peak)
   for (int64_t k = 0; k < d; ++k) peak = std::max(peak, std::abs(x[k]));
   float a = static_cast<float>(peak) / 127, inverse = 1 / a;
   if (!(a > 0 && inverse < std::numeric_limits<float>::infinity())) a = inverse = 0;  // too small to be divided by
-  double rest = 0;
-  int32_t sum = 0;
-#pragma omp simd reduction(+ : rest, sum)
+  double rest = 0, all = 0;
+  int32_t codes = 0;
+#pragma omp simd reduction(+ : rest, all, codes)
   for (int64_t k = 0; k < d; ++k) {
     float rounded = static_cast<float>(x[k]) * inverse + 128.5f;  // within [1, 256): rounded down next
     int32_t c = std::clamp(static_cast<int32_t>(rounded), 1, 255);
-    double r = x[k] - static_cast<double>(a) * (c - 128);
-    code[k] = static_cast<uint8_t>(c), sum += c - 128, rest += r * r;
+    double value = x[k], r = value - static_cast<double>(a) * (c - 128);
+    code[k] = static_cast<uint8_t>(c), codes += c - 128, rest += r * r;
+    sum[k] += value, all += value * value;
   }
-  *scale = a, *shift = 128 * sum;
+  *scale = a, *shift = 128 * codes, *squares += all;
   return std::sqrt(rest);
 }
 
@@ -353,8 +362,9 @@ TCM_INLINE void projected(const RowSums<real>& sums, const real* unit, int64_t d
     target static bool is_near(const real* s, int n, real margin, real window) {                                       \
       return any_near(s, n, margin, window);                                                                           \
     }                                                                                                                  \
-    target static double encode(const real* x, int64_t d, uint8_t* code, float* scale, int32_t* shift) {               \
-      return encoded(x, d, code, scale, shift);                                                                        \
+    target static double encode(const real* x, int64_t d, uint8_t* code, float* scale, int32_t* shift, double* sum,    \
+                                double* squares) {                                                                     \
+      return encoded(x, d, code, scale, shift, sum, squares);                                                          \
     }                                                                                                                  \
     target static void code_range(const int32_t* product, const int32_t* shift, int n, int32_t* least,                 \
                                   int32_t* most) {                                                                     \

@@ -70,8 +70,8 @@ struct PairLoops {
   // Whether any of s [n] lies within `window` of the margin.
   bool (*is_near)(const real* s, int n, real margin, real window);
   // code [d] = round(x / scale) + 128 with scale = max |x| / 127, and shift = 128 times the sum of the codes less 128;
-  // returns |x - scale (code - 128)|.
-  double (*encode)(const real* x, int64_t d, uint8_t* code, float* scale, int32_t* shift);
+  // returns |x - scale (code - 128)|. Adds x to sum [d], and its squares to `squares`.
+  double (*encode)(const real* x, int64_t d, uint8_t* code, float* scale, int32_t* shift, double* sum, double* squares);
   // The least and the largest of product - shift, both [n].
   void (*code_range)(const int32_t* product, const int32_t* shift, int n, int32_t* least, int32_t* most);
   // Bit j of bits [words]: row.scale * (scale[j] * (product[j] - shift[j])) + row.slope * error[j] >= row.from?

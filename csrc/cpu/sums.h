@@ -130,27 +130,31 @@ class EmbeddingSums : public Embeddings<real> {
     std::vector<uint64_t>& terms = terms_[i];
     size_t room = this->tile * this->d / 4, count = 0;  // half of the panel's own memory
     for (int k = 0; k < this->rows(i) * kWords; ++k) count += mask[k] ? __builtin_popcountll(mask[k]) : 0;
-    if (terms.size() + count > room) sum_terms(i, from);
+    if (!terms.empty() && terms.size() + count > room) sum_terms(i, from);
     if (8 * count > room || sides_[side].summed[i]) {
       sides_[side].summed[i] = 1;
       loops_.sparse_sum(mask, this->rows(i), from.unit_at(j), this->d, lacks ? -1 : 1, sum_at(side, this->begin(i)));
       return;
     }
+    terms.reserve(room);  // pages that are not touched take no memory; growth would leave holes
     for_bits(mask, this->rows(i),
              [&](int row, int column) { terms.push_back(Term{row, side, lacks, from.begin(j) + column}.code()); });
   }
 
-  // Moves a panel's terms into its sums.
+  // Moves a panel's terms of one side, which has most of them, into its sums: the other's take less memory as they are.
   void sum_terms(int64_t i, const EmbeddingSums& from) {
-    std::vector<uint64_t>&terms = terms_[i], spare(terms.size());
-    gather(terms, spare);
-    const uint64_t *term = terms.data(), *end = term + terms.size();
-    while (term < end) {
-      Term first = Term::of(*term);
-      sides_[first.side].summed[i] = 1;
-      term = add_terms(term, end, from, sum_at(first.side, this->begin(i) + first.row));
-    }
-    std::vector<uint64_t>().swap(terms);
+    std::vector<uint64_t>& terms = terms_[i];
+    auto is_minus = [](uint64_t term) { return Term::of(term).side == kMinus; };
+    size_t count = std::count_if(terms.begin(), terms.end(), is_minus);
+    int side = 2 * count >= terms.size() ? kMinus : kPlus;
+    std::vector<uint64_t> moved, others;
+    for (uint64_t term : terms) (Term::of(term).side == side ? moved : others).push_back(term);
+    terms.swap(others);  // of which the memory serves once more
+    others.resize(moved.size());
+    gather(moved, others);
+    sides_[side].summed[i] = 1;
+    const uint64_t *term = moved.data(), *end = term + moved.size();
+    while (term < end) term = add_terms(term, end, from, sum_at(side, this->begin(i) + Term::of(*term).row));
   }
 
   // Adds the first of the terms, and those after it that differ from it in the column alone, to g [d]; where they end.

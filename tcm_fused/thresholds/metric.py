@@ -100,8 +100,9 @@ class OPIS(Metric):
         self.details = details
         self.threshold = None if threshold is None else as_threshold(threshold)
         self.recall_at = check_ranks(recall_at, "recall_at")
-        if self.recall_at and not details:
-            raise ValueError("recall_at is told beside the score; give details=True, or leave it out")
+        for name, given in (("threshold", threshold is not None), ("recall_at", self.recall_at)):
+            if given and not details:
+                raise ValueError(f"{name} is told beside the score; give details=True, or leave it out")
         self.options = own
         self.result: OPISResult | None = None
         self.warned = False  # of a score that is NaN

@@ -178,7 +178,7 @@ def match_probability(
     if prior is None:
         prior = rates.positives / (rates.positives + rates.negatives)
     cells = _cells(rates, prior)
-    similarity, probability = (_isotonic if method == "isotonic" else _platt)(cells)
+    similarity, probability = _isotonic(cells) if method == "isotonic" else _platt(rates, prior)
     on_itself = _reliability(np.interp(cells.similarity, similarity, probability), cells)
     return MatchProbability(method, prior, similarity, probability, on_itself, pairs.x.shape[1])
 
@@ -247,17 +247,20 @@ def _isotonic(cells: _Cells) -> tuple[Array, Array]:
     return fit.X_thresholds_, fit.y_thresholds_
 
 
-def _platt(cells: _Cells) -> tuple[Array, Array]:
+def _platt(rates: Rates, prior: float) -> tuple[Array, Array]:
     try:
+        from scipy.special import expit, logit
         from sklearn.linear_model import LogisticRegression
     except ImportError as error:
         raise ImportError("match_probability needs scikit-learn: pip install scikit-learn") from error
+    fitted = min(max(prior, 1e-7), 1 - 1e-7)  # nearer to 0 or 1 the prior changes the intercept alone
+    cells = _cells(rates, fitted)
     x, y = np.tile(cells.similarity, 2)[:, None], np.repeat([1, 0], len(cells.similarity))
     weight = np.concatenate((cells.positives, cells.negatives))
     there = weight > 0
     # Newton's method: the gradient is small far from the optimum where the prior is, and others stop there.
     rarer = min(cells.positives.sum(), cells.negatives.sum()) / weight.sum()  # the penalty is to be small beside it
-    model = LogisticRegression(C=1e6 / max(rarer, 1e-12), solver="newton-cholesky", tol=1e-10, max_iter=1000)
+    model = LogisticRegression(C=1e6 / rarer, solver="newton-cholesky", tol=1e-10, max_iter=1000)
     model.fit(x[there], y[there], sample_weight=weight[there])
     if model.coef_[0, 0] < 0:
         raise ValueError(
@@ -265,7 +268,7 @@ def _platt(cells: _Cells) -> tuple[Array, Array]:
             "similar pairs here; look at the labels, or use method='isotonic'"
         )
     similarity = np.linspace(-1, 1, 2049)  # near enough for straight lines between
-    return similarity, model.predict_proba(similarity[:, None])[:, 1]
+    return similarity, expit(model.decision_function(similarity[:, None]) + logit(prior) - logit(fitted))
 
 
 def _reliability(told: Array, cells: _Cells, bins: int = 20) -> Reliability:

@@ -33,8 +33,6 @@ def test_metric() -> None:
     scores = metric.compute()
     expected = evaluate(x, y, threshold=0.3)
     assert (scores["far"].item(), scores["frr"].item()) == (expected.far, expected.frr)
-    scalar: Any = OPIS(threshold=0.3, far_range=(0.05, 0.3))
-    assert scalar(x, y).ndim == 0
     empty = OPIS(details=True, threshold=0.3)
     empty.update(x[:0], y[:0])
     assert math.isnan(empty.compute()["far"])
@@ -47,7 +45,7 @@ def test_wrappers_of_torchmetrics() -> None:
     bootstrapped = BootStrapper(OPIS(far_range=(0.05, 0.3)), num_bootstraps=3)
     bootstrapped.update(x, y)
     assert all(math.isfinite(value) for value in bootstrapped.compute().values())
-    tracker = MetricTracker(OPIS(far_range=(0.05, 0.3), threshold=0.2), maximize=False)
+    tracker = MetricTracker(OPIS(far_range=(0.05, 0.3)), maximize=False)
     for rows in (x, x + 1):
         tracker.increment()
         tracker.update(rows, y)

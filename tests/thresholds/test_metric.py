@@ -380,6 +380,7 @@ def test_ranks_that_are_not_there() -> None:
             OPIS(recall_at=bad)
 
 
-def test_ranks_need_details() -> None:
-    with pytest.raises(ValueError, match="recall_at is told beside the score; give details=True"):
-        OPIS(recall_at=(1, 5))
+@pytest.mark.parametrize("options", [{"recall_at": (1, 5)}, {"threshold": 0.3}, {"threshold": -1}])
+def test_needs_details(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(options))} is told beside the score; give details=True"):
+        OPIS(**options)
