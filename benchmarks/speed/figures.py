@@ -123,7 +123,7 @@ def _draw_densities(axes: Axes, family: list[dict[str, Any]]) -> None:
 def _share(info: dict[str, Any]) -> str:
     """ "few" and the like, with the share of the negatives that it stands for."""
     share = info["hard_negatives"] / info["n"] ** 2
-    return info["hard"] if share < 1e-9 or share > 0.99 else f"{info['hard']} ({100 * share:.2g} %)"
+    return info["hard"] if share < 1e-9 or share > 0.99 else f"{info['hard']}\n({100 * share:.2g} %)"
 
 
 def _draw_small(axes: Axes, family: list[dict[str, Any]]) -> None:
