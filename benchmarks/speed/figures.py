@@ -40,7 +40,7 @@ def draw_speed(infos: Infos, hardware: str, target: Path) -> None:
     """Left: time relative to one similarity product, for each density. Right: time of small batches."""
     with rc_context(LOOK):
         figure = Figure(figsize=(10, 4.4), layout="constrained")
-        left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+        left, right = figure.subplots(1, 2, width_ratios=(2, 1))
         _draw_densities(left, _family(infos, "test_density"))
         _draw_small(right, _family(infos, "test_small"))
         _save(figure, hardware, target)
@@ -101,16 +101,16 @@ def _medians(family: list[dict[str, Any]], name: str) -> tuple[list[int], list[f
 
 
 def _draw_densities(axes: Axes, family: list[dict[str, Any]]) -> None:
-    width = 0.8 / len(STYLE)
+    width = 0.88 / len(STYLE)
     for k, (name, style) in enumerate(STYLE.items()):
         for place, info in enumerate(family):
             height = info["seconds"][name]["median"] / info["seconds"]["product"]["median"]
             x = place + (k - (len(STYLE) - 1) / 2) * width
-            axes.bar(x, height, 0.92 * width, color=style["color"], label=name if place == 0 else None)
+            axes.bar(x, height, 0.88 * width, color=style["color"], label=name if place == 0 else None)
             shown = f"{height:.2f}" if height < 2 else f"{height:.1f}"
             # The white box breaks the line of one product where a figure stands on it.
             above: Any = {"xytext": (0, 2), "textcoords": "offset points", "ha": "center", "va": "bottom"}
-            axes.annotate(shown, (x, height), **above, fontsize=9, bbox=BOX)
+            axes.annotate(shown, (x, height), **above, fontsize=8, bbox=BOX)
     axes.axhline(1, color="black", linewidth=1, linestyle="--", label=r"one product $\hat X \hat X^T$")
     axes.set_xticks(range(len(family)), [_share(info) for info in family])
     axes.margins(y=0.3)  # room for the legend
