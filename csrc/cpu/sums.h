@@ -130,8 +130,10 @@ class EmbeddingSums : public Embeddings<real> {
     std::vector<uint64_t>& terms = terms_[i];
     size_t room = this->tile * this->d / 4, count = 0;  // half of the panel's own memory
     for (int k = 0; k < this->rows(i) * kWords; ++k) count += mask[k] ? __builtin_popcountll(mask[k]) : 0;
-    if (!terms.empty() && terms.size() + count > room) sum_terms(i, from);
-    if (8 * count > room || sides_[side].summed[i]) {
+    if (count == 0) return;
+    bool many = 8 * count > room;
+    if (!many && !sides_[side].summed[i] && terms.size() + count > room) sum_terms(i, from);
+    if (many || sides_[side].summed[i]) {
       sides_[side].summed[i] = 1;
       loops_.sparse_sum(mask, this->rows(i), from.unit_at(j), this->d, lacks ? -1 : 1, sum_at(side, this->begin(i)));
       return;
@@ -145,9 +147,10 @@ class EmbeddingSums : public Embeddings<real> {
   void sum_terms(int64_t i, const EmbeddingSums& from) {
     std::vector<uint64_t>& terms = terms_[i];
     auto is_minus = [](uint64_t term) { return Term::of(term).side == kMinus; };
-    size_t count = std::count_if(terms.begin(), terms.end(), is_minus);
-    int side = 2 * count >= terms.size() ? kMinus : kPlus;
+    size_t minus = std::count_if(terms.begin(), terms.end(), is_minus), plus = terms.size() - minus;
+    int side = minus >= plus ? kMinus : kPlus;
     std::vector<uint64_t> moved, others;
+    moved.reserve(std::max(minus, plus)), others.reserve(std::min(minus, plus));
     for (uint64_t term : terms) (Term::of(term).side == side ? moved : others).push_back(term);
     terms.swap(others);  // of which the memory serves once more
     others.resize(moved.size());

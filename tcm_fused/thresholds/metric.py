@@ -49,9 +49,9 @@ class OPIS(Metric):
     details: the form of the scores that `compute` and `forward` return. False: OPIS, a scalar, as torchmetrics'
         wrappers, its plots and Lightning's `self.log` take it. True: a dict of the scalars "opis", "eps_opis" and
         "recall_at_1", with a `threshold` "far" and "frr", and with `recall_at` those of `retrieval`.
-    threshold: a `Threshold` or a cosine similarity that is deployed, whose error rates are told beside.
-    recall_at: ranks k, one or several, of "recall_at_<k>"; the mean average precisions, the R-precision and the mean
-        reciprocal rank of `retrieval` are told beside. They take a second pass over the pairs.
+    threshold: with `details=True`, a `Threshold` or a cosine similarity that is deployed, whose error rates are told.
+    recall_at: with `details=True`, ranks k, one or several, of "recall_at_<k>"; the mean average precisions, the
+        R-precision and the mean reciprocal rank of `retrieval` are told beside. They take a second pass over the pairs.
 
     Scalars are float64, or float32 on a device without that. All else that was found is in `result`, an `OPISResult`,
     after `compute`. A score that the rows do not have (no two classes, no class twice, rows that are not finite,
