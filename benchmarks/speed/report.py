@@ -70,7 +70,8 @@ def _peer_goals(infos: Infos) -> list[Goal]:
 
 def _memory_goals(infos: Infos, codes: str) -> list[Goal]:
     rows = []
-    for hard, name in (("few", "test_growth[65536]"), ("half", "dense_pairs[half]"), ("all", "dense_pairs[all]")):
+    dense = [(hard, f"dense_pairs[{hard}]") for hard in ("1e-3", "1e-2", "half", "all")]
+    for hard, name in (("few", "test_growth[65536]"), *dense):
         info = next((info for full_name, info in infos.items() if full_name.endswith(name)), None)
         factor = info["peak_bytes"]["tcm_fused"] / info["embedding_bytes"] if info else None
         subject = f"N = 65,536, D = 128, {hard} of the negatives hard"

@@ -67,7 +67,7 @@ def test_growth(benchmark: Any, n: int) -> None:
 
 
 @pytest.mark.benchmark(group="memory")
-@pytest.mark.parametrize("hard", ("half", "all"))
+@pytest.mark.parametrize("hard", ("1e-3", "1e-2", "half", "all"))
 def test_memory_of_dense_pairs(benchmark: Any, hard: str) -> None:
     """The largest batch of the growth with many hard pairs, once: memory may not depend on how many there are."""
     x, labels = _batch(benchmark, GROWTH[-1], 128, hard)
