@@ -167,6 +167,7 @@ TCM_INLINE void dense_sum(const uint64_t* bits, int m, int n, const real* x, int
     int size = static_cast<int>(std::min<int64_t>(C::kSize, d - c));
     for (int i = 0; i < m; ++i) sums[i] = C{};
     for (int j = 0; j < n; j += 4 * kTables) {
+      // To the second-level cache, for the next columns and for the end of these: rows lie too far apart to be foreseen.
       for (int k = j; k < std::min(j + 4 * kTables, n); ++k) __builtin_prefetch(x + k * d + c + C::kSize, 0, 2);
       for (int k = j; k < std::min(j + 4 * kTables, m); ++k) __builtin_prefetch(g + k * d + c, 0, 2);
       for (int t = 0; t < kTables; ++t) {
